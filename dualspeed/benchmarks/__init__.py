@@ -1,0 +1,22 @@
+"""Benchmarks: official files in, LLaVA's prompts out, official scores back. Imports numpy, never torch.
+
+A new benchmark is one module that makes a `Benchmark`, and one line here.
+"""
+
+from dualspeed.benchmarks.files import BenchmarkError
+from dualspeed.benchmarks.gqa import GQA
+from dualspeed.benchmarks.mme import MME
+from dualspeed.benchmarks.pope import POPE
+from dualspeed.benchmarks.records import Benchmark, Question, Record, unit_ids
+from dualspeed.benchmarks.scienceqa import SCIENCEQA
+
+__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkError", "Question", "Record", "get_benchmark", "unit_ids"]
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (GQA, MME, POPE, SCIENCEQA)}
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """The benchmark called `name`. Raises BenchmarkError with the valid names."""
+    if name not in BENCHMARKS:
+        raise BenchmarkError(f"benchmark {name!r} is unknown; valid: {', '.join(sorted(BENCHMARKS))}")
+    return BENCHMARKS[name]

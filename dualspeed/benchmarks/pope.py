@@ -1,0 +1,146 @@
+"""POPE: is there such an object? Three ways to choose absent objects, mean F1 of the three.
+
+Files: coco_pope_{random,popular,adversarial}.json (JSON lines with labels) and LLaVA's llava_pope_test.jsonl (prompts
+and one id over all splits); images in images/ or val2014/. The rule is that of LLaVA's eval_pope.py, but answers and
+labels are paired by image and question instead of by line.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, get_field, read_json_lines
+from dualspeed.benchmarks.records import (
+    Benchmark,
+    Question,
+    Record,
+    accuracy,
+    divide,
+    official_key,
+    reject_duplicates,
+    reject_unknown,
+    sum_by_unit,
+)
+
+SPLITS = ("random", "popular", "adversarial")
+SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def question_file(folder: Path) -> Path:
+    """LLaVA's question file."""
+    return find_path(folder, "llava_pope_test.jsonl")
+
+
+def read_questions(folder: Path) -> list[tuple[str, dict]]:
+    """Lines of the question file with their places, checked."""
+    lines = read_json_lines(question_file(folder))
+    for place, line in lines:
+        get_field(line, "image", str, place)
+        get_field(line, "text", str, place)
+        get_choice(line, "category", SPLITS, place)
+    reject_duplicates([official_key(line, place) for place, line in lines], question_file(folder))
+    return lines
+
+
+def load_questions(folder: Path) -> list[Question]:
+    """Questions of all splits."""
+    images = find_path(folder, "images", "val2014")
+    return [
+        Question(official_key(line, place), line["question_id"], images / line["image"], line["text"])
+        for place, line in read_questions(folder)
+    ]
+
+
+def read_labels(folder: Path) -> dict[tuple[str, str, str], str]:
+    """Official labels: (split, image, question) -> yes or no."""
+    labels: dict[tuple[str, str, str], str] = {}
+    for split in SPLITS:
+        path = find_path(folder, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
+        for place, line in read_json_lines(path):
+            key = (split, get_field(line, "image", str, place), get_field(line, "text", str, place).strip())
+            label = get_choice(line, "label", ("yes", "no"), place)
+            if labels.setdefault(key, label) != label:
+                raise BenchmarkError(f"{place}: field 'label' is {label!r}, but the same question had another label")
+    return labels
+
+
+def parse_answer(text: str) -> str:
+    """Yes or no by the official rule: only the first sentence counts, and whatever isn't a plain no is a yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
+    """One record per question; a missing answer counts as the wrong one of yes and no."""
+    labels = read_labels(folder)
+    questions = read_questions(folder)
+    reject_unknown(answers, {official_key(line, place) for place, line in questions}, question_file(folder))
+    asked = set()
+    records = []
+    for place, line in questions:
+        key = (line["category"], line["image"], line["text"].removesuffix(SUFFIX).strip())
+        if key not in labels:
+            raise BenchmarkError(f"{place}: fields 'image' and 'text' are not in coco_pope_{line['category']}.json")
+        asked.add(key)
+        question_id, label = official_key(line, place), labels[key]
+        is_missing = question_id not in answers
+        wrong = "no" if label == "yes" else "yes"
+        predicted = wrong if is_missing else parse_answer(answers[question_id])
+        records.append(
+            Record(question_id, float(predicted == label), label, predicted, line["category"], question_id, is_missing)
+        )
+    if unasked := sorted(labels.keys() - asked):
+        split, image, text = unasked[0]
+        raise BenchmarkError(f"{question_file(folder)}: lacks {text!r} on {image} of coco_pope_{split}.json")
+    return records
+
+
+def confusion(records: Sequence[Record]) -> list[tuple[int, int, int]]:
+    """True positives, false positives and false negatives of each record; yes is the positive class."""
+    pairs = [(record.predicted == "yes", record.gold == "yes") for record in records]
+    return [(int(yes and gold), int(yes and not gold), int(gold and not yes)) for yes, gold in pairs]
+
+
+def metrics(records: Sequence[Record]) -> dict[str, float]:
+    """F1, accuracy, precision, recall and share of yes: per split and as mean of the three splits."""
+    splits: dict[str, dict[str, float]] = {}
+    for split in SPLITS:
+        chosen = [record for record in records if record.category == split]
+        tp, fp, fn = np.sum(confusion(chosen), axis=0) if chosen else (0, 0, 0)
+        splits[split] = {
+            "f1": 100 * float(divide(2 * tp, 2 * tp + fp + fn)),
+            "accuracy": accuracy(chosen),
+            "precision": 100 * float(divide(tp, tp + fp)),
+            "recall": 100 * float(divide(tp, tp + fn)),
+            "yes_ratio": 100 * float(divide(tp + fp, len(chosen))),
+        }
+    means = {name: sum(splits[split][name] for split in SPLITS) / len(SPLITS) for name in splits["random"]}
+    return means | {f"{name}_{split}": value for split in SPLITS for name, value in splits[split].items()}
+
+
+def statistics(records: Sequence[Record]) -> np.ndarray:
+    """Confusion counts per question, a block of three for each split: (questions, 9)."""
+    counts = np.asarray(confusion(records))
+    in_split = np.asarray([[record.category == split for split in SPLITS] for record in records])
+    return sum_by_unit(records, (in_split[:, :, None] * counts[:, None, :]).reshape(len(records), -1))
+
+
+def mean_f1_from_sums(sums: np.ndarray) -> np.ndarray:
+    """Mean F1 of the splits in percent: (..., 9) -> (...)."""
+    tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], len(SPLITS), 3), -1, 0)
+    return 100 * divide(2 * tp, 2 * tp + fp + fn).mean(axis=-1)
+
+
+POPE = Benchmark(
+    name="pope",
+    headline="f1",
+    percent="f1",
+    question_file=question_file,
+    load_questions=load_questions,
+    answer_key=official_key,
+    score_answers=score_answers,
+    metrics=metrics,
+    statistics=statistics,
+    percent_from_sums=mean_f1_from_sums,
+)

@@ -1,0 +1,127 @@
+"""What every benchmark shares: a question enters a model, an answer leaves it, a record says what it is worth."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dualspeed.benchmarks.files import BenchmarkError, get_field
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as LLaVA puts it to a model."""
+
+    question_id: str
+    """Unique within the benchmark; the key of answers and records."""
+    official_id: str | int
+    """`question_id` of the official file and of LLaVA's answers file; MME gives both questions of an image the same."""
+    image: Path | None
+    prompt: str
+    """LLaVA's prompt without the image mark that stands before it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One official question after scoring."""
+
+    question_id: str
+    score: float
+    """1 if right by the official rule, else 0."""
+    gold: str
+    predicted: str
+    """The answer as the official rule reads it."""
+    category: str = ""
+    unit: str = ""
+    """What a bootstrap draws: the question, or the image where a metric pairs the questions of an image."""
+    is_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: plain functions, so that a new one is a module with one of these.
+
+    `metrics` are percentages but for MME's points. `statistics` and `percent_from_sums` give `metrics[percent]` as a
+    function of sums over units, so that a bootstrap of any size is one matrix product:
+    `percent_from_sums(draws @ statistics(records))` with `draws` (samples, units).
+    """
+
+    name: str
+    headline: str
+    """The metric that papers report."""
+    percent: str
+    """The metric on 0-100 that means are taken of."""
+    question_file: Callable[[Path], Path]
+    """folder -> the file whose checksum a score carries."""
+    load_questions: Callable[[Path], list[Question]]
+    """folder -> questions in official order. Raises BenchmarkError."""
+    answer_key: Callable[[dict, str], str]
+    """line of an answers file in LLaVA's format, its place for errors -> `Question.question_id`."""
+    score_answers: Callable[[Path, Mapping[str, str]], list[Record]]
+    """folder, {question_id: text} -> one record per official question. Raises BenchmarkError on an unknown id."""
+    metrics: Callable[[Sequence[Record]], dict[str, float]]
+    statistics: Callable[[Sequence[Record]], np.ndarray]
+    """records -> (units, m), units in the order of `unit_ids`."""
+    percent_from_sums: Callable[[np.ndarray], np.ndarray]
+    """(..., m) sums of statistics over units -> (...) percent."""
+    image_mark: str = ""
+    """What LLaVA's answers file writes before the prompt of a question with an image."""
+
+
+def official_key(record: dict, place: str) -> str:
+    """Key of a benchmark whose official ids are unique; one file may have them as int, the other as str."""
+    return str(get_field(record, "question_id", (int, str), place))
+
+
+def unit_ids(records: Sequence[Record]) -> list[str]:
+    """The distinct units in order of appearance, which is that of the official files and not of the answers."""
+    return list(dict.fromkeys(record.unit for record in records))
+
+
+def sum_by_unit(records: Sequence[Record], rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Add up one row of numbers per record over each unit: (units, m)."""
+    positions = {unit: position for position, unit in enumerate(unit_ids(records))}
+    rows = np.asarray(rows, dtype=np.float64)
+    sums = np.zeros((len(positions), rows.shape[1]))
+    np.add.at(sums, [positions[record.unit] for record in records], rows)
+    return sums
+
+
+def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Elementwise quotient that is 0 where the denominator is."""
+    numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
+
+
+def accuracy(records: Sequence[Record]) -> float:
+    """Share of right answers in percent; 0 without records."""
+    return 100 * sum(record.score for record in records) / max(1, len(records))
+
+
+def accuracy_statistics(records: Sequence[Record]) -> np.ndarray:
+    """Right answers and questions per unit: (units, 2)."""
+    return sum_by_unit(records, [(record.score, 1) for record in records])
+
+
+def accuracy_from_sums(sums: np.ndarray) -> np.ndarray:
+    """Percentage of right answers from sums of `accuracy_statistics`: (..., 2) -> (...)."""
+    return 100 * divide(sums[..., 0], sums[..., 1])
+
+
+def reject_duplicates(ids: Sequence[str], place: str | Path) -> None:
+    """Raise BenchmarkError if an id occurs twice in the file `place`."""
+    seen: set[str] = set()
+    for question_id in ids:
+        if question_id in seen:
+            raise BenchmarkError(f"{place}: question_id {question_id!r} occurs twice")
+        seen.add(question_id)
+
+
+def reject_unknown(answers: Mapping[str, str], known: Mapping[str, object] | set[str], place: str | Path) -> None:
+    """Raise BenchmarkError if an answer belongs to no question of `place`: then it answers another question file."""
+    unknown = [question_id for question_id in answers if question_id not in known]
+    if unknown:
+        raise BenchmarkError(
+            f"question_id {unknown[0]!r} is not in {place} ({len(unknown)} of {len(answers)} answers are unknown)"
+        )

@@ -1,0 +1,303 @@
+"""Configuration: what one YAML file and one sheet of experiments say, checked before anything runs.
+
+Enters: config/<name>/config.yaml and its experiments.tsv. Leaves: a `ProjectConfig` of frozen dataclasses, or one
+`ConfigError` that names file, key and the valid values. Imports neither torch nor transformers, so that Snakemake
+and the command line answer at once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dualspeed.demo.settings import BaseModelSettings, SceneSettings
+from dualspeed.files import sha256_of_json
+from dualspeed.modes import MODE_SCHEDULES
+from dualspeed.recipe import Recipe
+from dualspeed.sheet import read_sheet
+from dualspeed.typed import ConfigError, check_choice, check_name, check_range, read_dataclass, read_value
+
+# Names only: the implementations import torch. Tests hold these against the registries.
+PRUNER_NAMES = ("divprune", "fastervlm", "random")
+BENCHMARK_NAMES = ("gqa", "mme", "pope", "scienceqa")
+PRUNE_BUDGETS = ("image", "tile")
+STAGES = ("pretrain", "finetune")
+
+# method -> the settings it stands for. A Baseline or NaivePrune has no isolator: nothing would train it, or use it.
+METHODS = {
+    "baseline": {"slow_mode_ratio": 1.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
+    "naive_prune": {"slow_mode_ratio": 0.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
+    "dualspeed": {},
+}
+TABLES = ("table1", "table2", "table3", "figure4", "figure5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualSpeedConfig:
+    """The method's settings (paper section 3; defaults are the paper's)."""
+
+    pruner: str = "divprune"
+    """Visual token pruning method of fast mode."""
+    pruning_ratio: float = 0.9
+    """Share p of an image's visual tokens that fast mode drops, in [0, 1)."""
+    slow_mode_ratio: float = 0.1
+    """Share r of the steps that run in slow mode: 1 is ordinary training, 0 is pruning alone."""
+    num_virtual_tokens: int = 4
+    """Length l of the mode isolator; 0 means none."""
+    distillation_weight: float = 1.0
+    """Weight alpha of the self-distillation loss of slow mode; 0 runs no teacher."""
+    distillation_temperature: float = 1.0
+    """Softmax temperature T of teacher and student."""
+    mode_schedule: str = "bernoulli"
+    """`bernoulli` draws each step (the paper), `stratified` spaces slow steps evenly."""
+    prune_budget: str = "image"
+    """What p is a share of: an `image`'s packed tokens, or those of each any-resolution `tile`."""
+
+    def __post_init__(self) -> None:
+        check_choice("pruner", self.pruner, PRUNER_NAMES)
+        check_choice("mode_schedule", self.mode_schedule, tuple(MODE_SCHEDULES))
+        check_choice("prune_budget", self.prune_budget, PRUNE_BUDGETS)
+        check_range("pruning_ratio", self.pruning_ratio, 0 <= self.pruning_ratio < 1, "in [0, 1)")
+        check_range("slow_mode_ratio", self.slow_mode_ratio, 0 <= self.slow_mode_ratio <= 1, "in [0, 1]")
+        check_range("num_virtual_tokens", self.num_virtual_tokens, self.num_virtual_tokens >= 0, "0 or more")
+        check_range("distillation_weight", self.distillation_weight, self.distillation_weight >= 0, "0 or more")
+        check_range(
+            "distillation_temperature", self.distillation_temperature, self.distillation_temperature > 0, "above 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The two stages of training."""
+
+    pretrain: Recipe
+    """Projector and isolator."""
+    finetune: Recipe
+    """Language model, projector and isolator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A base model and how it is trained."""
+
+    source: str
+    """`demo` (made by the workflow) or the folder of a checkpoint."""
+    stages: Stages
+    """Recipe of each stage."""
+    prune_budget: str = "image"
+    """See DualSpeedConfig."""
+
+    def __post_init__(self) -> None:
+        check_choice("prune_budget", self.prune_budget, PRUNE_BUDGETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Where a benchmark's files lie."""
+
+    folder: str
+    """Folder in the layout of the official evaluation files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """How benchmarks are answered."""
+
+    pruner: str = "divprune"
+    """Pruner of pruned inference for models that were trained without one."""
+    pruning_ratio: float = 0.9
+    """Its pruning ratio."""
+    batch_size: int = 16
+    """Questions answered at once."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+
+    def __post_init__(self) -> None:
+        check_choice("pruner", self.pruner, PRUNER_NAMES)
+        check_range("pruning_ratio", self.pruning_ratio, 0 <= self.pruning_ratio < 1, "in [0, 1)")
+        check_range("batch_size", self.batch_size, self.batch_size > 0, "above 0")
+        check_range("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are logged."""
+
+    uri: str = "sqlite:///results/mlflow.db"
+    """MLflow tracking URI."""
+    experiment: str
+    """Name of the MLflow experiment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One row of the sheet: one trained model."""
+
+    id: str
+    """Names its folders and runs."""
+    model: str
+    """Key of `models` in the configuration."""
+    method: str
+    """baseline, naive_prune or dualspeed."""
+    dualspeed: DualSpeedConfig
+    """What the method and the row's cells resolve to."""
+    seed: int
+    """Seed of training."""
+    tables: tuple[str, ...]
+    """Tables and figures that show this row."""
+
+    @property
+    def inferences(self) -> tuple[str, ...]:
+        """How its answers are generated: on full tokens, and on pruned ones where Table 2 shows it."""
+        return ("full", "pruned") if "table2" in self.tables else ("full",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectConfig:
+    """A configuration file with one of its sheets."""
+
+    name: str
+    """Names the tables' folder."""
+    experiments: tuple[Experiment, ...]
+    """Rows of the sheet."""
+    sheet: str
+    """`name`, with what the sheet's file name adds to `experiments`: demo, demo-full."""
+    tracking: TrackingConfig
+    """MLflow."""
+    models: dict[str, ModelConfig]
+    """Base models by name."""
+    benchmarks: dict[str, BenchmarkConfig]
+    """Benchmarks to answer, by name."""
+    results: str = "results"
+    """Folder of everything that is written."""
+    inference: InferenceConfig = InferenceConfig()
+    """How benchmarks are answered."""
+    data: SceneSettings = field(default_factory=SceneSettings)
+    """The demo's data, for models whose source is `demo`."""
+    base_model: BaseModelSettings = field(default_factory=BaseModelSettings)
+    """The demo's base model, likewise."""
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        for model in self.models:
+            check_name("models", model)
+        for benchmark in self.benchmarks:
+            check_choice("benchmarks", benchmark, BENCHMARK_NAMES)
+        if not self.benchmarks:
+            raise ConfigError(f"benchmarks: empty; valid: some of {', '.join(BENCHMARK_NAMES)}")
+
+
+def load_project(config: Mapping[str, Any] | str | Path, file: str = "config") -> ProjectConfig:
+    """Read and check a configuration (its path, or its content and the `file` that errors name) and its sheet."""
+    if isinstance(config, str | Path):
+        file = str(config)
+        config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{file}: not a mapping of keys; valid: name, experiments, models and so on")
+    values = dict(config)
+    sheet_path = Path(read_value(str, values.pop("experiments", None), file, "experiments"))
+    models = read_value(dict[str, ModelConfig], values.get("models"), file, "models")
+    for name, model in models.items():
+        if model.source != "demo" and not Path(model.source).is_dir():
+            raise ConfigError(f"{file}: models.{name}.source: no folder {model.source!r}; valid: demo, or a folder")
+    for block in ("data", "base_model"):
+        if isinstance(values.get(block), Mapping):
+            values[block] = {key: value for key, value in values[block].items() if key != "source"}
+    experiments = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
+    sheet = f"{values.get('name')}{sheet_path.stem.removeprefix('experiments')}"
+    return read_dataclass(ProjectConfig, values, file, experiments=experiments, sheet=sheet)
+
+
+def read_experiment(row: Mapping[str, Any], models: Mapping[str, ModelConfig], file: str) -> Experiment:
+    """Resolve a row's method and cells (None: empty) to settings; ConfigError names row and column."""
+    where = f"{file}: row {row['id']}"
+    try:
+        check_name("id", row["id"])
+        check_choice("model", row["model"], models)
+        check_choice("method", row["method"], METHODS)
+        tables = tuple(name.strip() for name in (row["tables"] or "").split(",") if name.strip())
+        for name in tables:
+            check_choice("tables", name, TABLES)
+        check_range("seed", row["seed"], row["seed"] is None or row["seed"] >= 0, "0 or more")
+        return Experiment(
+            id=row["id"],
+            model=row["model"],
+            method=row["method"],
+            dualspeed=DualSpeedConfig(**_resolve_cells(row), prune_budget=models[row["model"]].prune_budget),
+            seed=row["seed"] or 0,
+            tables=tables,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _resolve_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's settings, then the row's cells; a cell may repeat a setting of its method, not contradict it."""
+    settings = dict(METHODS[row["method"]])
+    for column in ("pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"):
+        cell = row[column]
+        if cell is None:
+            continue
+        if row["method"] == "baseline" and column in ("pruner", "pruning_ratio"):
+            raise ConfigError(f"{column}: {cell!r} in a row of method baseline, which does not prune; valid: empty")
+        if settings.setdefault(column, cell) != cell:
+            valid = f"{settings[column]:g}, or empty"
+            raise ConfigError(f"{column}: {cell:g} contradicts the method {row['method']}; valid: {valid}")
+    return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Everything that one training run depends on, but its input files."""
+
+    stage: str
+    """pretrain or finetune."""
+    seed: int
+    """Seed of data order, initialisation and mode schedule."""
+    recipe: Recipe
+    """Data and training arguments."""
+    dualspeed: DualSpeedConfig
+    """The method's settings."""
+
+    def __post_init__(self) -> None:
+        check_choice("stage", self.stage, STAGES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
+        """Inverse of `to_dict`; ConfigError as for a configuration file."""
+        return read_dataclass(cls, data, "settings")
+
+
+def pretrain_settings(project: ProjectConfig, experiment: Experiment) -> StageSettings:
+    """Settings of the pretraining that `experiment` starts from: on full tokens if r = 1, else in fast mode only.
+
+    What does not matter to it is set to the default, so that rows which share a pretraining ask for the same one.
+    """
+    config = experiment.dualspeed
+    if config.slow_mode_ratio == 1:
+        unused = {"pruner": DualSpeedConfig.pruner, "pruning_ratio": DualSpeedConfig.pruning_ratio}
+        config = dataclasses.replace(config, distillation_weight=0.0, **unused)
+    else:
+        config = dataclasses.replace(config, slow_mode_ratio=0.0, distillation_weight=0.0)
+    recipe = project.models[experiment.model].stages.pretrain
+    return StageSettings(stage="pretrain", seed=experiment.seed, recipe=recipe, dualspeed=config)
+
+
+def finetune_settings(project: ProjectConfig, experiment: Experiment) -> StageSettings:
+    """Settings of the finetuning that makes `experiment`'s model."""
+    recipe = project.models[experiment.model].stages.finetune
+    return StageSettings(stage="finetune", seed=experiment.seed, recipe=recipe, dualspeed=experiment.dualspeed)
+
+
+def pretrain_key(project: ProjectConfig, experiment: Experiment) -> str:
+    """Folder name of the pretraining; rows with the same key share it."""
+    settings = pretrain_settings(project, experiment)
+    mode = "full" if settings.dualspeed.slow_mode_ratio == 1 else "fast"
+    return f"{experiment.model}-{mode}-seed{experiment.seed}-{sha256_of_json(settings.to_dict())[:8]}"

@@ -1,0 +1,99 @@
+"""Scenes: real handwritten digits in colour on a grid, and their pictures.
+
+The digits are the 1,797 of UCI's optical recognition set, which ship inside scikit-learn. 397 of them are kept for
+the test split and appear in no training picture.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {
+    "red": (214, 28, 36),
+    "green": (20, 150, 50),
+    "blue": (30, 70, 220),
+    "orange": (245, 140, 10),
+    "purple": (140, 40, 170),
+    "black": (25, 25, 25),
+}
+GRID = 12
+"""Cells along a side."""
+CELL = 16
+"""Pixels along a cell's side: one patch of the vision tower."""
+BLOTCH = 4
+"""Pixels along a side of the background's noise."""
+NUM_TEST_DIGITS = 397
+
+
+@dataclass(frozen=True)
+class Item:
+    """One digit of a scene: its value, its colour, its cell (raster index) and which handwritten sample it is."""
+
+    digit: int
+    colour: str
+    cell: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """3-5 items in raster order, no two of the same digit, and the seed of the background's noise."""
+
+    items: tuple[Item, ...]
+    noise_seed: int
+
+    def count(self, colour: str) -> int:
+        """Number of items of `colour`."""
+        return sum(item.colour == colour for item in self.items)
+
+    def colour_of(self, digit: int) -> str | None:
+        """Colour of `digit`, or None where it is absent."""
+        return next((item.colour for item in self.items if item.digit == digit), None)
+
+
+@cache
+def load_handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """Return the digits' images (1797, 16, 16) as opacity in 0..1, enlarged twice, and their values (1797,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images.repeat(2, axis=1).repeat(2, axis=2).astype(np.float32) / 16, digits.target
+
+
+@cache
+def samples_of_digit(split: str) -> tuple[np.ndarray, ...]:
+    """Return, for each digit 0..9, the indices of its handwritten samples in `split` (train or test)."""
+    _, values = load_handwriting()
+    order = np.random.RandomState(0).permutation(len(values))  # RandomState: its streams never change
+    chosen = order[:-NUM_TEST_DIGITS] if split == "train" else order[-NUM_TEST_DIGITS:]
+    return tuple(np.sort(chosen[values[chosen] == digit]) for digit in range(10))
+
+
+def sample_scene(rng: np.random.Generator, split: str) -> Scene:
+    """Draw a scene of 3-5 different digits in random colours and cells, handwritten samples from `split`."""
+    size = int(rng.integers(3, 6))
+    cells = np.sort(rng.choice(GRID * GRID, size, replace=False))
+    digits = rng.choice(10, size, replace=False)
+    colours = rng.choice(list(COLOURS), size)
+    samples = [rng.choice(samples_of_digit(split)[digit]) for digit in digits]
+    items = [
+        Item(int(d), str(c), int(cell), int(s)) for d, c, cell, s in zip(digits, colours, cells, samples, strict=True)
+    ]
+    return Scene(tuple(items), noise_seed=int(rng.integers(2**31)))
+
+
+def draw_scene(scene: Scene) -> Image.Image:
+    """Return the scene's RGB picture, GRID * CELL pixels square."""
+    # Blotches of 4 x 4 pixels, not single ones: a PNG of 4 kB instead of 24.
+    side = GRID * CELL // BLOTCH
+    noise = np.random.default_rng(scene.noise_seed).integers(232, 249, (side, side, 3), dtype=np.uint8)
+    pixels = noise.repeat(BLOTCH, axis=0).repeat(BLOTCH, axis=1)
+    handwriting, _ = load_handwriting()
+    for item in scene.items:
+        row, column = CELL * (item.cell // GRID), CELL * (item.cell % GRID)
+        cell = pixels[row : row + CELL, column : column + CELL]
+        opacity = handwriting[item.sample][..., None]
+        cell[:] = (1 - opacity) * cell + opacity * np.float32(COLOURS[item.colour])
+    return Image.fromarray(pixels)

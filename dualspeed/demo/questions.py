@@ -1,0 +1,146 @@
+"""Questions about a scene, their answers, and the words around them.
+
+Each kind of question is a function (scene, rng) -> Question. The suffixes are LLaVA's, to the letter.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualspeed.demo.drawing import COLOURS, Scene
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
+LETTERS = "ABCD"
+NEGATIVES = ("random", "popular", "adversarial")
+"""What a picture lacks though asked for: random = neither colour nor digit is there; popular = one of the two is;
+adversarial = both are, though not together."""
+TRAINING_KINDS = ("existence", "colour", "digit", "count", "choice", "statement")
+MME_CATEGORIES = ("existence", "count", "color")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: `text` without suffix, `answer` as a word; with `choices`, the answer's letter is asked for."""
+
+    kind: str
+    text: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The human turn, suffix included; multiple choice as ScienceQA's CQM-A format."""
+        if not self.choices:
+            return f"{self.text}\n{SHORT_ANSWER}"
+        return f"{choice_text(self)}\n{LETTER_ANSWER}"
+
+    @property
+    def reply(self) -> str:
+        """The assistant's turn: the answer, or its letter."""
+        return LETTERS[self.choices.index(self.answer)] if self.choices else self.answer
+
+
+def choice_text(question: Question) -> str:
+    """Return a multiple choice question as LLaVA writes ScienceQA's (context, question, options)."""
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
+    return f"Context: N/A\nQuestion: {question.text}\nOptions: {options}"
+
+
+def caption(scene: Scene, colour_first: bool) -> str:
+    """List a scene's digits in raster order; the leading word says which attribute comes first."""
+    if colour_first:
+        return "colours: " + ", ".join(f"{item.colour} {item.digit}" for item in scene.items)
+    return "digits: " + ", ".join(f"{item.digit} {item.colour}" for item in scene.items)
+
+
+def absent_pair(scene: Scene, rng: np.random.Generator, negative: str) -> tuple[str, int]:
+    """Return a colour and a digit that no item has together, chosen as `negative` says (see NEGATIVES).
+
+    Where no pair of that kind exists (all items of one colour), a pair of the next milder kind is returned.
+    """
+    colours_here, digits_here = {item.colour for item in scene.items}, {item.digit for item in scene.items}
+    present = {(item.colour, item.digit) for item in scene.items}
+    absent = [(colour, digit) for colour in COLOURS for digit in range(10) if (colour, digit) not in present]
+    for num_right in range(NEGATIVES.index(negative), -1, -1):
+        pairs = [(c, d) for c, d in absent if (c in colours_here) + (d in digits_here) == num_right]
+        if pairs:
+            return pairs[rng.integers(len(pairs))]
+    raise AssertionError("a scene has at most 5 colours and 5 digits, so some pair has neither")
+
+
+def sample_negative(rng: np.random.Generator) -> str:
+    """Draw a kind of negative: half of them have the right colour, the right digit or both."""
+    return NEGATIVES[rng.choice(3, p=(0.5, 0.25, 0.25))]
+
+
+def ask_existence(scene: Scene, rng: np.random.Generator, answer: bool, negative: str = "random") -> Question:
+    """Ask whether a digit of a colour is there; the answer is yes where `answer` is true."""
+    if answer:
+        item = scene.items[rng.integers(len(scene.items))]
+        colour, digit = item.colour, item.digit
+    else:
+        colour, digit = absent_pair(scene, rng, negative)
+    return Question("existence", f"is there a {colour} {digit}?", "yes" if answer else "no")
+
+
+def ask_colour(scene: Scene, rng: np.random.Generator) -> Question:
+    """Ask for the colour of a digit."""
+    item = scene.items[rng.integers(len(scene.items))]
+    return Question("colour", f"what colour is the {item.digit}?", item.colour)
+
+
+def ask_digit(scene: Scene, rng: np.random.Generator) -> Question:
+    """Ask for the digit of a colour that one item alone has; where there is none, ask for a colour."""
+    single = [item for item in scene.items if scene.count(item.colour) == 1]
+    if not single:
+        return ask_colour(scene, rng)
+    item = single[rng.integers(len(single))]
+    return Question("digit", f"which digit is {item.colour}?", str(item.digit))
+
+
+def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
+    """Ask how many digits have a colour: each number that occurs among the six colours is equally likely."""
+    counts = {colour: scene.count(colour) for colour in COLOURS}
+    number = rng.choice(sorted(set(counts.values())))
+    colours = [colour for colour, count in counts.items() if count == number]
+    return Question("count", f"how many digits are {colours[rng.integers(len(colours))]}?", str(number))
+
+
+def ask_choice(scene: Scene, rng: np.random.Generator) -> Question:
+    """Ask for a colour or a digit among two to four choices, in random order."""
+    question = ask_colour(scene, rng) if rng.random() < 0.5 else ask_digit(scene, rng)
+    others = [str(value) for value in (COLOURS if question.kind == "colour" else range(10))]
+    others.remove(question.answer)
+    choices = [question.answer, *rng.choice(others, int(rng.integers(1, 4)), replace=False)]
+    order = rng.permutation(len(choices))
+    return Question("choice", question.text, question.answer, tuple(str(choices[i]) for i in order))
+
+
+def ask_statement(scene: Scene, rng: np.random.Generator, category: str, answer: bool) -> Question:
+    """Ask for yes or no as MME's categories existence, count and color do."""
+    if category == "existence":
+        return ask_existence(scene, rng, answer, sample_negative(rng))
+    asked = ask_count(scene, rng) if category == "count" else ask_colour(scene, rng)
+    subject = asked.text.rstrip("?").split()[-1]
+    valid = ["0", "1", "2", "3"] if category == "count" else list(COLOURS)
+    others = [value for value in valid if value != asked.answer]
+    value = asked.answer if answer else others[rng.integers(len(others))]
+    text = f"are there {value} {subject} digits?" if category == "count" else f"is the {subject} {value}?"
+    return Question(f"is_{category}", text, "yes" if answer else "no")
+
+
+def ask_for_training(scene: Scene, rng: np.random.Generator, kind: str) -> Question:
+    """Ask a question of `kind`, one of TRAINING_KINDS, with answers balanced as in the benchmarks."""
+    yes = bool(rng.random() < 0.5)
+    if kind == "existence":
+        return ask_existence(scene, rng, yes, sample_negative(rng))
+    if kind == "statement":
+        return ask_statement(scene, rng, MME_CATEGORIES[1 + rng.integers(2)], yes)
+    return {"colour": ask_colour, "digit": ask_digit, "count": ask_count, "choice": ask_choice}[kind](scene, rng)
+
+
+def ask_turns(scene: Scene, rng: np.random.Generator, num_turns: int) -> list[Question]:
+    """Ask `num_turns` questions, all kinds in turn, in random order."""
+    kinds = [TRAINING_KINDS[i] for i in rng.permutation(len(TRAINING_KINDS))]
+    return [ask_for_training(scene, rng, kinds[i % len(kinds)]) for i in range(num_turns)]

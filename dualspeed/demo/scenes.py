@@ -1,0 +1,85 @@
+"""The demo's data folder: pictures, captions and conversations to train on, and the benchmarks' files.
+
+Leaves (see `write_demo_data`): images/train/*.png, scenes.json, pretrain.json, finetune.json and, for the splits
+`test` (digits of the test split) and `heldout` (training digits, other scenes), a folder for each benchmark.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dualspeed.demo.benchmark_files import WRITERS, write_png
+from dualspeed.demo.drawing import Scene, draw_scene, sample_scene
+from dualspeed.demo.questions import Question, ask_turns, caption
+from dualspeed.demo.settings import SceneSettings, settings_from_dict
+from dualspeed.files import atomic_folder
+
+STREAMS = {"train": 0, "finetune": 1, "heldout": 2, "test": 3}
+"""Independent streams of random numbers, so that more of one part changes nothing in the others."""
+
+
+def write_demo_data(settings: dict[str, Any], out: Path) -> None:
+    """Write the demo's data to folder `out`, whole or not at all; the same settings give the same bytes.
+
+    Raises:
+        ValueError: unknown or impossible setting.
+    """
+    chosen = settings_from_dict(SceneSettings, settings)
+    with atomic_folder(out) as folder:
+        write_training_data(chosen, folder)
+        for split in ("heldout", "test"):
+            write_benchmarks(chosen, split, folder / split)
+
+
+def make_scenes(settings: SceneSettings, stream: str) -> list[Scene]:
+    """Draw the scenes of `train`, `heldout` or `test`."""
+    rng = np.random.default_rng([settings.seed, STREAMS[stream]])
+    size = settings.num_train_scenes if stream == "train" else settings.num_eval_scenes
+    return [sample_scene(rng, "test" if stream == "test" else "train") for _ in range(size)]
+
+
+def write_training_data(settings: SceneSettings, folder: Path) -> None:
+    """Write the training pictures, what is on them, their captions and the conversations about them."""
+    scenes = make_scenes(settings, "train")
+    rng = np.random.default_rng([settings.seed, STREAMS["finetune"]])
+    labels, captions, conversations = [], [], []
+    for number, scene in enumerate(tqdm(scenes, desc="demo data: training scenes", unit="scene", mininterval=2)):
+        image = f"{number:06d}.png"
+        write_png(folder / "images" / "train" / image, draw_scene(scene))
+        labels.append({"image": image, "items": [[item.cell, item.colour, item.digit] for item in scene.items]})
+        captions.append(caption_record(scene, image))
+        for part in range(settings.conversations_per_scene):
+            turns = ask_turns(scene, rng, settings.turns_per_conversation)
+            conversations.append(conversation_record(turns, f"{number:06d}-{part}", image))
+    (folder / "scenes.json").write_text(json.dumps(labels))
+    (folder / "pretrain.json").write_text(json.dumps(captions))
+    (folder / "finetune.json").write_text(json.dumps(conversations))
+
+
+def caption_record(scene: Scene, image: str) -> dict[str, Any]:
+    """A caption in the format of LLaVA-Pretrain; colour first and digit first take turns."""
+    number = int(image.removesuffix(".png"))
+    text = caption(scene, colour_first=number % 2 == 0)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]
+    return {"id": f"{number:06d}", "image": image, "conversations": turns}
+
+
+def conversation_record(questions: list[Question], record_id: str, image: str) -> dict[str, Any]:
+    """A conversation in the format of LLaVA-Instruct; the picture stands before the first question."""
+    turns = []
+    for question in questions:
+        mark = "" if turns else "<image>\n"
+        turns.append({"from": "human", "value": mark + question.prompt})
+        turns.append({"from": "gpt", "value": question.reply})
+    return {"id": record_id, "image": image, "conversations": turns}
+
+
+def write_benchmarks(settings: SceneSettings, split: str, folder: Path) -> None:
+    """Write the four benchmarks of an evaluation split."""
+    scenes = make_scenes(settings, split)
+    for name, write in tqdm(WRITERS.items(), desc=f"demo data: {split} questions", unit="benchmark"):
+        rng = np.random.default_rng([settings.seed, STREAMS[split], len(name)])
+        write(folder / name, scenes, settings.questions_per_benchmark, rng)

@@ -1,0 +1,37 @@
+"""The losses: pure functions of logits and labels at supervised positions.
+
+M supervised tokens, V vocabulary. Both losses are sums over the M tokens divided by `num_items`: the batch's own M, or,
+under gradient accumulation and several ranks, the number of supervised tokens in the whole step.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """(B, L) bool: positions whose next token is supervised, that is, whose logits enter the loss."""
+    next_is_supervised = torch.zeros_like(labels, dtype=torch.bool)
+    next_is_supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return next_is_supervised
+
+
+def supervised_labels(labels: Tensor) -> Tensor:
+    """(M,) the supervised tokens in the order of `supervised_positions`."""
+    shifted = labels[:, 1:]
+    return shifted[shifted != IGNORE_INDEX]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:
+    """Sum over (M, V) logits and (M,) labels of the cross-entropy, in float32, over `num_items`."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / num_items
+
+
+def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, num_items: Tensor | int) -> Tensor:
+    """T^2 KL(teacher || student) over (M, V) logits, summed, over `num_items` (paper section 3.3)."""
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return temperature**2 * divergence / num_items

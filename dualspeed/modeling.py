@@ -1,0 +1,344 @@
+"""DualSpeedModel: a stock Hugging Face VLM that can train on pruned visual tokens.
+
+Enters: a batch as the stock model takes it. Leaves: the loss and its parts. In fast mode images are encoded, pruned,
+and put back behind the mode isolator into a shorter sequence, which the stock forward then runs; in slow mode it runs
+the whole sequence. No subclass of a model family, no patch: features enter through `mm_encoder_outputs`.
+
+B samples, L length, U units of pruning (an image, or one of its tiles), K tokens kept, P visual tokens of the batch,
+M supervised tokens, D width of the language model, l length of the isolator, V vocabulary.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from dualspeed.config import DualSpeedConfig
+from dualspeed.files import write_json
+from dualspeed.losses import IGNORE_INDEX, cross_entropy, distillation, supervised_labels, supervised_positions
+from dualspeed.modes import Mode
+from dualspeed.pruners import VisualTokens, get_pruner, num_tokens_to_keep
+from dualspeed.sequences import PrunedInputs, prune_inputs
+from dualspeed.vision import (
+    EncodedImages,
+    blank_image,
+    encode_images,
+    image_seeds,
+    pruning_units,
+    trainable_visual_parameters,
+)
+
+logger = logging.getLogger(__name__)
+
+ISOLATOR_FILE = "mode_isolator.safetensors"
+CONFIG_FILE = "dualspeed.json"
+
+
+def load_vlm(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a stock checkpoint; raises if any of its weights is missing, unexpected or of another shape."""
+    vlm, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **kwargs)
+    wrong = {what: sorted(map(str, keys)) for what, keys in report.items() if keys}
+    if wrong:
+        raise ValueError(f"{path}: the weights don't fit {type(vlm).__name__}: {wrong}")
+    return vlm
+
+
+class ModeIsolator(nn.Module):
+    """l learnable embeddings that stand before the kept tokens of an image and mark the sequence as pruned."""
+
+    def __init__(self, num_virtual_tokens: int, hidden_size: int, dtype: torch.dtype | None = None) -> None:
+        """Initialised U(-1/sqrt(D), 1/sqrt(D)) as published: at the scale of the features it stands beside."""
+        super().__init__()
+        bound = 1 / math.sqrt(hidden_size)
+        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size, dtype=dtype).uniform_(-bound, bound))
+
+    def forward(self) -> Tensor:
+        """(l, D). A lookup rather than the weight itself, which sharding empties once the module has run."""
+        return F.embedding(torch.arange(len(self.weight), device=self.weight.device), self.weight)
+
+
+@dataclass
+class DualSpeedOutput(ModelOutput):
+    """Losses of one batch. `distillation_loss` is None in fast mode, 0.0 in slow mode where no teacher ran."""
+
+    loss: Tensor | None = None
+    ce_loss: Tensor | None = None
+    distillation_loss: Tensor | None = None
+    logits: Tensor | None = None
+    """(M, V) logits that predict the supervised tokens, sample after sample."""
+
+
+class DualSpeedModel(nn.Module):
+    """A VLM with the two modes of DualSpeed (arXiv 2602.03815, section 3)."""
+
+    # The losses are sums over `num_items_in_batch`, so that accumulation and ranks weigh every token alike.
+    accepts_loss_kwargs = True
+
+    def __init__(self, vlm: PreTrainedModel, config: DualSpeedConfig) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.dualspeed = config
+        self.pruner = get_pruner(config.pruner)
+        self.mode_isolator = None
+        if config.num_virtual_tokens > 0:
+            hidden_size = vlm.config.get_text_config().hidden_size
+            self.mode_isolator = ModeIsolator(config.num_virtual_tokens, hidden_size, vlm.dtype).to(vlm.device)
+
+    @property
+    def config(self):
+        """The VLM's own configuration."""
+        return self.vlm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the VLM lies."""
+        return self.vlm.device
+
+    @property
+    def loss_type(self) -> str:
+        """Tells the trainer that labels are shifted by one before they are counted."""
+        return "ForCausalLM"
+
+    @property
+    def _no_split_modules(self):
+        return self.vlm._no_split_modules
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the VLM recomputes activations."""
+        return self.vlm.is_gradient_checkpointing
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations of the VLM's layers in the backward pass."""
+        self.vlm.gradient_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.vlm.gradient_checkpointing_disable()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        mode: Mode = Mode.SLOW,
+        distill: bool = True,
+        pruning_seed: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> DualSpeedOutput:
+        """Loss of a batch in one mode.
+
+        Args:
+            input_ids, attention_mask, labels: (B, L), padded on either side; -100 marks labels without supervision.
+            pixel_values, image_sizes: all images of the batch in reading order, as the VLM takes them; None: no image.
+            mode: FAST trains on pruned tokens, SLOW on all of them.
+            distill: whether a slow step also learns from the fast mode (if the distillation weight isn't 0).
+            pruning_seed: moves random pruners from step to step.
+            num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
+        """
+        labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        full = PrunedInputs(input_ids, attention_mask, labels)
+        has_images = pixel_values is not None
+        distill = distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0
+        images = self._encode(pixel_values, image_sizes) if has_images or is_sharded() else None
+        seeds = image_seeds(pixel_values, pruning_seed) if has_images else None
+
+        teacher_logits = None
+        if distill and images is not None:
+            with torch.no_grad(), evaluation_mode(self.vlm):
+                teacher_logits = self._logits(*(self._pruned(full, images, seeds) if has_images else (full, None)))
+        if has_images and mode is Mode.FAST:
+            logits = self._logits(*self._pruned(full, images, seeds))
+        else:
+            logits = self._logits(full, images.features if has_images else None)
+
+        num_items = max(len(logits), 1) if num_items_in_batch is None else num_items_in_batch
+        targets = supervised_labels(labels)
+        ce_loss = cross_entropy(logits, targets, num_items)
+        loss = ce_loss + self._zero_for_idle_parameters(images, has_images, mode)
+        distillation_loss = None if mode is Mode.FAST else ce_loss.new_zeros(())
+        if teacher_logits is not None and has_images:
+            temperature = self.dualspeed.distillation_temperature
+            distillation_loss = distillation(logits, teacher_logits, temperature, num_items)
+            loss = loss + self.dualspeed.distillation_weight * distillation_loss
+        return DualSpeedOutput(loss=loss, ce_loss=ce_loss, distillation_loss=distillation_loss, logits=logits)
+
+    def _encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None) -> EncodedImages:
+        """Encode the batch's images, or a blank one where it has none but other ranks may."""
+        if pixel_values is None:
+            pixel_values, image_sizes = blank_image(self.vlm)
+        return encode_images(
+            self.vlm,
+            pixel_values,
+            image_sizes,
+            with_cls_attention="cls_attention" in self.pruner.needs,
+            with_tiles=self.dualspeed.prune_budget == "tile",
+        )
+
+    def _logits(self, inputs: PrunedInputs, features: list[Tensor] | None) -> Tensor:
+        """(M, V) logits at the positions that predict a supervised token; others are never computed."""
+        images = {} if features is None else {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return self.vlm(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            mm_encoder_outputs=images,
+            logits_to_keep=supervised_positions(inputs.labels),
+            use_cache=False,
+        ).logits
+
+    def _pruned(
+        self, inputs: PrunedInputs, images: EncodedImages, seeds: Tensor | None, padding_side: str = "right"
+    ) -> tuple[PrunedInputs, list[Tensor]]:
+        """The batch as fast mode sees it: compacted inputs and, for each unit, isolator and kept features."""
+        features = torch.cat(images.features)
+        units, unit_seeds = pruning_units(images, seeds)
+        num_keep = torch.tensor([num_tokens_to_keep(len(unit), self.dualspeed.pruning_ratio) for unit in units])
+        kept = self._select(features.detach(), units, num_keep, images.cls_attention, unit_seeds)
+
+        num_copies = torch.zeros(len(features), dtype=torch.long, device=features.device)
+        num_copies[torch.cat(kept)] = 1
+        num_copies[torch.stack([unit[0] for unit in kept])] += self.dualspeed.num_virtual_tokens
+        isolator = [] if self.mode_isolator is None else [self.mode_isolator().to(features.dtype)]
+        unit_features = [torch.cat([*isolator, features[unit]]) for unit in kept]
+        compacted = prune_inputs(*inputs, self.config.image_token_id, num_copies, padding_side)
+        return compacted, unit_features
+
+    @torch.no_grad()
+    def _select(
+        self, features: Tensor, units: list[Tensor], num_keep: Tensor, cls_attention: Tensor | None, seeds: Tensor
+    ) -> list[Tensor]:
+        """Positions in (P, D) features that the pruner keeps of each unit, ascending."""
+        positions = pad_sequence(units, batch_first=True)
+        mask = pad_sequence([torch.ones_like(unit, dtype=torch.bool) for unit in units], batch_first=True)
+        tokens = VisualTokens(
+            features=features[positions],
+            mask=mask,
+            cls_attention=None if cls_attention is None else cls_attention[positions],
+            seeds=seeds,
+        )
+        kept = self.pruner(tokens, num_keep)
+        return [unit[row[:k]] for unit, row, k in zip(units, kept, num_keep.tolist(), strict=True)]
+
+    def _zero_for_idle_parameters(self, images: EncodedImages | None, has_images: bool, mode: Mode) -> Tensor | float:
+        """0, with a gradient of 0 for the visual parameters that this step's loss doesn't reach.
+
+        So that data parallelism never meets an unused parameter, and that no rank calls a module which others don't.
+        """
+        idle = []
+        if self.mode_isolator is not None and not (has_images and mode is Mode.FAST):
+            idle.append(self.mode_isolator())
+        if not has_images:
+            idle += images.features if images is not None else trainable_visual_parameters(self.vlm)
+        return 0.0 * sum(values.sum() for values in idle)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        mode: Mode = Mode.SLOW,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Generate on all tokens (SLOW: the stock model) or on pruned ones behind the isolator (FAST).
+
+        Returns:
+            (B, L + new) the input_ids as given, followed by the new tokens, in either mode.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        inputs = PrunedInputs(input_ids, attention_mask, None)
+        images = {}
+        if pixel_values is not None and mode is Mode.SLOW:
+            images = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
+        elif pixel_values is not None:
+            encoded = self._encode(pixel_values, image_sizes)
+            inputs, features = self._pruned(inputs, encoded, image_seeds(pixel_values, 0), padding_side="left")
+            images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+        output = self.vlm.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **images, **kwargs)
+        return torch.cat([input_ids, output[:, inputs.input_ids.shape[1] :]], dim=1)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the stock checkpoint, and beside it the isolator and the settings, which other software ignores.
+
+        Args:
+            state_dict: this model's whole state where its own is sharded.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        prefix = "vlm."
+        weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.vlm.save_pretrained(folder, state_dict=weights)
+        if self.mode_isolator is not None:
+            isolator = state_dict["mode_isolator.weight"].detach().contiguous().cpu()
+            save_file({"mode_isolator.weight": isolator}, Path(folder) / ISOLATOR_FILE, metadata={"format": "pt"})
+        write_json(Path(folder) / CONFIG_FILE, asdict(self.dualspeed))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, config: DualSpeedConfig | None = None, **kwargs: Any
+    ) -> "DualSpeedModel":
+        """Load checkpoint and isolator.
+
+        Args:
+            config: the method's settings; None: those the folder was saved with, or the defaults.
+            kwargs: for the VLM's own from_pretrained.
+        """
+        folder = Path(folder)
+        if config is None:
+            saved = folder / CONFIG_FILE
+            config = DualSpeedConfig(**json.loads(saved.read_text())) if saved.exists() else DualSpeedConfig()
+        model = cls(load_vlm(folder, **kwargs), config)
+        model.load_isolator(folder)
+        return model
+
+    def load_isolator(self, folder: str | Path) -> bool:
+        """Take the isolator from a checkpoint folder; False where there is none and the present one stays.
+
+        Raises:
+            ValueError: the saved isolator has another shape than `num_virtual_tokens` asks for.
+        """
+        file = Path(folder) / ISOLATOR_FILE
+        if self.mode_isolator is None or not file.exists():
+            return False
+        saved = load_file(file)["mode_isolator.weight"]
+        if saved.shape != self.mode_isolator.weight.shape:
+            raise ValueError(
+                f"{file}: isolator of shape {tuple(saved.shape)}, but num_virtual_tokens and the model's width ask for "
+                f"{tuple(self.mode_isolator.weight.shape)}"
+            )
+        with torch.no_grad():
+            self.mode_isolator.weight.copy_(saved)
+        return True
+
+
+def is_sharded() -> bool:
+    """Whether other processes train along, so that all of them must call the same modules."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the context and give every module its own mode back."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True

@@ -1,0 +1,47 @@
+"""DivPrune: keep the most diverse tokens (arXiv 2503.02175, repository vbdi/divprune)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dualspeed.pruners.tokens import VisualTokens, ascending
+
+
+def divprune(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
+    """Greedy max-min diversity over cosine distances of the projected features.
+
+    The first pick is the token whose nearest neighbour is farthest; each next one is the token farthest from its
+    nearest pick. Unlike the repository's code, picked tokens are masked, so that identical tokens never repeat.
+    """
+    valid = tokens.valid()
+    distances = cosine_distances(tokens.features)
+    picked = greedy_max_min(distances, valid, int(num_keep.max()))
+    return ascending(picked, num_keep)
+
+
+divprune.needs = ()
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(B, N, D) -> (B, N, N) cosine distances in float32."""
+    unit = F.normalize(features.float(), dim=-1)
+    return 1 - unit @ unit.transpose(1, 2)
+
+
+def greedy_max_min(distances: Tensor, valid: Tensor, num_picks: int) -> Tensor:
+    """(B, N, N) distances -> (B, num_picks) tokens in order of choice; invalid ones come last."""
+    # Distances to padding are infinite, so that padding is nobody's nearest neighbour.
+    identity = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    to_nearest = distances.masked_fill(~valid[:, None, :] | identity, torch.inf).amin(dim=-1)
+    # A single valid token has no neighbour: keep it ahead of padding all the same.
+    to_nearest = to_nearest.masked_fill(~valid, -torch.inf)
+
+    picks = []
+    taken = ~valid
+    for step in range(num_picks):
+        pick = to_nearest.masked_fill(taken, -torch.inf).argmax(dim=-1, keepdim=True)
+        picks.append(pick)
+        taken = taken.scatter(1, pick, True)
+        to_pick = distances.gather(1, pick[:, :, None].expand(-1, -1, distances.shape[2]))[:, 0]
+        to_nearest = to_pick if step == 0 else torch.minimum(to_nearest, to_pick)
+    return torch.cat(picks, dim=1)

@@ -1,0 +1,37 @@
+"""Random selection: the control that every other method has to beat."""
+
+import torch
+from torch import Tensor
+
+from dualspeed.pruners.tokens import VisualTokens, select_top_k
+
+
+def random(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
+    """Uniformly random k tokens, a pure function of each image's seed (0 where none is given).
+
+    Scores are a hash of (seed, index), so that no generator's state stands between two runs: a resumed training
+    prunes as the uninterrupted one, an image alone as in a batch, a GPU as a CPU.
+    """
+    batch_size, num_tokens = tokens.features.shape[:2]
+    device = tokens.features.device
+    seeds = tokens.seeds if tokens.seeds is not None else torch.zeros(batch_size, dtype=torch.int64, device=device)
+    hashes = splitmix64(splitmix64(seeds.to(device))[:, None] + torch.arange(num_tokens, device=device))
+    # 24 bits are exact in float32; ties go to the lower index.
+    scores = (hashes & 0xFFFFFF).float().masked_fill(~tokens.valid(), -torch.inf)
+    return select_top_k(scores, num_keep)
+
+
+random.needs = ("seeds",)
+
+
+def splitmix64(values: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014) on int64; products wrap around as in unsigned arithmetic."""
+    values = values + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+    values = (values ^ logical_shift_right(values, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    values = (values ^ logical_shift_right(values, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return values ^ logical_shift_right(values, 31)
+
+
+def logical_shift_right(values: Tensor, bits: int) -> Tensor:
+    """Shift int64 right and fill with zeros; torch's own shift copies the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)

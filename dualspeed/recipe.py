@@ -1,0 +1,64 @@
+"""The recipe of a training stage: its data and its `transformers.TrainingArguments`, by a global batch size."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from dualspeed.data.templates import TEMPLATE_NAMES
+from dualspeed.training_arguments import check_training_arguments
+from dualspeed.typed import check_choice, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What preparing a stage's data needs."""
+
+    annotations: str
+    """LLaVA conversation JSON."""
+    images: str
+    """Folder that the annotations' image paths start from."""
+    chat_template: str = "vicuna_v1"
+    """Prompt format; its generation blocks are what is supervised."""
+    max_length: int = 2048
+    """Tokens of a sample, image tokens included; a longer text is cut at its end."""
+    max_dropped_share: float = 0.05
+    """Preparation fails if a larger share of the samples is unusable."""
+
+    def __post_init__(self) -> None:
+        check_choice("chat_template", self.chat_template, TEMPLATE_NAMES)
+        check_range("max_length", self.max_length, self.max_length > 0, "above 0")
+        check_range("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(DataRecipe):
+    """One stage of training: its data and its `transformers.TrainingArguments`."""
+
+    global_batch_size: int
+    """Samples of one optimizer step, over all devices and accumulation steps."""
+    per_device_batch_size: int | None = None
+    """Samples that a device takes at once; null: all of its share of the batch."""
+    projector_learning_rate: float | None = None
+    """Learning rate of projector and isolator; null: that of everything else."""
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    """Fields of TrainingArguments; batch sizes, seed and folders are set elsewhere."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("global_batch_size", self.global_batch_size, self.global_batch_size > 0, "above 0")
+        if self.per_device_batch_size is not None:
+            batch_plan(self.global_batch_size, 1, self.per_device_batch_size)
+        check_training_arguments(self.training_arguments)
+
+    def preparation(self) -> DataRecipe:
+        """The part that preparing the data depends on."""
+        return DataRecipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DataRecipe)})
+
+
+def batch_plan(global_batch_size: int, num_processes: int, per_device_batch_size: int) -> int:
+    """Accumulation steps that make `global_batch_size` on this many processes; ConfigError if they don't divide it."""
+    samples_at_once = num_processes * per_device_batch_size
+    valid = f"a multiple of {num_processes} devices x {per_device_batch_size} samples"
+    is_valid = samples_at_once > 0 and global_batch_size % samples_at_once == 0
+    check_range("global_batch_size", global_batch_size, is_valid, valid)
+    return global_batch_size // samples_at_once

@@ -1,0 +1,61 @@
+"""Sequence surgery: from a batch with every image placeholder to one with those of the kept tokens alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualspeed.losses import IGNORE_INDEX
+
+
+class PrunedInputs(NamedTuple):
+    """A compacted batch, padded to its longest sample."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None
+
+
+def prune_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor | None,
+    image_token_id: int,
+    num_copies: Tensor,
+    padding_side: str = "right",
+) -> PrunedInputs:
+    """Compact sequences to the visual tokens that stay.
+
+    Args:
+        input_ids, attention_mask, labels: (B, L); images are runs of `image_token_id`.
+        num_copies: (P,) how many positions each image placeholder becomes, in reading order: 0 drops it, 1 keeps it,
+            1 + l keeps it with room for the isolator before it.
+
+    Raises:
+        ValueError: placeholders and visual tokens differ in number.
+    """
+    is_image = (input_ids == image_token_id) & attention_mask.bool()
+    num_placeholders = int(is_image.sum())
+    if num_placeholders != len(num_copies):
+        raise ValueError(
+            f"input_ids hold {num_placeholders} image placeholders, but the images give {len(num_copies)} visual tokens"
+        )
+    copies = attention_mask.long().masked_scatter(is_image, num_copies.long())
+    lengths = copies.sum(dim=1)
+    length = int(lengths.max())
+    source = torch.arange(input_ids.numel(), device=input_ids.device).repeat_interleave(copies.flatten())
+    row = source // input_ids.shape[1]
+    column = torch.arange(len(source), device=input_ids.device) - (lengths.cumsum(0) - lengths)[row]
+    if padding_side == "left":
+        column = column + (length - lengths)[row]
+
+    def compact(values: Tensor, padding: int) -> Tensor:
+        compacted = values.new_full((len(values), length), padding)
+        compacted[row, column] = values.flatten()[source]
+        return compacted
+
+    return PrunedInputs(
+        input_ids=compact(input_ids, 0),
+        attention_mask=compact(attention_mask, 0),
+        labels=None if labels is None else compact(labels, IGNORE_INDEX),
+    )

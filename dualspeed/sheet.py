@@ -1,0 +1,78 @@
+"""The sheet of experiments: a TSV file with one row per trained model; an empty cell means the default."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from dualspeed.typed import ConfigError, did_you_mean
+
+# column -> type of its cells
+COLUMNS = {
+    "id": str,
+    "model": str,
+    "method": str,
+    "pruner": str,
+    "pruning_ratio": float,
+    "slow_mode_ratio": float,
+    "num_virtual_tokens": int,
+    "distillation_weight": float,
+    "seed": int,
+    "tables": str,
+}
+REQUIRED = ("id", "model", "method")
+
+
+def read_sheet(path: Path) -> list[dict[str, Any]]:
+    """Rows as {column: typed value, None for an empty cell}; blank lines and lines starting with # are left out.
+
+    Raises:
+        ConfigError: no file, no row, a mistyped column, a cell of another type, a missing or repeated id.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; valid: a tab-separated sheet of experiments")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = [cells for cells in csv.reader(file, delimiter="\t") if any(cells) and not cells[0].startswith("#")]
+    columns, *rows = lines or [[]]
+    _check_columns(columns, path)
+    if not rows:
+        raise ConfigError(f"{path}: no row; valid: one row per trained model")
+    seen: set[str] = set()
+    return [_read_row(columns, cells, seen, path) for cells in rows]
+
+
+def _check_columns(columns: list[str], path: Path) -> None:
+    for column in columns:
+        if column not in COLUMNS:
+            hint = did_you_mean(column, COLUMNS)
+            raise ConfigError(
+                f"{path}: column {column!r} is unknown{hint}; valid: {', '.join(COLUMNS)} (tab-separated)"
+            )
+        if columns.count(column) > 1:
+            raise ConfigError(f"{path}: column {column!r} is there twice; valid: each column once")
+    for column in REQUIRED:
+        if column not in columns:
+            raise ConfigError(f"{path}: column {column!r} is missing; valid: {', '.join(COLUMNS)} (tab-separated)")
+
+
+def _read_row(columns: list[str], cells: list[str], seen: set[str], path: Path) -> dict[str, Any]:
+    row = dict.fromkeys(COLUMNS)
+    identifier = cells[columns.index("id")].strip() if columns.index("id") < len(cells) else ""
+    where = f"{path}: row {identifier or cells}"
+    if len(cells) > len(columns):
+        raise ConfigError(f"{where}: {len(cells)} cells; valid: {len(columns)}, one per column")
+    for column, cell in zip(columns, cells, strict=False):
+        row[column] = _read_cell(COLUMNS[column], cell.strip(), f"{where}: {column}")
+    for column in REQUIRED:
+        if row[column] is None:
+            raise ConfigError(f"{where}: {column}: empty; valid: a value in every row")
+    if identifier in seen:
+        raise ConfigError(f"{where}: id: used by an earlier row; valid: an id of its own")
+    seen.add(identifier)
+    return row
+
+
+def _read_cell(kind: type, cell: str, where: str) -> Any:
+    try:
+        return kind(cell) if cell else None
+    except ValueError:
+        raise ConfigError(f"{where}: {cell!r} is no {kind.__name__}; valid: {kind.__name__}, or empty") from None

@@ -1,0 +1,163 @@
+"""DualSpeedTrainer: `transformers.Trainer` that decides which mode a step runs, and saves stock checkpoints."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from dualspeed.config import DualSpeedConfig
+from dualspeed.modeling import DualSpeedModel, DualSpeedOutput, load_vlm
+from dualspeed.modes import Mode, mode_of_step
+
+# Modules of the VLMs that translate between vision and language; they share a learning rate with the isolator.
+PROJECTOR_MODULES = ("mode_isolator", "multi_modal_projector", "image_newline")
+
+
+class DualSpeedTrainer(Trainer):
+    """Trains a VLM in fast and slow steps; swap it for `Trainer`, give it a `DualSpeedConfig`, keep the rest."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | DualSpeedModel,
+        args: TrainingArguments,
+        dualspeed: DualSpeedConfig | None = None,
+        projector_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set up training.
+
+        Args:
+            model: a stock VLM, or one already wrapped in a DualSpeedModel.
+            dualspeed: the method's settings; None: those of a wrapped model, or the paper's.
+            projector_learning_rate: of projector and isolator; None: `args.learning_rate`.
+            kwargs: as for `transformers.Trainer`; the data collator gives input_ids, attention_mask, labels and,
+                where a batch has images, pixel_values and what else the VLM takes.
+        """
+        if isinstance(model, DualSpeedModel):
+            if dualspeed not in (None, model.dualspeed):
+                raise ValueError("the model carries other DualSpeed settings than `dualspeed`; give them once")
+        else:
+            set_seed(args.seed)  # the isolator's initial values are a function of the seed
+            model = DualSpeedModel(model, dualspeed or DualSpeedConfig())
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every parameter is in the graph of every step
+        # The columns are for the collator: the model's signature says nothing about them.
+        args.remove_unused_columns = False
+        self.projector_learning_rate = projector_learning_rate
+        self._losses: dict[str, list[Tensor]] = defaultdict(list)
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(FrozenIsolatorInSlowSteps(self))
+
+    def mode_of_step(self, step: int) -> Mode:
+        """Mode of an optimizer step, the same on every rank and after every resume."""
+        config = self.accelerator.unwrap_model(self.model).dualspeed
+        return mode_of_step(self.args.seed, step, config.slow_mode_ratio, config.mode_schedule)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, DualSpeedOutput]:
+        """Loss of a micro-batch in the mode of its step; in evaluation, cross-entropy on all tokens."""
+        mode = self.mode_of_step(self.state.global_step) if model.training else Mode.SLOW
+        outputs = model(
+            **inputs,
+            mode=mode,
+            distill=model.training,
+            pruning_seed=(self.args.seed << 32) + self.state.global_step,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if model.training:
+            self._record(outputs, mode)
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The ranks' gradients are averaged, while each loss is a share of the sum over all ranks' tokens.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, outputs: DualSpeedOutput, mode: Mode) -> None:
+        """Keep a micro-batch's losses on the device; `log` averages them."""
+        self._losses[f"{mode}/ce_loss"].append(outputs.ce_loss.detach())
+        if mode is Mode.SLOW:
+            self._losses[f"{mode}/distillation_loss"].append(outputs.distillation_loss.detach())
+        if len(outputs.logits) == 0:
+            self._losses["batches_without_supervision"].append(outputs.loss.new_ones(()))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to the stock record the losses of each mode since the last one, and each group's learning rate."""
+        if "loss" in logs:
+            steps = self.args.gradient_accumulation_steps
+            for name, values in self._losses.items():
+                total = torch.stack(values).sum().item()
+                logs[name] = total if name.startswith("batches") else total / (len(values) / steps)
+            self._losses.clear()
+            for group in self.optimizer.param_groups:
+                if "name" in group:
+                    logs[f"learning_rate/{group['name']}"] = group["lr"]
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the stock trainer's, with a group of its own for projector and isolator."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(self._parameter_groups(model), **arguments)
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trainable parameters by learning rate and weight decay; the isolator never decays."""
+        decaying = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_projector = any(module in name for module in PROJECTOR_MODULES)
+                decays = name in decaying and "mode_isolator" not in name
+                groups[is_projector, decays].append(parameter)
+        projector_rate = self.projector_learning_rate or self.args.learning_rate
+        return [
+            {
+                "name": f"{'projector' if is_projector else 'model'}{'' if decays else '_no_decay'}",
+                "params": parameters,
+                "lr": projector_rate if is_projector else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (is_projector, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a stock checkpoint with the isolator beside it (the stock trainer writes prefixed names)."""
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load what `_save` wrote; raises on a missing or unexpected weight."""
+        if self.is_fsdp_enabled:
+            # Sharded weights lie beside the stock checkpoint, in accelerate's own format.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        saved = load_vlm(resume_from_checkpoint, dtype=model.vlm.dtype)
+        model.vlm.load_state_dict(saved.state_dict(), strict=True)
+        if model.mode_isolator is not None and not model.load_isolator(resume_from_checkpoint):
+            raise FileNotFoundError(f"{resume_from_checkpoint}: the checkpoint has no mode isolator to resume with")
+
+
+class FrozenIsolatorInSlowSteps(TrainerCallback):
+    """A slow step gives the isolator a gradient of 0, which AdamW's momentum would still turn into an update."""
+
+    def __init__(self, trainer: DualSpeedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Hide the isolator from the optimizer in a slow step."""
+        isolator = self.trainer.accelerator.unwrap_model(self.trainer.model).mode_isolator
+        if isolator is not None and self.trainer.mode_of_step(state.global_step) is Mode.SLOW:
+            isolator.weight.grad = None
