@@ -64,9 +64,8 @@ class DualSpeedConfig:
         check_range("slow_mode_ratio", self.slow_mode_ratio, 0 <= self.slow_mode_ratio <= 1, "in [0, 1]")
         check_range("num_virtual_tokens", self.num_virtual_tokens, self.num_virtual_tokens >= 0, "0 or more")
         check_range("distillation_weight", self.distillation_weight, self.distillation_weight >= 0, "0 or more")
-        check_range(
-            "distillation_temperature", self.distillation_temperature, self.distillation_temperature > 0, "above 0"
-        )
+        temperature = self.distillation_temperature
+        check_range("distillation_temperature", temperature, temperature > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,17 +194,16 @@ def load_project(config: Mapping[str, Any] | str | Path, file: str = "config") -
     if isinstance(config, str | Path):
         file = str(config)
         config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"{file}: not a mapping of keys; valid: name, experiments, models and so on")
-    values = dict(config)
+    values = dict(read_value(dict[str, Any], config, file, "top level"))
     sheet_path = Path(read_value(str, values.pop("experiments", None), file, "experiments"))
     models = read_value(dict[str, ModelConfig], values.get("models"), file, "models")
     for name, model in models.items():
         if model.source != "demo" and not Path(model.source).is_dir():
             raise ConfigError(f"{file}: models.{name}.source: no folder {model.source!r}; valid: demo, or a folder")
-    for block in ("data", "base_model"):
-        if isinstance(values.get(block), Mapping):
-            values[block] = {key: value for key, value in values[block].items() if key != "source"}
+    data = values.get("data")
+    if isinstance(data, Mapping) and "source" in data:
+        check_choice(f"{file}: data.source", data["source"], ("demo",))
+        values["data"] = {key: value for key, value in data.items() if key != "source"}
     experiments = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
     sheet = f"{values.get('name')}{sheet_path.stem.removeprefix('experiments')}"
     return read_dataclass(ProjectConfig, values, file, experiments=experiments, sheet=sheet)
@@ -271,7 +269,7 @@ class StageSettings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
-        """Inverse of `to_dict`; ConfigError as for a configuration file."""
+        """Inverse of `to_dict`."""
         return read_dataclass(cls, data, "settings")
 
 
@@ -280,12 +278,12 @@ def pretrain_settings(project: ProjectConfig, experiment: Experiment) -> StageSe
 
     What does not matter to it is set to the default, so that rows which share a pretraining ask for the same one.
     """
-    config = experiment.dualspeed
+    config = dataclasses.replace(experiment.dualspeed, distillation_weight=0.0)
     if config.slow_mode_ratio == 1:
-        unused = {"pruner": DualSpeedConfig.pruner, "pruning_ratio": DualSpeedConfig.pruning_ratio}
-        config = dataclasses.replace(config, distillation_weight=0.0, **unused)
+        default = DualSpeedConfig()
+        config = dataclasses.replace(config, pruner=default.pruner, pruning_ratio=default.pruning_ratio)
     else:
-        config = dataclasses.replace(config, slow_mode_ratio=0.0, distillation_weight=0.0)
+        config = dataclasses.replace(config, slow_mode_ratio=0.0)
     recipe = project.models[experiment.model].stages.pretrain
     return StageSettings(stage="pretrain", seed=experiment.seed, recipe=recipe, dualspeed=config)
 

@@ -151,6 +151,7 @@ class DualSpeedModel(nn.Module):
             pruning_seed: moves random pruners from step to step.
             num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
         """
+        mode = Mode(mode)
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         full = PrunedInputs(input_ids, attention_mask, labels)
@@ -168,7 +169,8 @@ class DualSpeedModel(nn.Module):
         else:
             logits = self._logits(full, images.features if has_images else None)
 
-        num_items = max(len(logits), 1) if num_items_in_batch is None else num_items_in_batch
+        # At least 1: a step without any supervised token has a loss of 0.
+        num_items = torch.as_tensor(len(logits) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         targets = supervised_labels(labels)
         ce_loss = cross_entropy(logits, targets, num_items)
         loss = ce_loss + self._zero_for_idle_parameters(images, has_images, mode)

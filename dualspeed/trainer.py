@@ -1,5 +1,6 @@
 """DualSpeedTrainer: `transformers.Trainer` that decides which mode a step runs, and saves stock checkpoints."""
 
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -10,9 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from dualspeed.config import DualSpeedConfig
 from dualspeed.modeling import DualSpeedModel, DualSpeedOutput, load_vlm
 from dualspeed.modes import Mode, mode_of_step
-
-# Modules of the VLMs that translate between vision and language; they share a learning rate with the isolator.
-PROJECTOR_MODULES = ("mode_isolator", "multi_modal_projector", "image_newline")
+from dualspeed.stages import is_projector
 
 
 class DualSpeedTrainer(Trainer):
@@ -47,6 +46,8 @@ class DualSpeedTrainer(Trainer):
         args.remove_unused_columns = False
         self.projector_learning_rate = projector_learning_rate
         self._losses: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._logged_at = time.perf_counter()
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(FrozenIsolatorInSlowSteps(self))
 
@@ -71,33 +72,40 @@ class DualSpeedTrainer(Trainer):
             pruning_seed=(self.args.seed << 32) + self.state.global_step,
             num_items_in_batch=num_items_in_batch,
         )
+        # The ranks' gradients are averaged, while each loss is a share of the sum over all ranks' tokens.
+        is_share = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        scale = self.accelerator.num_processes if is_share else 1
         if model.training:
-            self._record(outputs, mode)
-        loss = outputs.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The ranks' gradients are averaged, while each loss is a share of the sum over all ranks' tokens.
-            loss = loss * self.accelerator.num_processes
+            self._record(inputs, outputs, mode, scale)
+        loss = outputs.loss * scale
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, outputs: DualSpeedOutput, mode: Mode) -> None:
-        """Keep a micro-batch's losses on the device; `log` averages them."""
-        self._losses[f"{mode}/ce_loss"].append(outputs.ce_loss.detach())
+    def _record(self, inputs: dict[str, Any], outputs: DualSpeedOutput, mode: Mode, scale: int) -> None:
+        """Keep a micro-batch's figures on the device; `log` brings them home."""
+        self._sums["tokens"].append(inputs["attention_mask"].sum())
+        self._sums["samples"].append(inputs["input_ids"].new_tensor(len(inputs["input_ids"])))
+        self._sums["batches_without_supervision"].append(inputs["input_ids"].new_tensor(len(outputs.logits) == 0))
+        self._losses[f"{mode}/ce_loss"].append(outputs.ce_loss.detach() * scale)
         if mode is Mode.SLOW:
-            self._losses[f"{mode}/distillation_loss"].append(outputs.distillation_loss.detach())
-        if len(outputs.logits) == 0:
-            self._losses["batches_without_supervision"].append(outputs.loss.new_ones(()))
+            self._losses[f"{mode}/distillation_loss"].append(outputs.distillation_loss.detach() * scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to the stock record the losses of each mode since the last one, and each group's learning rate."""
+        """Add to the stock record what happened since the last one: losses of each mode, throughput, learning rates."""
         if "loss" in logs:
-            steps = self.args.gradient_accumulation_steps
+            # A step's loss is the sum of its micro-batches' shares.
             for name, values in self._losses.items():
-                total = torch.stack(values).sum().item()
-                logs[name] = total if name.startswith("batches") else total / (len(values) / steps)
-            self._losses.clear()
+                num_steps = len(values) / self.args.gradient_accumulation_steps
+                logs[name] = torch.stack(values).sum().item() / num_steps
+            totals = {name: torch.stack(values).sum().item() for name, values in self._sums.items()}
+            seconds = time.perf_counter() - self._logged_at
+            for name in ("tokens", "samples"):
+                logs[f"{name}_per_second"] = totals[name] * self.accelerator.num_processes / seconds
+            logs["batches_without_supervision"] = totals["batches_without_supervision"]
             for group in self.optimizer.param_groups:
-                if "name" in group:
-                    logs[f"learning_rate/{group['name']}"] = group["lr"]
+                logs[f"learning_rate/{group['name']}"] = group["lr"]
+            self._losses.clear()
+            self._sums.clear()
+            self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -114,18 +122,17 @@ class DualSpeedTrainer(Trainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                is_projector = any(module in name for module in PROJECTOR_MODULES)
                 decays = name in decaying and "mode_isolator" not in name
-                groups[is_projector, decays].append(parameter)
+                groups[is_projector(name), decays].append(parameter)
         projector_rate = self.projector_learning_rate or self.args.learning_rate
         return [
             {
-                "name": f"{'projector' if is_projector else 'model'}{'' if decays else '_no_decay'}",
+                "name": f"{'projector' if in_projector else 'model'}{'' if decays else '_no_decay'}",
                 "params": parameters,
-                "lr": projector_rate if is_projector else self.args.learning_rate,
+                "lr": projector_rate if in_projector else self.args.learning_rate,
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
-            for (is_projector, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+            for (in_projector, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -12,7 +12,6 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -102,7 +102,7 @@ def vision_layers(vlm: PreTrainedModel) -> nn.ModuleList:
 
 def positive_feature_layer(vlm: PreTrainedModel) -> int | list[int]:
     """The configured `vision_feature_layer` counted from the front; 0 is the embeddings' output."""
-    num_states = len(vision_layers(vlm)) + 1
+    num_states = vlm.config.vision_config.num_hidden_layers + 1
     selected = vlm.config.vision_feature_layer
     return [layer % num_states for layer in selected] if isinstance(selected, list) else selected % num_states
 

@@ -9,6 +9,7 @@ from dualspeed.benchmarks.mme import MME
 from dualspeed.benchmarks.pope import POPE
 from dualspeed.benchmarks.records import Benchmark, Question, Record, unit_ids
 from dualspeed.benchmarks.scienceqa import SCIENCEQA
+from dualspeed.typed import check_choice
 
 __all__ = ["BENCHMARKS", "Benchmark", "BenchmarkError", "Question", "Record", "get_benchmark", "unit_ids"]
 
@@ -16,7 +17,6 @@ BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """The benchmark called `name`. Raises BenchmarkError with the valid names."""
-    if name not in BENCHMARKS:
-        raise BenchmarkError(f"benchmark {name!r} is unknown; valid: {', '.join(sorted(BENCHMARKS))}")
+    """The benchmark called `name`. Raises ConfigError with the valid names."""
+    check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]

@@ -1,12 +1,15 @@
 """What every benchmark shares: a question enters a model, an answer leaves it, a record says what it is worth."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dualspeed.benchmarks.files import BenchmarkError, get_field
+from dualspeed.benchmarks.files import BenchmarkError, UnknownAnswerError, get_field
+
+# Stands in every score; changes when a prompt does, since scores under different prompts don't compare.
+PROMPT_VERSION = "llava-1.5"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Benchmark:
     answer_key: Callable[[dict, str], str]
     """line of an answers file in LLaVA's format, its place for errors -> `Question.question_id`."""
     score_answers: Callable[[Path, Mapping[str, str]], list[Record]]
-    """folder, {question_id: text} -> one record per official question. Raises BenchmarkError on an unknown id."""
+    """folder, {question_id: text} -> one record per official question. Raises BenchmarkError, UnknownAnswerError."""
     metrics: Callable[[Sequence[Record]], dict[str, float]]
     statistics: Callable[[Sequence[Record]], np.ndarray]
     """records -> (units, m), units in the order of `unit_ids`."""
@@ -118,10 +121,9 @@ def reject_duplicates(ids: Sequence[str], place: str | Path) -> None:
         seen.add(question_id)
 
 
-def reject_unknown(answers: Mapping[str, str], known: Mapping[str, object] | set[str], place: str | Path) -> None:
-    """Raise BenchmarkError if an answer belongs to no question of `place`: then it answers another question file."""
+def reject_unknown(answers: Mapping[str, str], known: Collection[str], place: str | Path) -> None:
+    """Raise UnknownAnswerError if an answer belongs to no question of `place`."""
     unknown = [question_id for question_id in answers if question_id not in known]
     if unknown:
-        raise BenchmarkError(
-            f"question_id {unknown[0]!r} is not in {place} ({len(unknown)} of {len(answers)} answers are unknown)"
-        )
+        count = f"{len(unknown)} of {len(answers)} answers are unknown"
+        raise UnknownAnswerError(unknown[0], f"field 'question_id': {unknown[0]!r} is not in {place} ({count})")

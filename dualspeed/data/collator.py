@@ -51,14 +51,14 @@ class ConversationCollator:
         self._check_lengths(examples, encoded["input_ids"])
         rows = [np.array(row[: self.max_length]) for row in encoded["input_ids"]]
         masks = [np.array(mask[: self.max_length], dtype=bool) for mask in encoded.pop("assistant_masks")]
-        labels = [np.where(mask, row, IGNORED_LABEL) for row, mask in zip(rows, masks)]
+        labels = [np.where(mask, row, IGNORED_LABEL) for row, mask in zip(rows, masks, strict=True)]
         batch = batch_of(rows, encoded, self.processor.tokenizer.pad_token_id, self.padding_side)
         batch["labels"] = pad(labels, IGNORED_LABEL, self.padding_side)
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
         """Raise ValueError if cutting a row to max_length would cut image tokens."""
-        for example, row in zip(examples, rows):
+        for example, row in zip(examples, rows, strict=True):
             if self.max_length and self.processor.image_token_id in row[self.max_length :]:
                 raise ValueError(
                     f"sample {example['id']!r}: max_length {self.max_length} would cut image tokens (the sample has "
@@ -121,7 +121,7 @@ def pad(rows: list[np.ndarray], value: int, side: str) -> torch.Tensor:
     """(B, L) int64: rows of different lengths, filled up with `value` to the longest."""
     length = max(len(row) for row in rows)
     padded = np.full((len(rows), length), value, dtype=np.int64)
-    for target, row in zip(padded, rows):
+    for target, row in zip(padded, rows, strict=True):
         if side == "right":
             target[: len(row)] = row
         else:

@@ -1,23 +1,17 @@
 """The demo's base model: a tiny LLaVA in stock classes, made in minutes as large ones are made in weeks.
 
-Three trainings, none of which shows it a picture with a question: the vision tower on labelled patches (then frozen,
-like CLIP), the language model on text alone (scenes in words, questions, answers), and language model with projector
-on captions. Enters: the demo's data folder. Leaves: a checkpoint with its processor, in the Hub's parameter names.
+Three trainings (dualspeed.demo.base_training), none of which shows it a picture with a question: the vision tower on
+labelled patches (then frozen, like CLIP), the language model on text alone, and language model with projector on
+captions. Enters: the demo's data folder. Leaves: a checkpoint with its processor, in the Hub's parameter names.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -26,35 +20,118 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dualspeed.demo.drawing import CELL, COLOURS, GRID, sample_scene
-from dualspeed.demo.questions import ask_turns, caption
+from dualspeed.demo.base_training import (
+    encode_images,
+    load_pixels,
+    train_on_captions,
+    train_on_text,
+    train_vision_tower,
+)
+from dualspeed.demo.drawing import CELL, GRID
 from dualspeed.demo.settings import BaseModelSettings, settings_from_dict
 from dualspeed.demo.tokenizer import make_tokenizer
 from dualspeed.files import atomic_folder
 
-NUM_PATCHES = GRID * GRID
 IMAGE_SIZE = GRID * CELL
+HUB_PREFIXES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+}
+"""Parameter prefixes of a fresh LLaVA in transformers 5 -> those of the checkpoints on the Hub."""
 
 
 def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
     """Train the base model on `data` (see dualspeed.demo.scenes) and write it to folder `out`, whole or not at all.
 
     Raises:
-        ValueError: unknown setting.
+        ValueError: unknown or impossible setting.
     """
     chosen = settings_from_dict(BaseModelSettings, settings)
     torch.manual_seed(chosen.seed)
-    processor = make_processor()
+    processor = make_processor(make_tokenizer())
     model = build_model(chosen, processor.tokenizer)
-    scenes = json.loads((data / "scenes.json").read_text())[: chosen.caption_scenes]
+
+    scenes = json.loads((data / "scenes.json").read_text())[: chosen.num_scenes]
+    captions = json.loads((data / "pretrain.json").read_text())[: chosen.num_scenes]
     pixels = load_pixels([data / "images" / "train" / scene["image"] for scene in scenes], processor)
-    train_vision_tower(model, chosen, pixels, scenes)
-    features = encode_images(model, pixels)
+    train_vision_tower(model.model.vision_tower, chosen, pixels, scenes)
     train_on_text(model, chosen, processor.tokenizer)
-    captions = [text for text in json.loads((data / "pretrain.json").read_text())[: len(scenes)]]
-    train_on_captions(model, chosen, processor.tokenizer, features, captions)
+    features = encode_images(model.model.vision_tower, pixels)
+    train_on_captions(model, chosen, processor.tokenizer, features, [c["conversations"][1]["value"] for c in captions])
     save_with_hub_names(model, processor, out)
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Return LLaVA's processor for the demo's pictures, which need no resizing."""
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_resize=False,
+        do_center_crop=False,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def build_model(settings: BaseModelSettings, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """Return a LLaVA with random weights: CLIP tower, two-layer projector, Llama."""
+    vision = CLIPVisionConfig(
+        hidden_size=settings.vision_width,
+        intermediate_size=4 * settings.vision_width,
+        num_hidden_layers=settings.vision_layers,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=CELL,
+        initializer_factor=1.0,
+    )
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=settings.text_width,
+        intermediate_size=8 * settings.text_width // 3,
+        num_hidden_layers=settings.text_layers,
+        num_attention_heads=settings.text_heads,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=GRID * GRID,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def save_with_hub_names(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write model and processor to folder `out`.
+
+    transformers saves a LLaVA in the Hub's parameter names only if it was loaded from them: so they are written once
+    by hand, loaded, and saved as any later checkpoint will be.
+    """
+    with tempfile.TemporaryDirectory() as scratch, atomic_folder(out) as folder:
+        weights = {hub_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        AutoModelForImageTextToText.from_pretrained(scratch).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def hub_name(name: str) -> str:
+    """Return the Hub's name of a parameter."""
+    for prefix, hub_prefix in HUB_PREFIXES.items():
+        if name.startswith(prefix):
+            return hub_prefix + name.removeprefix(prefix)
+    raise ValueError(f"{name}: no such parameter in a LLaVA checkpoint; valid prefixes: {', '.join(HUB_PREFIXES)}")

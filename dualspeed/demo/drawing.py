@@ -4,11 +4,15 @@ The digits are the 1,797 of UCI's optical recognition set, which ship inside sci
 the test split and appear in no training picture.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+
+T = TypeVar("T")
 
 COLOURS = {
     "red": (214, 28, 36),
@@ -63,25 +67,29 @@ def load_handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def samples_of_digit(split: str) -> tuple[np.ndarray, ...]:
+def samples_of_digit(split: str) -> tuple[tuple[int, ...], ...]:
     """Return, for each digit 0..9, the indices of its handwritten samples in `split` (train or test)."""
     _, values = load_handwriting()
     order = np.random.RandomState(0).permutation(len(values))  # RandomState: its streams never change
     chosen = order[:-NUM_TEST_DIGITS] if split == "train" else order[-NUM_TEST_DIGITS:]
-    return tuple(np.sort(chosen[values[chosen] == digit]) for digit in range(10))
+    return tuple(tuple(np.sort(chosen[values[chosen] == digit]).tolist()) for digit in range(10))
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """Draw a scene of 3-5 different digits in random colours and cells, handwritten samples from `split`."""
     size = int(rng.integers(3, 6))
-    cells = np.sort(rng.choice(GRID * GRID, size, replace=False))
-    digits = rng.choice(10, size, replace=False)
-    colours = rng.choice(list(COLOURS), size)
-    samples = [rng.choice(samples_of_digit(split)[digit]) for digit in digits]
+    cells = np.sort(rng.permutation(GRID * GRID)[:size]).tolist()
+    digits = rng.permutation(10)[:size].tolist()
     items = [
-        Item(int(d), str(c), int(cell), int(s)) for d, c, cell, s in zip(digits, colours, cells, samples, strict=True)
+        Item(digit, pick(rng, tuple(COLOURS)), cell, pick(rng, samples_of_digit(split)[digit]))
+        for cell, digit in zip(cells, digits, strict=True)
     ]
     return Scene(tuple(items), noise_seed=int(rng.integers(2**31)))
+
+
+def pick(rng: np.random.Generator, values: Sequence[T]) -> T:
+    """Draw one of `values`; ten times faster than rng.choice."""
+    return values[int(rng.integers(len(values)))]
 
 
 def draw_scene(scene: Scene) -> Image.Image:

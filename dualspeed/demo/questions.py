@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualspeed.demo.drawing import COLOURS, Scene
+from dualspeed.demo.drawing import COLOURS, Scene, pick
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
@@ -65,19 +65,19 @@ def absent_pair(scene: Scene, rng: np.random.Generator, negative: str) -> tuple[
     for num_right in range(NEGATIVES.index(negative), -1, -1):
         pairs = [(c, d) for c, d in absent if (c in colours_here) + (d in digits_here) == num_right]
         if pairs:
-            return pairs[rng.integers(len(pairs))]
+            return pick(rng, pairs)
     raise AssertionError("a scene has at most 5 colours and 5 digits, so some pair has neither")
 
 
 def sample_negative(rng: np.random.Generator) -> str:
     """Draw a kind of negative: half of them have the right colour, the right digit or both."""
-    return NEGATIVES[rng.choice(3, p=(0.5, 0.25, 0.25))]
+    return pick(rng, ("random", *NEGATIVES))
 
 
 def ask_existence(scene: Scene, rng: np.random.Generator, answer: bool, negative: str = "random") -> Question:
     """Ask whether a digit of a colour is there; the answer is yes where `answer` is true."""
     if answer:
-        item = scene.items[rng.integers(len(scene.items))]
+        item = pick(rng, scene.items)
         colour, digit = item.colour, item.digit
     else:
         colour, digit = absent_pair(scene, rng, negative)
@@ -86,7 +86,7 @@ def ask_existence(scene: Scene, rng: np.random.Generator, answer: bool, negative
 
 def ask_colour(scene: Scene, rng: np.random.Generator) -> Question:
     """Ask for the colour of a digit."""
-    item = scene.items[rng.integers(len(scene.items))]
+    item = pick(rng, scene.items)
     return Question("colour", f"what colour is the {item.digit}?", item.colour)
 
 
@@ -95,16 +95,16 @@ def ask_digit(scene: Scene, rng: np.random.Generator) -> Question:
     single = [item for item in scene.items if scene.count(item.colour) == 1]
     if not single:
         return ask_colour(scene, rng)
-    item = single[rng.integers(len(single))]
+    item = pick(rng, single)
     return Question("digit", f"which digit is {item.colour}?", str(item.digit))
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
     """Ask how many digits have a colour: each number that occurs among the six colours is equally likely."""
     counts = {colour: scene.count(colour) for colour in COLOURS}
-    number = rng.choice(sorted(set(counts.values())))
+    number = pick(rng, sorted(set(counts.values())))
     colours = [colour for colour, count in counts.items() if count == number]
-    return Question("count", f"how many digits are {colours[rng.integers(len(colours))]}?", str(number))
+    return Question("count", f"how many digits are {pick(rng, colours)}?", str(number))
 
 
 def ask_choice(scene: Scene, rng: np.random.Generator) -> Question:
@@ -112,9 +112,9 @@ def ask_choice(scene: Scene, rng: np.random.Generator) -> Question:
     question = ask_colour(scene, rng) if rng.random() < 0.5 else ask_digit(scene, rng)
     others = [str(value) for value in (COLOURS if question.kind == "colour" else range(10))]
     others.remove(question.answer)
-    choices = [question.answer, *rng.choice(others, int(rng.integers(1, 4)), replace=False)]
-    order = rng.permutation(len(choices))
-    return Question("choice", question.text, question.answer, tuple(str(choices[i]) for i in order))
+    wrong = [others[i] for i in rng.permutation(len(others))[: rng.integers(1, 4)]]
+    choices = [question.answer, *wrong]
+    return Question("choice", question.text, question.answer, tuple(choices[i] for i in rng.permutation(len(choices))))
 
 
 def ask_statement(scene: Scene, rng: np.random.Generator, category: str, answer: bool) -> Question:
@@ -125,7 +125,7 @@ def ask_statement(scene: Scene, rng: np.random.Generator, category: str, answer:
     subject = asked.text.rstrip("?").split()[-1]
     valid = ["0", "1", "2", "3"] if category == "count" else list(COLOURS)
     others = [value for value in valid if value != asked.answer]
-    value = asked.answer if answer else others[rng.integers(len(others))]
+    value = asked.answer if answer else pick(rng, others)
     text = f"are there {value} {subject} digits?" if category == "count" else f"is the {subject} {value}?"
     return Question(f"is_{category}", text, "yes" if answer else "no")
 
@@ -136,7 +136,7 @@ def ask_for_training(scene: Scene, rng: np.random.Generator, kind: str) -> Quest
     if kind == "existence":
         return ask_existence(scene, rng, yes, sample_negative(rng))
     if kind == "statement":
-        return ask_statement(scene, rng, MME_CATEGORIES[1 + rng.integers(2)], yes)
+        return ask_statement(scene, rng, pick(rng, MME_CATEGORIES[1:]), yes)
     return {"colour": ask_colour, "digit": ask_digit, "count": ask_count, "choice": ask_choice}[kind](scene, rng)
 
 

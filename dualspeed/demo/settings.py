@@ -58,8 +58,10 @@ class BaseModelSettings:
     """Steps of language model and projector on captions of pictures."""
     caption_batch_size: int = 32
     """Pictures in a caption step."""
-    caption_scenes: int = 4000
-    """Training pictures that captions are taken from."""
+    caption_text_batch_size: int = 32
+    """Texts beside the pictures of a caption step."""
+    num_scenes: int = 3000
+    """Training pictures that tower and captions learn from."""
     learning_rate: float = 1e-3
     """Peak learning rate of each part (cosine, 50 steps of warm-up)."""
 

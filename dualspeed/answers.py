@@ -1,0 +1,93 @@
+"""Answers on disk: files in LLaVA's format, and the resumable state of a generation that is under way."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualspeed.benchmarks import Benchmark, BenchmarkError, Question
+from dualspeed.benchmarks.files import get_field, read_json_lines
+from dualspeed.files import sha256_of_json, write_atomic
+
+
+def read_answers(path: Path, benchmark: Benchmark) -> dict[str, tuple[str, str]]:
+    """{question id: (text, place for errors)} of an answers file in LLaVA's format, in any order.
+
+    Raises:
+        BenchmarkError: a line that isn't JSON, lacks a field, or answers a question for the second time.
+    """
+    answers: dict[str, tuple[str, str]] = {}
+    for place, record in read_json_lines(path):
+        key = benchmark.answer_key(record, place)
+        if key in answers:
+            raise BenchmarkError(f"{place}: field 'question_id': {key!r} is answered by an earlier line too")
+        answers[key] = (get_field(record, "text", str, place), place)
+    return answers
+
+
+def write_answers(
+    path: Path, benchmark: Benchmark, questions: list[Question], texts: Mapping[str, str], model_id: str
+) -> None:
+    """Write one line per question in official order, in LLaVA's format, so that the official scorers read it too.
+
+    Answer ids follow from the question, so that a resumed file equals an uninterrupted one to the byte.
+    """
+    lines = []
+    for question in questions:
+        mark = benchmark.image_mark if question.image is not None else ""
+        record = {
+            "question_id": question.official_id,
+            "prompt": mark + question.prompt,
+            "text": texts[question.question_id],
+            "answer_id": sha256_of_json([model_id, benchmark.name, question.question_id])[:22],
+            "model_id": model_id,
+            "metadata": {},
+        }
+        lines.append(json.dumps(record) + "\n")
+    write_atomic(path, "".join(lines))
+
+
+@dataclass
+class PartialAnswers:
+    """Answers of a benchmark so far, one line of the state file for each batch.
+
+    A line is written as a whole with its answers, so a kill loses at most the batch under way; the torn line it may
+    leave is cut off when the file is opened again.
+    """
+
+    path: Path
+    texts: dict[str, str]
+    seconds: float = 0.0
+    """Time spent on these answers, over all runs; loading the model is not in it."""
+    num_new_tokens: int = 0
+
+    @classmethod
+    def open(cls, path: Path) -> "PartialAnswers":
+        """Read the state file, if there is one, and cut off what follows its last whole line."""
+        partial = cls(path, {})
+        size = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                batch = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                batch = None
+            if batch is None:
+                break
+            partial._add(batch)
+            size += len(line)
+        if path.exists() and size < path.stat().st_size:
+            os.truncate(path, size)
+        return partial
+
+    def append(self, texts: Mapping[str, str], seconds: float, num_new_tokens: int) -> None:
+        """Add one batch and bring it to the file."""
+        batch = {"texts": dict(texts), "seconds": seconds, "num_new_tokens": num_new_tokens}
+        with self.path.open("ab") as file:
+            file.write(json.dumps(batch).encode() + b"\n")
+        self._add(batch)
+
+    def _add(self, batch: dict) -> None:
+        self.texts |= batch["texts"]
+        self.seconds += batch["seconds"]
+        self.num_new_tokens += batch["num_new_tokens"]

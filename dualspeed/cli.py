@@ -1,0 +1,150 @@
+"""`dualspeed <command>`: one command for each job of the workflow, so that every job also runs by hand.
+
+Settings travel as JSON, frozen when Snakemake planned the job. What a command needs is imported inside it: `--help`
+answers at once, and a job that only counts answers loads no torch.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a wrong setting or file is one line on stderr and exit status 1."""
+    options = make_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    from dualspeed.typed import ConfigError
+
+    try:
+        options.run(options)
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"dualspeed {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Arguments of every command."""
+    parser = argparse.ArgumentParser(prog="dualspeed", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], *folders: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        for folder in folders:
+            command.add_argument(f"--{folder}", type=Path, required=True)
+        return command
+
+    add_settings(add("demo-data", run_demo_data, "out"))
+    add_settings(add("base-model", run_base_model, "data", "out"))
+    prepare = add_settings(add("prepare", run_prepare, "model", "out"))
+    prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
+    train = add_settings(add("train", run_train, "model", "data", "state", "out"))
+    train.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment; none: local file only")
+    train.add_argument("--parent", type=json.loads, help="JSON: row and settings_hash of the experiment's run")
+    add_settings(add("answer", run_answer, "model", "state", "out"))
+    score = add("score", run_score, "data", "answers", "out")
+    score.add_argument("benchmark", help="name of the benchmark")
+    add_settings(add("speed", run_speed, "model", "data", "out"))
+    tables = add_settings(add("tables", run_tables, "out", "figures"))
+    tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
+    add("track", run_track).add_argument("action", choices=["init", "sync"])
+    track = commands.choices["track"]
+    track.add_argument("--tracking", type=json.loads, required=True, help="JSON: MLflow uri and experiment")
+    track.add_argument("--state", type=Path, help="state folder whose undelivered metrics `sync` delivers")
+    return parser
+
+
+def add_settings(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Give a command its settings."""
+    command.add_argument("--settings", type=json.loads, required=True, help="JSON, as the workflow makes it")
+    return command
+
+
+def run_demo_data(options: argparse.Namespace) -> None:
+    """Draw the demo's pictures, conversations and benchmarks."""
+    from dualspeed.demo.scenes import write_demo_data
+
+    write_demo_data(options.settings, options.out)
+
+
+def run_base_model(options: argparse.Namespace) -> None:
+    """Make the demo's base model."""
+    from dualspeed.demo.base_model import make_base_model
+
+    make_base_model(options.settings, options.data, options.out)
+
+
+def run_prepare(options: argparse.Namespace) -> None:
+    """Check conversations and images of a stage and make its dataset."""
+    from dualspeed.data.prepare import prepare_dataset
+    from dualspeed.recipe import DataRecipe
+    from dualspeed.typed import read_dataclass
+
+    recipe = read_dataclass(DataRecipe, options.settings, "--settings")
+    prepare_dataset(recipe, options.model, options.out, options.workers)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train one stage; resumes from its state."""
+    from dualspeed.config import StageSettings
+    from dualspeed.train import train
+
+    train(
+        StageSettings.from_dict(options.settings),
+        model_folder=options.model,
+        data_folder=options.data,
+        state_root=options.state,
+        out=options.out,
+        tracking=options.tracking,
+        parent=options.parent,
+    )
+
+
+def run_answer(options: argparse.Namespace) -> None:
+    """Answer the benchmarks' questions with a trained model."""
+    from dualspeed.evaluate import generate_answers
+
+    generate_answers(options.settings, options.model, options.state, options.out)
+
+
+def run_score(options: argparse.Namespace) -> None:
+    """Score the answers to one benchmark."""
+    from dualspeed.evaluate import score
+
+    score(options.benchmark, options.data, options.answers, options.out)
+
+
+def run_speed(options: argparse.Namespace) -> None:
+    """Measure the time of a step in each mode."""
+    from dualspeed.config import DualSpeedConfig
+    from dualspeed.efficiency import measure_speed
+    from dualspeed.typed import read_dataclass
+
+    settings = dict(options.settings)
+    method = read_dataclass(DualSpeedConfig, settings.pop("dualspeed"), "--settings", "dualspeed")
+    measure_speed(options.model, options.data, options.out, dualspeed=method, **settings)
+
+
+def run_tables(options: argparse.Namespace) -> None:
+    """Write the tables and figures of a sheet of experiments."""
+    from dualspeed.tables import write_tables
+
+    write_tables(options.settings, out=options.out, figures=options.figures, tracking=options.tracking)
+
+
+def run_track(options: argparse.Namespace) -> None:
+    """Create the MLflow store (init), or deliver what it lacks (sync)."""
+    from dualspeed import tracking
+
+    if options.action == "init":
+        tracking.init(options.tracking)
+    else:
+        tracking.sync_all(options.state, options.tracking)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

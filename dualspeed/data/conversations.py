@@ -1,0 +1,178 @@
+"""LLaVA's conversation JSON, read into records with messages in Hugging Face's chat format.
+
+Enters: a JSON list, or JSON lines, of {id, image, conversations: [{from: human | gpt, value}]}; `image` is a path, a
+list of paths or absent, and `<image>` marks in the human's turns say where images belong. Leaves: records {id,
+messages, images}, and one `Problem` for each entry that makes no record. Nothing is repaired silently, and nothing
+raises but a file without a single usable entry.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE_MARK = "<image>"
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class AnnotationsError(ValueError):
+    """A file of annotations cannot be used at all; the message names the file and, where there is one, the line."""
+
+
+class RecordError(ValueError):
+    """One entry cannot be used: `args` are the reason, the same for all such entries, and the detail of this one."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why one entry of the annotations, or one image of it, is not in the data."""
+
+    id: str
+    file: str
+    reason: str
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """The four fields, as the manifest lists them."""
+        return asdict(self)
+
+
+def load_conversations(annotations: str | Path, images: str | Path) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Records {id, messages, images} of the file `annotations`, and what is wrong with its other entries.
+
+    Image paths in the file start from the folder `images`; those in the records include it. A missing id becomes
+    "<file name>:<number of the entry>".
+
+    Raises:
+        AnnotationsError: the file is missing, not UTF-8, not JSON, or has no usable entry.
+    """
+    annotations = Path(annotations)
+    records, problems = [], []
+    for place, entry in read_entries(annotations):
+        name = f"{annotations.name}:{place}"
+        if isinstance(entry, dict) and entry.get("id") not in (None, ""):
+            name = str(entry["id"])
+        try:
+            check_unicode(name)
+            records.append({"id": name, **parse_entry(entry, Path(images))})
+        except RecordError as error:
+            problems.append(Problem(name, f"{annotations}:{place}", *error.args))
+    if not records:
+        first = f"; the first, {problems[0].file}: {problems[0].reason} ({problems[0].detail})" if problems else ""
+        raise AnnotationsError(
+            f"{annotations}: none of its {len(problems)} entries is a usable conversation{first}; "
+            "valid: a JSON list, or JSON lines, of {id, image, conversations}"
+        )
+    return records, problems
+
+
+def read_entries(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, entry) for each entry of a JSON list, counted from 1, or of JSON lines, by line number.
+
+    A line that is not JSON is passed on as the `json.JSONDecodeError` that it raised.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise AnnotationsError(f"{path}: does not exist; valid: a file of LLaVA conversations") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationsError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            yield from enumerate(json.loads(text), start=1)
+        except json.JSONDecodeError as error:
+            raise AnnotationsError(f"{path}: line {error.lineno} is not valid JSON: {error}") from error
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, _parse_line(line)
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return error
+
+
+def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
+    """{messages, images} of one entry; RecordError says why it makes none."""
+    if isinstance(entry, json.JSONDecodeError):
+        raise RecordError("malformed JSON line", str(entry))
+    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
+        raise RecordError("not a conversation", "valid: an object with a list `conversations`")
+    paths = parse_images(entry.get("image"))
+    turns = entry["conversations"]
+    if not turns or len(turns) % 2:
+        raise RecordError("turns do not alternate", f"{len(turns)} turns; valid: pairs of human and gpt")
+    messages = [parse_turn(turn, number) for number, turn in enumerate(turns)]
+    num_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
+    if num_marks != len(paths):
+        raise RecordError("number of <image> marks is not the number of images", f"{num_marks} marks, {len(paths)}")
+    return {"messages": messages, "images": [str(images / path) for path in paths]}
+
+
+def parse_images(image: Any) -> list[str]:
+    """The entry's image paths: none, one or several."""
+    paths = [] if image is None else [image] if isinstance(image, str) else image
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise RecordError("image is not a path", f"{image!r}; valid: a path, a list of paths, or no such key")
+    check_unicode(*paths)
+    return paths
+
+
+def parse_turn(turn: Any, number: int) -> dict[str, Any]:
+    """The message of turn `number`: even ones are the human's, odd ones the model's."""
+    speaker = list(ROLES)[number % 2]
+    if not isinstance(turn, dict) or turn.get("from") != speaker:
+        found = turn.get("from") if isinstance(turn, dict) else turn
+        raise RecordError("turns do not alternate", f"turn {number + 1} is from {found!r}; valid: {speaker!r}")
+    text = turn.get("value")
+    if not isinstance(text, str):
+        raise RecordError("text is not a string", f"turn {number + 1}: {text!r}")
+    check_unicode(text)
+    if not text.strip():
+        raise RecordError("empty question" if speaker == "human" else "empty answer", f"turn {number + 1}")
+    if speaker == "gpt":
+        if IMAGE_MARK in text:
+            raise RecordError("<image> mark in an answer", f"turn {number + 1}")
+        return {"role": ROLES[speaker], "content": [text_item(text)]}
+    return {"role": ROLES[speaker], "content": split_at_marks(text)}
+
+
+def split_at_marks(text: str) -> list[dict[str, Any]]:
+    """Content items of a human turn.
+
+    As in LLaVA, the image of a turn that has one comes first, wherever its mark stood, and the text around it loses
+    its outer blanks. Several images stay in their places: in "1: <image> 2: <image>" they are told apart by the text.
+    """
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) == 1:
+        return [text_item(text)]
+    if len(pieces) == 2:
+        pieces = ["", "".join(pieces)]
+    # A template puts a line break after each image, so blanks that follow a mark go.
+    pieces = [pieces[0].lstrip(), *(piece.lstrip() for piece in pieces[1:])]
+    pieces[-1] = pieces[-1].rstrip()
+    items = []
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            items.append({"type": "image", "text": None})
+        if piece:
+            items.append(text_item(piece))
+    return items
+
+
+def check_unicode(*texts: str) -> None:
+    """Raise RecordError for half of a surrogate pair, which JSON can spell and neither tokenizer nor Arrow takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RecordError("text is not valid Unicode", f"{text!r}: {error.reason}") from None
+
+
+def text_item(text: str) -> dict[str, Any]:
+    """A content item of plain text."""
+    return {"type": "text", "text": text}

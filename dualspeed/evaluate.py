@@ -1,0 +1,252 @@
+"""Evaluation in two steps that meet in a file: a trained model answers benchmarks, and the answers are scored.
+
+Generating is resumable: answers go to a state folder batch by batch and become the output file when the last one is
+there. The folder is named by everything that decides the answers, so other settings or weights start afresh. Neither
+torch nor the model is loaded before a question is left to answer, and never for scoring.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from dualspeed.answers import PartialAnswers, read_answers, write_answers
+from dualspeed.benchmarks import Benchmark, BenchmarkError, Question, get_benchmark, unit_ids
+from dualspeed.benchmarks.files import UnknownAnswerError
+from dualspeed.benchmarks.records import PROMPT_VERSION
+from dualspeed.config import PRUNER_NAMES, BenchmarkConfig
+from dualspeed.data.images import inspect_image
+from dualspeed.files import sha256_of_file, sha256_of_json, write_json
+from dualspeed.tracking import MetricLog, ParentRun, RunSpec
+from dualspeed.typed import ConfigError, check_choice, check_range, read_dataclass
+
+if TYPE_CHECKING:
+    from dualspeed.answerer import Answerer
+
+INFERENCES = ("full", "pruned")
+# What decides a checkpoint's answers; training.json beside it differs from run to run.
+CHECKPOINT_FILES = ("*.safetensors", "config.json", "generation_config.json", "dualspeed.json")
+PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """One model and one way of inference, for all benchmarks."""
+
+    experiment: str
+    """The model's name in answers files."""
+    inference: str
+    """`full` or `pruned` visual tokens."""
+    benchmarks: dict[str, BenchmarkConfig]
+    """Where the files of each benchmark lie."""
+    batch_size: int
+    max_new_tokens: int
+    pruner: str | None = None
+    """Only for pruned inference, as its ratio."""
+    pruning_ratio: float | None = None
+    threads: int | None = None
+    """CPU threads; None: torch's choice."""
+
+    def __post_init__(self) -> None:
+        check_choice("inference", self.inference, INFERENCES)
+        check_range("batch_size", self.batch_size, self.batch_size > 0, "above 0")
+        check_range("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0")
+        for name in self.benchmarks:
+            get_benchmark(name)
+        if self.inference == "pruned":
+            if self.pruner is None or self.pruning_ratio is None:
+                raise ConfigError("inference: pruned needs pruner and pruning_ratio")
+            check_choice("pruner", self.pruner, PRUNER_NAMES)
+            check_range("pruning_ratio", self.pruning_ratio, 0 <= self.pruning_ratio < 1, "in [0, 1)")
+
+
+@dataclass
+class Task:
+    """One benchmark with the answers it has so far."""
+
+    benchmark: Benchmark
+    questions: list[Question]
+    answers: PartialAnswers
+
+    @property
+    def remaining(self) -> list[Question]:
+        """Questions without an answer."""
+        return [question for question in self.questions if question.question_id not in self.answers.texts]
+
+
+def generate_answers(
+    settings: Mapping[str, Any],
+    model: str | Path,
+    state: str | Path,
+    out: str | Path,
+    tracking: dict[str, str] | None = None,
+    parent: dict[str, str] | None = None,
+) -> None:
+    """Answer every benchmark and write `out`/<benchmark>.jsonl and <benchmark>.throughput.json.
+
+    Args:
+        settings: an AnswerSettings as a mapping.
+        model: the checkpoint folder, with its processor.
+        state: where partial answers are kept, for as long as someone may want to resume.
+        tracking, parent: MLflow store and the row's run there, for the throughput; None: not logged.
+
+    Raises:
+        ConfigError, BenchmarkError: a setting or a file is wrong; before the model is loaded.
+    """
+    settings = read_dataclass(AnswerSettings, settings, "settings")
+    checkpoint = checkpoint_checksum(Path(model))
+    tasks = [make_task(settings, name, checkpoint, Path(state)) for name in settings.benchmarks]
+    image_sizes = check_images([question for task in tasks for question in task.remaining])
+    answerer = None
+    for task in tasks:
+        if task.remaining:
+            answerer = answerer or load_answerer(settings, Path(model))
+            answer_remaining(task, answerer, image_sizes, settings.batch_size)
+        file = Path(out) / f"{task.benchmark.name}.jsonl"
+        write_json(file.with_suffix(".throughput.json"), throughput(task, settings))
+        write_answers(file, task.benchmark, task.questions, task.answers.texts, settings.experiment)
+    if tracking:
+        run = RunSpec(
+            f"{settings.experiment}/{settings.inference}", ParentRun(**parent) if parent else None, asdict(settings)
+        )
+        with MetricLog(Path(state) / sha256_of_json([asdict(settings), checkpoint])[:16], tracking, run) as log:
+            log.log(0, throughput_metrics(tasks, settings))
+
+
+def make_task(settings: AnswerSettings, name: str, checkpoint: str, state_root: Path) -> Task:
+    """Load a benchmark's questions and whatever answers an earlier run left for exactly these settings."""
+    benchmark, folder = get_benchmark(name), Path(settings.benchmarks[name].folder)
+    questions = benchmark.load_questions(folder)
+    if not questions:
+        raise BenchmarkError(f"{benchmark.question_file(folder)}: there is no question to answer")
+    identity = asdict(settings) | {
+        "benchmarks": name,
+        "checkpoint": checkpoint,
+        "questions": sha256_of_file(benchmark.question_file(folder)),
+        "images": images_checksum(name, questions),
+        "prompt_version": PROMPT_VERSION,
+    }
+    state = state_root / sha256_of_json(identity)[:16]
+    write_json(state / "settings.json", identity)
+    return Task(benchmark, questions, PartialAnswers.open(state / "answers.jsonl"))
+
+
+def checkpoint_checksum(model_folder: Path) -> str:
+    """Digest of the files of a checkpoint that decide its answers."""
+    files = sorted({path for pattern in CHECKPOINT_FILES + PROCESSOR_FILES for path in model_folder.glob(pattern)})
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ConfigError(f"{model_folder}: there is no *.safetensors; expected a checkpoint folder")
+    return sha256_of_json([(path.name, sha256_of_file(path)) for path in files])
+
+
+def images_checksum(name: str, questions: list[Question]) -> str:
+    """Digest of names and sizes of a benchmark's images: it tells redrawn images apart at no cost.
+
+    Raises:
+        BenchmarkError: images are missing; the message lists the first ones.
+    """
+    images = sorted({question.image for question in questions if question.image is not None})
+    missing = [str(image) for image in images if not image.is_file()]
+    if missing:
+        raise BenchmarkError(f"{name}: {len(missing)} of {len(images)} images are missing: {', '.join(missing[:5])}")
+    return sha256_of_json([(image.name, image.stat().st_size) for image in images])
+
+
+def check_images(questions: list[Question]) -> dict[Path, tuple[int, int]]:
+    """(height, width) of the questions' images; each is decoded, so that a bad one stops the run at its start.
+
+    Raises:
+        BenchmarkError: unusable images; the message lists the first ones with the reason.
+    """
+    images = sorted({question.image for question in questions if question.image is not None})
+    reports = {image: inspect_image(image) for image in images}
+    bad = [f"{image} ({report.reason})" for image, report in reports.items() if report.reason]
+    if bad:
+        raise BenchmarkError(f"{len(bad)} of {len(images)} images cannot be used: {', '.join(bad[:5])}")
+    return {image: (report.height, report.width) for image, report in reports.items()}
+
+
+def load_answerer(settings: AnswerSettings, model_folder: Path) -> "Answerer":
+    """The model, ready to answer; imports torch only now."""
+    import torch
+
+    from dualspeed.answerer import Answerer
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    pruner, ratio = (settings.pruner, settings.pruning_ratio) if settings.inference == "pruned" else (None, None)
+    return Answerer(model_folder, settings.max_new_tokens, pruner, ratio)
+
+
+def answer_remaining(
+    task: Task, answerer: "Answerer", image_sizes: Mapping[Path, tuple[int, int]], batch_size: int
+) -> None:
+    """Answer what a task lacks, batch by batch; each batch is on disk before the next one starts."""
+    total = len(task.questions)
+    with tqdm(total=total, initial=len(task.answers.texts), desc=task.benchmark.name, unit=" questions") as progress:
+        for batch in answerer.make_batches(task.remaining, image_sizes, batch_size):
+            start = time.perf_counter()
+            texts, num_new_tokens = answerer.answer(batch)
+            answers = {question.question_id: text for question, text in zip(batch, texts, strict=True)}
+            task.answers.append(answers, time.perf_counter() - start, num_new_tokens)
+            progress.update(len(batch))
+
+
+def throughput(task: Task, settings: AnswerSettings) -> dict[str, Any]:
+    """How fast the answers came, image loading included, model loading not."""
+    seconds = task.answers.seconds
+    return {
+        "num_questions": len(task.questions),
+        "num_new_tokens": task.answers.num_new_tokens,
+        "seconds": seconds,
+        "questions_per_second": len(task.questions) / seconds,
+        "new_tokens_per_second": task.answers.num_new_tokens / seconds,
+        "batch_size": settings.batch_size,
+        "threads": settings.threads,
+    }
+
+
+def throughput_metrics(tasks: list[Task], settings: AnswerSettings) -> dict[str, float]:
+    """Questions and new tokens per second of each benchmark, named <benchmark>_<rate>."""
+    rates = ("questions_per_second", "new_tokens_per_second")
+    return {f"{task.benchmark.name}_{rate}": throughput(task, settings)[rate] for task in tasks for rate in rates}
+
+
+def score(benchmark: str, data: str | Path, answers: str | Path, out: str | Path) -> dict[str, Any]:
+    """Score an answers file by the official rules and write METRICS.json; returns its content.
+
+    Args:
+        benchmark: a name in BENCHMARKS.
+        data: folder with the official files.
+        answers: JSON lines in LLaVA's format, from whatever model, in any order.
+
+    Raises:
+        ConfigError, BenchmarkError: an unknown benchmark, or a file that is wrong; names file, line and field.
+    """
+    chosen, data = get_benchmark(benchmark), Path(data)
+    given = read_answers(Path(answers), chosen)
+    try:
+        records = chosen.score_answers(data, {question_id: text for question_id, (text, _) in given.items()})
+    except UnknownAnswerError as error:
+        raise BenchmarkError(f"{given[error.question_id][1]}: {error}") from None
+    metrics = chosen.metrics(records)
+    result = {
+        "benchmark": chosen.name,
+        "metric": chosen.headline,
+        "score": metrics[chosen.headline],
+        "percent_metric": chosen.percent,
+        "percent": metrics[chosen.percent],
+        "num_questions": len(records),
+        "num_missing": sum(record.is_missing for record in records),
+        "metrics": metrics,
+        "per_question": {record.question_id: record.score for record in records},
+        "statistics": chosen.statistics(records).tolist(),
+        "unit_ids": unit_ids(records),
+        "checksum": sha256_of_file(chosen.question_file(data)),
+        "prompt_version": PROMPT_VERSION,
+    }
+    write_json(out, result)
+    return result

@@ -1,0 +1,194 @@
+"""The paper's figures from the same summaries as the tables: training time, speed against performance, and mismatch.
+
+Each is written as png and svg, the same bytes for the same numbers. What has not run is left out; a figure without
+anything to show says so.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dualspeed.files import write_atomic
+from dualspeed.labels import METHOD_LABELS, PRUNER_LABELS
+from dualspeed.relative import Cell
+from dualspeed.results import Results
+from dualspeed.summary import summarise
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; each method has a marker of its own as well.
+COLORS = {"baseline": "#4D4D4D", "naive_prune": "#D55E00", "dualspeed": "#0072B2"}
+MARKERS = {"baseline": "*", "naive_prune": "s", "dualspeed": "o"}
+LIGHT, DARK = "#9CCBEB", "#0072B2"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "dualspeed",  # else ids in the svg differ from run to run
+}
+
+
+def write_figures(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], out: Path) -> None:
+    """Write figure4, figure5 and figure_mismatch as .png and .svg under `out`."""
+    drawn = {
+        "figure4": (draw_training_time, "figure4"),
+        "figure5": (draw_trade_off, "figure5"),
+        "figure_mismatch": (draw_mismatch, "table2"),
+    }
+    for name, (draw, table) in drawn.items():
+        write_figure(draw, summarise(settings, results, scores, table), Path(out) / name)
+
+
+def write_figure(draw: Callable[[pd.DataFrame], Figure], rows: pd.DataFrame, path: Path) -> None:
+    """Draw `rows` and write `path` with the suffixes .png and .svg."""
+    with matplotlib.rc_context(STYLE):
+        figure = draw(rows)
+        for suffix, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
+            content = io.BytesIO()
+            figure.savefig(content, format=suffix, dpi=200, metadata=metadata)
+            write_atomic(path.with_suffix(f".{suffix}"), content.getvalue())
+
+
+def draw_training_time(rows: pd.DataFrame) -> Figure:
+    """Figure 4: seconds of pretraining and finetuning of each way of training, and how much faster than Baseline."""
+    rows = rows[(rows["inference"] == "full") & rows["finetune_seconds"].notna()]
+    if rows.empty:
+        return empty_figure("Training time: not run")
+    unit, seconds = ("hours", 3600) if rows["finetune_seconds"].max() >= 3600 else ("minutes", 60)
+    pretrain, finetune = rows["pretrain_seconds"].fillna(0) / seconds, rows["finetune_seconds"] / seconds
+    figure = Figure(figsize=(7.2, 1.3 + 0.42 * len(rows)))
+    axes = figure.subplots()
+    axes.barh(range(len(rows)), pretrain, color=LIGHT, edgecolor="white", label="Pretraining")
+    axes.barh(range(len(rows)), finetune, left=pretrain, color=DARK, edgecolor="white", label="Finetuning")
+    axes.set_yticks(range(len(rows)), name_rows(rows))
+    axes.invert_yaxis()
+    totals = list(pretrain + finetune)
+    references = {row.model: total for row, total in zip(rows.itertuples(), totals, strict=True) if is_reference(row)}
+    for place, (row, total) in enumerate(zip(rows.itertuples(), totals, strict=True)):
+        faster = "" if is_reference(row) or row.model not in references else f"  {references[row.model] / total:.2f}×"
+        axes.text(total, place, f" {total:.1f}{faster}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.2 * max(totals))
+    axes.set_xlabel(f"Wall clock ({unit})")
+    axes.set_title("Training time, and how many times shorter than Baseline's")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_trade_off(rows: pd.DataFrame) -> Figure:
+    """Figure 5: measured speedup against Rel., over p at the usual r, and over r at the usual p."""
+    rows = rows[(rows["inference"] == "full") & rows["rel"].notna() & rows["speedup_measured"].notna()]
+    dualspeed = rows[rows["method"] == "dualspeed"]
+    if dualspeed.empty:
+        return empty_figure("Speed against performance: not run")
+    usual = {name: dualspeed[name].mode().iloc[-1] for name in ("pruner", "pruning_ratio", "slow_mode_ratio")}
+    same_pruner = rows["pruner"] == usual["pruner"]
+    at_p = same_pruner & (rows["pruning_ratio"] == usual["pruning_ratio"])
+    at_r = same_pruner & (rows["slow_mode_ratio"] == usual["slow_mode_ratio"])
+    is_naive, is_baseline = rows["method"] == "naive_prune", rows["method"] == "baseline"
+    figure = Figure(figsize=(9.2, 4.1))
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    draw_curve(left, rows[at_r | (same_pruner & is_naive) | is_baseline], "pruning_ratio", "p")
+    draw_curve(right, rows[at_p | is_baseline], "slow_mode_ratio", "r")
+    left.set_title(f"Over pruning ratio p, at r = {usual['slow_mode_ratio']:g}")
+    right.set_title(f"Over slow-mode ratio r, at p = {usual['pruning_ratio']:g}")
+    left.set_ylabel("Rel. (% of Baseline, full-token inference)")
+    figure.supxlabel("Measured speedup of a training step", fontsize=10)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> None:
+    """One panel of Figure 5: points labelled with the setting, DualSpeed's joined in its order."""
+    axes.axhline(100, color="#BBBBBB", linewidth=0.8, zorder=0)
+    for method, group in rows.sort_values(setting).groupby("method", sort=False):
+        errors = [group["rel"] - group["rel_low"], group["rel_high"] - group["rel"]]
+        axes.errorbar(
+            group["speedup_measured"],
+            group["rel"],
+            yerr=np.clip(np.array(errors, dtype=float), 0, None),
+            color=COLORS[method],
+            marker=MARKERS[method],
+            markersize=11 if method == "baseline" else 6,
+            linestyle="-" if method == "dualspeed" else "none",
+            elinewidth=1,
+            capsize=2,
+            label=METHOD_LABELS[method],
+        )
+        for row in group.itertuples():
+            value = getattr(row, setting)
+            if not pd.isna(value):
+                place = (row.speedup_measured, row.rel)
+                axes.annotate(f"{symbol} = {value:g}", place, (6, -13), textcoords="offset points", fontsize=9)
+    axes.margins(x=0.14, y=0.12)
+
+
+def draw_mismatch(rows: pd.DataFrame) -> Figure:
+    """Mean score of the same models on full and on pruned tokens."""
+    means = rows.assign(name=name_rows(rows)).pivot(index="name", columns="inference", values=["mean", "mean_std"])
+    if rows["mean"].notna().sum() == 0:
+        return empty_figure("Full and pruned inference: not run")
+    means = means.loc[dict.fromkeys(name_rows(rows))]
+    figure = Figure(figsize=(1.6 + 1.7 * len(means), 3.8))
+    axes = figure.subplots()
+    for shift, inference, color in [(-0.2, "full", DARK), (0.2, "pruned", "#E69F00")]:
+        if ("mean", inference) not in means:
+            continue
+        values, errors = means["mean", inference].astype(float), means["mean_std", inference].astype(float)
+        places = np.arange(len(means)) + shift
+        bars = axes.bar(
+            places, values, 0.38, yerr=errors.fillna(0), color=color, capsize=2, label=f"{inference} tokens"
+        )
+        axes.bar_label(
+            bars, [f"{value:.1f}" if value == value else "not run" for value in values], padding=2, fontsize=9
+        )
+    axes.set_xticks(range(len(means)), [name.replace(", ", "\n", 1) for name in means.index])
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("Mean score")
+    axes.set_title("Training-inference mismatch")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title="Inference on")
+    return figure
+
+
+def name_rows(rows: pd.DataFrame) -> list[str]:
+    """What tells each row from the others: method, pruner and p, and r, l, alpha or model where those differ."""
+    dualspeed = rows[rows["method"] == "dualspeed"]
+    varied = {
+        symbol: column
+        for symbol, column in {"r": "slow_mode_ratio", "l": "num_virtual_tokens", "α": "distillation_weight"}.items()
+        if dualspeed[column].nunique() > 1
+    }
+    names = []
+    for row in rows.itertuples():
+        parts = [METHOD_LABELS[row.method]]
+        if not is_reference(row):
+            parts.append(f"{PRUNER_LABELS.get(row.pruner, row.pruner)} p = {row.pruning_ratio:g}")
+        if row.method == "dualspeed":
+            parts += [f"{symbol} = {getattr(row, column):g}" for symbol, column in varied.items()]
+        if rows["model"].nunique() > 1:
+            parts.append(row.model)
+        names.append(", ".join(parts))
+    return names
+
+
+def is_reference(row: Any) -> bool:
+    """Whether a row of a summary is a Baseline."""
+    return row.method == "baseline"
+
+
+def empty_figure(text: str) -> Figure:
+    """A figure that says what is missing."""
+    figure = Figure(figsize=(5, 1.5))
+    figure.text(0.5, 0.5, text, ha="center", va="center")
+    return figure

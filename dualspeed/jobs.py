@@ -1,0 +1,107 @@
+"""What the workflow tells each job: the part of the configuration that matters to it, as JSON values.
+
+Snakemake compares these with what a job ran with before, so anything here that a job does not depend on would make it
+run again for nothing. Settings of training are in dualspeed.config.
+"""
+
+import dataclasses
+from typing import Any
+
+from dualspeed.config import (
+    DualSpeedConfig,
+    Experiment,
+    ProjectConfig,
+    finetune_settings,
+    pretrain_key,
+    pretrain_settings,
+)
+from dualspeed.files import sha256_of_json
+from dualspeed.recipe import Recipe
+
+# Steps of each mode that a measurement of speed takes the median of.
+SPEED_REPEATS = 15
+
+
+def parent_run(project: ProjectConfig, experiment: Experiment) -> dict[str, str]:
+    """Which tracked run a row's jobs belong to: the row and a hash of all that trains it."""
+    stages = [pretrain_settings(project, experiment).to_dict(), finetune_settings(project, experiment).to_dict()]
+    return {"row": experiment.id, "settings_hash": sha256_of_json(stages)[:12]}
+
+
+def answer_settings(project: ProjectConfig, experiment: Experiment, inference: str) -> dict[str, Any]:
+    """How a row's model answers: on full tokens, or with its own pruner and ratio, or the ones for models without."""
+    settings = {
+        "experiment": experiment.id,
+        "inference": inference,
+        "benchmarks": {name: {"folder": benchmark.folder} for name, benchmark in project.benchmarks.items()},
+        "batch_size": project.inference.batch_size,
+        "max_new_tokens": project.inference.max_new_tokens,
+    }
+    if inference == "pruned":
+        chosen = project.inference if experiment.method == "baseline" else experiment.dualspeed
+        settings |= {"pruner": chosen.pruner, "pruning_ratio": chosen.pruning_ratio}
+    return settings
+
+
+def speed_settings(project: ProjectConfig, experiment: Experiment) -> dict[str, Any]:
+    """How a row's steps are timed.
+
+    r is a matter of arithmetic on the times of a fast and a slow step, alpha only of whether a teacher runs.
+    """
+    recipe = project.models[experiment.model].stages.finetune
+    ratio = DualSpeedConfig().slow_mode_ratio
+    weight = 1.0 if experiment.dualspeed.distillation_weight else 0.0
+    method = dataclasses.replace(experiment.dualspeed, slow_mode_ratio=ratio, distillation_weight=weight)
+    return {
+        "dualspeed": dataclasses.asdict(method),
+        "chat_template": recipe.chat_template,
+        "batch_size": recipe.per_device_batch_size or recipe.global_batch_size,
+        "repeats": SPEED_REPEATS,
+    }
+
+
+def speed_key(project: ProjectConfig, experiment: Experiment) -> str | None:
+    """Name of the measurement of a row's step times; rows with the same share it. None for a row that never prunes."""
+    if experiment.method == "baseline":
+        return None
+    method = experiment.dualspeed
+    teacher = "distilled" if method.distillation_weight else "plain"
+    name = f"{experiment.model}-{method.pruner}-p{method.pruning_ratio:g}-l{method.num_virtual_tokens}-{teacher}"
+    return f"{name}-{sha256_of_json(speed_settings(project, experiment))[:8]}"
+
+
+def table_settings(project: ProjectConfig) -> dict[str, Any]:
+    """What tables and figures show: the sheet's rows and where their results lie."""
+    rows = [
+        dataclasses.asdict(experiment)
+        | {
+            "inferences": list(experiment.inferences),
+            "tables": list(experiment.tables),
+            "pretrain_key": pretrain_key(project, experiment),
+            "speed_key": speed_key(project, experiment),
+            "settings_hash": parent_run(project, experiment)["settings_hash"],
+        }
+        for experiment in project.experiments
+    ]
+    return {
+        "results": project.results,
+        "sheet": project.sheet,
+        "experiments": rows,
+        "benchmarks": list(project.benchmarks),
+        "inference": {"pruner": project.inference.pruner, "pruning_ratio": project.inference.pruning_ratio},
+    }
+
+
+def demo_data_settings(project: ProjectConfig) -> dict[str, Any]:
+    """What the demo's data is drawn by."""
+    return dataclasses.asdict(project.data)
+
+
+def base_model_settings(project: ProjectConfig) -> dict[str, Any]:
+    """How the demo's base model is made."""
+    return dataclasses.asdict(project.base_model)
+
+
+def preparation_settings(recipe: Recipe) -> dict[str, Any]:
+    """How a stage's data is prepared."""
+    return dataclasses.asdict(recipe.preparation())

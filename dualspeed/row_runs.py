@@ -1,0 +1,127 @@
+"""The MLflow run of each experiment's row: its settings and pretraining, scores, speed, and the tables it appears in."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualspeed.mlflow_store import (
+    Store,
+    find_or_create_run,
+    find_run,
+    log_params,
+    log_points,
+    log_tags,
+    open_store,
+    warn_undelivered,
+)
+from dualspeed.relative import Cell, relative
+from dualspeed.results import Results, score_path, training_path
+from dualspeed.summary import baseline_pairs
+from dualspeed.tracking import LOCK_FILE, ParentRun, find_parent_run, sync_all
+
+
+def log_results(
+    settings: dict[str, Any],
+    results: Results,
+    scores: dict[Cell, np.ndarray],
+    tracking: dict[str, str],
+    tables: Path,
+    figures: Path,
+) -> None:
+    """Bring MLflow up to date: what stages could not deliver, and the run of every row that has been trained.
+
+    Values that a run has already are not logged again. A store that is away costs a warning; the next call, for any
+    sheet, delivers what was missed. Settings as in `tables.write_tables`.
+    """
+    try:
+        store = open_store(tracking["uri"], tracking["experiment"])
+        sync_all(Path(settings["results"]) / "state", tracking)
+        for experiment in settings["experiments"]:
+            if training_path(Path(settings["results"]), experiment, "finetune").exists():
+                log_row(store, settings, experiment, results, scores, [tables, figures])
+    except Exception as error:  # tables are written by now, and worth more than their copy
+        warn_undelivered(tracking["uri"], error)
+
+
+def log_row(
+    store: Store,
+    settings: dict[str, Any],
+    experiment: dict[str, Any],
+    results: Results,
+    scores: dict[Cell, np.ndarray],
+    folders: list[Path],
+) -> None:
+    """Log one row's run: params, metrics, its benchmarks as child runs, config and the sheet's tables as artifacts."""
+    root = Path(settings["results"])
+    run_id = find_parent_run(store, root / "state" / LOCK_FILE, ParentRun(**experiment["parent"]))
+    log_params(store, run_id, {key: experiment[key] for key in ("model", "method", "seed", "dualspeed")})
+    if experiment["pretrain_key"]:
+        pretrain = find_run(store, {"kind": "stage", "pretrain_key": experiment["pretrain_key"]})
+        links = {"pretrain_key": experiment["pretrain_key"]}
+        log_tags(store, run_id, links | ({"pretrain_run_id": pretrain.info.run_id} if pretrain else {}))
+    log_new_values(store, run_id, row_metrics(settings, experiment, results, scores), _finished_ms(root, experiment))
+    log_scores(store, run_id, root, experiment, results)
+    store.client.log_dict(run_id, experiment, "config/experiment.json")
+    store.client.log_artifact(run_id, str(training_path(root, experiment, "finetune")), "config")
+    for folder in folders:
+        store.client.log_artifacts(run_id, str(folder), f"{settings['sheet']}/{folder.parent.name}")
+    if store.client.get_run(run_id).info.status != "FINISHED":
+        store.client.set_terminated(run_id)
+
+
+def row_metrics(
+    settings: dict[str, Any], experiment: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]
+) -> dict[str, float]:
+    """score/<benchmark>, score_pruned/<benchmark>, their means, Rel. with its interval, and speed and cost of a row."""
+    metrics = {}
+    mine = results.scores[results.scores["experiment"] == experiment["id"]]
+    for inference, rows in mine.groupby("inference"):
+        prefix = "score" if inference == "full" else f"score_{inference}"
+        metrics |= {f"{prefix}/{row.benchmark}": row.score for row in rows.itertuples()}
+        if len(rows) == len(settings["benchmarks"]):
+            metrics[f"{prefix}/mean"] = rows["score"].mean()
+    rel = relative(scores, baseline_pairs(settings, [experiment]), "full", list(settings["benchmarks"]))
+    if rel is not None:
+        low, high = np.percentile(rel[0, 1:], [2.5, 97.5])
+        metrics |= {"rel": rel[0, 0], "rel_low": low, "rel_high": high}
+    for frame in (results.speed, results.costs):
+        numbers = frame.drop(columns=["pruning_ratio", "slow_mode_ratio", "seed"], errors="ignore")
+        row = numbers[frame["experiment"] == experiment["id"]].iloc[0]
+        metrics |= {key: value for key, value in row.items() if not isinstance(value, str) and not pd.isna(value)}
+    return metrics
+
+
+def log_scores(store: Store, parent_id: str, root: Path, experiment: dict[str, Any], results: Results) -> None:
+    """One child run per inference and benchmark, with all of its metrics at the time its scores were written."""
+    mine = results.detail[results.detail["experiment"] == experiment["id"]]
+    for (inference, benchmark), rows in mine.groupby(["inference", "benchmark"]):
+        tags = {"kind": "score", "inference": inference, "benchmark": benchmark, "mlflow.parentRunId": parent_id}
+        written_ms = _modified_ms(score_path(root, experiment["id"], inference, benchmark))
+        name = f"{benchmark} ({inference})"
+        run_id = find_or_create_run(store, root / "state" / LOCK_FILE, name, tags, written_ms)
+        values = {
+            re.sub(r"[^\w\-./ :]", "_", metric): value for metric, value in zip(rows.metric, rows.value, strict=True)
+        }
+        if log_new_values(store, run_id, values, written_ms):
+            store.client.set_terminated(run_id, end_time=written_ms)
+
+
+def log_new_values(store: Store, run_id: str, values: dict[str, float], timestamp_ms: int) -> int:
+    """Log those `values` that differ from the run's latest, at step 0; returns their number."""
+    known = store.client.get_run(run_id).data.metrics
+    points = [(key, float(value), timestamp_ms, 0) for key, value in values.items() if known.get(key) != float(value)]
+    log_points(store, run_id, points)
+    return len(points)
+
+
+def _modified_ms(path: Path) -> int:
+    return path.stat().st_mtime_ns // 1_000_000
+
+
+def _finished_ms(root: Path, experiment: dict[str, Any]) -> int:
+    """When the last of a row's scores was written, or its training if there are none."""
+    scores = list((root / "scores" / experiment["id"]).glob("*/*.json"))
+    return max(_modified_ms(path) for path in [training_path(root, experiment, "finetune"), *scores])

@@ -1,0 +1,119 @@
+"""Experiments that differ only in their seed, summarised in one row: the numbers behind each table and figure."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualspeed.relative import Cell, relative
+from dualspeed.results import Results
+
+METHODS = ("baseline", "naive_prune", "dualspeed")  # in the paper's order
+PRUNERS = ("divprune", "fastervlm", "cdpruner")  # likewise; others follow by name
+SETTINGS = ["pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"]
+MEANS = ["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"]
+
+
+def summarise(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], table: str) -> pd.DataFrame:
+    """One row per group of experiments shown in `table` and per inference, in the paper's order.
+
+    Columns: model, method, SETTINGS (pruner and ratio empty for a Baseline), inference, num_seeds; mean and `_std` over
+    the seeds of each benchmark, of their `mean` and of `rel`; `rel_low` and `rel_high`; MEANS; and `not_run`, which
+    lists what is missing. What has not run is NaN. `scores` come from `resample_scores`.
+    """
+    benchmarks = list(settings["benchmarks"])
+    costs = results.speed.set_index("experiment").join(results.costs.set_index("experiment"))
+    rows = []
+    for members in _groups(settings, table):
+        for inference in ("full", "pruned"):
+            if any(inference in member["inferences"] for member in members):
+                row = _describe(members[0]) | {"inference": inference, "num_seeds": len(members)}
+                row |= _mean_scores(members, inference, benchmarks, scores)
+                row |= _mean_relative(settings, members, inference, benchmarks, scores)
+                row |= costs.loc[[member["id"] for member in members], MEANS].astype(float).mean().to_dict()
+                rows.append(row)
+    return pd.DataFrame(rows, columns=summary_columns(benchmarks))
+
+
+def summary_columns(benchmarks: list[str]) -> list[str]:
+    """Columns of a summary, in order."""
+    scores = [column for name in [*benchmarks, "mean", "rel"] for column in (name, f"{name}_std")]
+    return ["model", "method", *SETTINGS, "inference", "num_seeds", *scores, "rel_low", "rel_high", *MEANS, "not_run"]
+
+
+def baseline_pairs(settings: dict[str, Any], members: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(experiment, Baseline of the same model and seed) for those members that have one."""
+    baselines = {(one["model"], one["seed"]): one["id"] for one in settings["experiments"] if is_baseline(one)}
+    keys = {member["id"]: (member["model"], member["seed"]) for member in members}
+    return [(name, baselines[key]) for name, key in keys.items() if key in baselines]
+
+
+def is_baseline(experiment: dict[str, Any]) -> bool:
+    """Whether an experiment was trained on full tokens alone."""
+    return experiment["method"] == "baseline"
+
+
+def _groups(settings: dict[str, Any], table: str) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for experiment in settings["experiments"]:
+        if table in experiment["tables"]:
+            groups.setdefault(tuple(_describe(experiment).values()), []).append(experiment)
+    models = [experiment["model"] for experiment in settings["experiments"]]
+    return sorted(groups.values(), key=lambda members: _order(members[0], models))
+
+
+def _order(experiment: dict[str, Any], models: list[str]) -> tuple:
+    config = experiment["dualspeed"]
+    pruner = config["pruner"]
+    rank = PRUNERS.index(pruner) if pruner in PRUNERS else len(PRUNERS)
+    numbers = [config[name] for name in SETTINGS[1:]]
+    return models.index(experiment["model"]), METHODS.index(experiment["method"]), rank, pruner, *numbers
+
+
+def _describe(experiment: dict[str, Any]) -> dict[str, Any]:
+    config = {name: experiment["dualspeed"][name] for name in SETTINGS}
+    if is_baseline(experiment):
+        config |= {"pruner": None, "pruning_ratio": None}
+    return {"model": experiment["model"], "method": experiment["method"]} | config
+
+
+def _mean_scores(
+    members: list[dict[str, Any]], inference: str, benchmarks: list[str], scores: dict[Cell, np.ndarray]
+) -> dict[str, Any]:
+    missing = np.array([np.nan])
+    table = np.array(
+        [[scores.get((member["id"], inference, name), missing)[0] for name in benchmarks] for member in members]
+    )
+    row = {}
+    for name, values in zip([*benchmarks, "mean"], [*table.T, table.mean(axis=1)], strict=True):
+        row |= _mean_and_std(name, values)
+    absent = [
+        f"{member['id']}: {name}"
+        for member, values in zip(members, table, strict=True)
+        for name, value in zip(benchmarks, values, strict=True)
+        if np.isnan(value)
+    ]
+    return row | {"not_run": "; ".join(absent)}
+
+
+def _mean_relative(
+    settings: dict[str, Any],
+    members: list[dict[str, Any]],
+    inference: str,
+    benchmarks: list[str],
+    scores: dict[Cell, np.ndarray],
+) -> dict[str, float]:
+    found = relative(scores, baseline_pairs(settings, members), inference, benchmarks)
+    if found is None:
+        return {}
+    low, high = np.percentile(found.mean(axis=0)[1:], [2.5, 97.5])
+    return _mean_and_std("rel", found[:, 0]) | {"rel_low": low, "rel_high": high}
+
+
+def _mean_and_std(name: str, values: np.ndarray) -> dict[str, float]:
+    """Mean of what has run and, from two values on, its sample standard deviation."""
+    values = values[~np.isnan(values)]
+    return {
+        name: values.mean() if len(values) else np.nan,
+        f"{name}_std": values.std(ddof=1) if len(values) > 1 else np.nan,
+    }

@@ -1,0 +1,9 @@
+"""One thread a test process: small models are quickest so, and equal thread counts give equal sums."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+torch.set_num_threads(1)

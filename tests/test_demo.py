@@ -1,0 +1,206 @@
+"""The demo's data and base model: what is asked is true, files are official, the checkpoint is stock."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dualspeed.benchmarks import BENCHMARKS, get_benchmark
+from dualspeed.demo.base_model import make_base_model
+from dualspeed.demo.drawing import COLOURS, draw_scene, load_handwriting, sample_scene, samples_of_digit
+from dualspeed.demo.questions import (
+    NEGATIVES,
+    SHORT_ANSWER,
+    ask_choice,
+    ask_count,
+    ask_existence,
+    ask_for_training,
+    ask_statement,
+    sample_negative,
+)
+from dualspeed.demo.scenes import write_demo_data
+
+DATA = {"num_train_scenes": 40, "num_eval_scenes": 30, "questions_per_benchmark": 60}
+BASE = {"num_scenes": 40, "vision_steps": 2, "text_steps": 2, "caption_steps": 2, "text_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    write_demo_data(DATA, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "base"
+    make_base_model(BASE, data, folder)
+    return folder
+
+
+def scenes(number, split="train"):
+    rng = np.random.default_rng(1)
+    return rng, [sample_scene(rng, split) for _ in range(number)]
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_settings_give_the_same_bytes(data, tmp_path):
+    write_demo_data(DATA, tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(data)
+
+
+def test_a_scene_has_three_to_five_different_digits_in_different_cells():
+    _, drawn = scenes(200)
+    assert {len(scene.items) for scene in drawn} == {3, 4, 5}
+    for scene in drawn:
+        assert len({item.digit for item in scene.items}) == len(scene.items)
+        assert sorted({item.cell for item in scene.items}) == [item.cell for item in scene.items]
+
+
+def test_a_digit_fills_exactly_its_patch_in_its_colour():
+    _, (scene,) = scenes(1)
+    pixels = np.asarray(draw_scene(scene)).astype(int)
+    handwriting, values = load_handwriting()
+    for item in scene.items:
+        row, column = 16 * (item.cell // 12), 16 * (item.cell % 12)
+        ink = handwriting[item.sample] == 1
+        assert values[item.sample] == item.digit
+        assert (pixels[row : row + 16, column : column + 16][ink] == COLOURS[item.colour]).all()
+    empty = sorted(set(range(144)) - {item.cell for item in scene.items})
+    patches = pixels.reshape(12, 16, 12, 16, 3).swapaxes(1, 2).reshape(144, 16, 16, 3)
+    assert patches[empty].min() > 220
+
+
+def test_test_digits_are_in_no_training_scene():
+    train, test = ({sample for samples in samples_of_digit(split) for sample in samples} for split in ("train", "test"))
+    assert (len(train), len(test), len(train & test)) == (1400, 397, 0)
+    assert {item.sample for scene in scenes(100, "test")[1] for item in scene.items} <= test
+
+
+@pytest.mark.parametrize("negative", NEGATIVES)
+def test_existence_answers_are_true_and_negatives_of_their_kind(negative):
+    rng, drawn = scenes(200)
+    for scene in drawn:
+        colour, digit = ask_existence(scene, rng, True).text.rstrip("?").split()[-2:]
+        assert scene.colour_of(int(digit)) == colour
+        colour, digit = ask_existence(scene, rng, False, negative).text.rstrip("?").split()[-2:]
+        assert scene.colour_of(int(digit)) != colour
+        num_right = (scene.count(colour) > 0) + (scene.colour_of(int(digit)) is not None)
+        if len({item.colour for item in scene.items}) > 1:
+            assert num_right == NEGATIVES.index(negative)
+
+
+def test_half_of_the_negatives_have_a_colour_or_a_digit_that_is_there():
+    rng = np.random.default_rng(0)
+    counts = Counter(sample_negative(rng) for _ in range(4000))
+    assert {name: round(count / 4000, 1) for name, count in counts.items()} == pytest.approx(
+        {"random": 0.5, "popular": 0.25, "adversarial": 0.25}, abs=0.06
+    )
+
+
+def test_answers_follow_from_the_scene():
+    rng, drawn = scenes(300)
+    for scene in drawn:
+        colours = {item.digit: item.colour for item in scene.items}
+        question = ask_for_training(scene, rng, "colour")
+        assert colours[int(question.text.rstrip("?").split()[-1])] == question.answer
+        count = ask_count(scene, rng)
+        assert list(colours.values()).count(count.text.rstrip("?").split()[-1]) == int(count.answer)
+        choice = ask_choice(scene, rng)
+        assert choice.choices["ABCD".index(choice.reply)] == choice.answer
+        assert len(set(choice.choices)) == len(choice.choices)
+        subject = choice.text.rstrip("?").split()[-1]
+        assert (colours[int(subject)] if subject.isdigit() else subject) in (choice.answer, colours.get(_int(choice)))
+
+
+def _int(question):
+    return int(question.answer) if question.answer.isdigit() else None
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_statements_hold_or_not_as_asked(answer):
+    rng, drawn = scenes(200)
+    for scene in drawn:
+        words = ask_statement(scene, rng, "color", answer).text.rstrip("?").split()
+        assert (scene.colour_of(int(words[2])) == words[3]) is answer
+        words = ask_statement(scene, rng, "count", answer).text.rstrip("?").split()
+        assert (scene.count(words[3]) == int(words[2])) is answer
+
+
+def test_conversations_have_one_image_mark_and_llavas_suffix(data):
+    records = json.loads((data / "finetune.json").read_text())
+    assert len(records) == DATA["num_train_scenes"]
+    for record in records:
+        human = [turn["value"] for turn in record["conversations"] if turn["from"] == "human"]
+        assert [text.count("<image>") for text in human] == [1] + [0] * (len(human) - 1)
+        assert human[0].startswith("<image>\n")
+        assert all(text.endswith((SHORT_ANSWER, "given choices directly.")) for text in human)
+        with Image.open(data / "images" / "train" / record["image"]) as image:
+            assert (image.size, image.mode) == ((192, 192), "RGB")
+
+
+@pytest.mark.parametrize("split", ["test", "heldout"])
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_benchmark_files_load_and_true_answers_score_full_marks(data, split, name):
+    benchmark = get_benchmark(name)
+    folder = data / split / name
+    questions = benchmark.load_questions(folder)
+    assert len(questions) == DATA["questions_per_benchmark"]
+    assert all(question.image.is_file() for question in questions)
+    assert len({question.question_id for question in questions}) == len(questions)
+
+
+def test_yes_and_no_are_balanced_in_pope(data):
+    for negative in NEGATIVES:
+        lines = (data / "test" / "pope" / f"coco_pope_{negative}.json").read_text().splitlines()
+        assert Counter(json.loads(line)["label"] for line in lines) == {"yes": 10, "no": 10}
+
+
+def test_unknown_setting_is_named(tmp_path):
+    with pytest.raises(ValueError, match="num_scene.*num_train_scenes"):
+        write_demo_data({"num_scene": 3}, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_base_model_is_stock_and_has_the_hubs_names(base):
+    with safe_open(base / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {name.split(".")[0] for name in names} == {"language_model", "multi_modal_projector", "vision_tower"}
+    assert {
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "multi_modal_projector.linear_1.weight",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+    } <= names
+    _, report = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_base_model_takes_pictures_and_its_tokenizer_knows_every_word(base, data):
+    processor = AutoProcessor.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    image = Image.open(data / "images" / "train" / "000000.png")
+    inputs = processor(images=image, text="USER: <image>\nis there a red 7? ASSISTANT:", return_tensors="pt")
+    assert (inputs.input_ids == model.config.image_token_id).sum() == 144
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs.input_ids.shape
+    for record in json.loads((data / "finetune.json").read_text()):
+        for turn in record["conversations"]:
+            assert processor.tokenizer.unk_token_id not in processor.tokenizer(turn["value"]).input_ids
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "red", "7", "B"])
+def test_answers_decode_to_themselves(base, word):
+    tokenizer = AutoProcessor.from_pretrained(base).tokenizer
+    ids = tokenizer(f"{word}</s>", add_special_tokens=False).input_ids
+    assert len(ids) == 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == word

@@ -1,0 +1,212 @@
+"""Metrics reach a real MLflow store once, with their own times, whatever happens to the store in between."""
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from dualspeed import tracking
+from dualspeed.mlflow_store import redact
+from dualspeed.tracking import MetricLog, ParentRun, RunSpec, sync_all
+
+ROW = ParentRun("dualspeed-p0.9", "abc123")
+SPEC = RunSpec("finetune", ROW, params={"seed": 0, "recipe": {"learning_rate": 2e-5}}, tags={"stage": "finetune"})
+AWAY = {"uri": "http://user:secret@127.0.0.1:9", "experiment": "away"}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """URI of one SQLite store for all tests, since making one takes seconds; each test has its own experiment."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def store(database, request):
+    return {"uri": database, "experiment": request.node.name}
+
+
+def runs_of(store, **tags):
+    """The experiment's MLflow runs that have these tags."""
+    client = MlflowClient(tracking_uri=store["uri"])
+    experiment = client.get_experiment_by_name(store["experiment"])
+    condition = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
+    return list(client.search_runs([experiment.experiment_id], condition))
+
+
+def history(store, run, key):
+    """(step, value, timestamp) of each point of a metric, as MLflow has them."""
+    points = MlflowClient(tracking_uri=store["uri"]).get_metric_history(run.info.run_id, key)
+    return sorted((point.step, point.value, point.timestamp) for point in points)
+
+
+def test_stage_is_a_child_of_its_row_with_settings_metrics_and_status(tmp_path, store):
+    tracking.init(store)
+    with MetricLog(tmp_path / "state1", store, SPEC) as log:
+        for step in range(3):
+            log.log(step, {"loss": 2.0 - step, "ce_loss": 0.5}, timestamp_ms=1_700_000_000_000 + step)
+    (parent,) = runs_of(store, kind="experiment")
+    (child,) = runs_of(store, kind="stage")
+    assert parent.data.tags["row"] == "dualspeed-p0.9" and parent.data.tags["settings_hash"] == "abc123"
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.info.status == "FINISHED" and child.info.run_name == "finetune"
+    assert child.data.params == {"seed": "0", "recipe.learning_rate": "2e-05"}
+    assert child.data.tags["stage"] == "finetune" and child.data.tags["version.mlflow"]
+    assert history(store, child, "loss") == [(step, 2.0 - step, 1_700_000_000_000 + step) for step in range(3)]
+
+
+def test_resumed_job_continues_its_run_and_doubles_no_step(tmp_path, store):
+    with pytest.raises(RuntimeError), MetricLog(tmp_path / "state", store, SPEC) as log:
+        log.log(1, {"loss": 1.0}, 1000)
+        log.log(2, {"loss": 0.9}, 2000)
+        raise RuntimeError
+    (failed,) = runs_of(store, kind="stage")
+    with MetricLog(tmp_path / "state", store, SPEC) as log:
+        log.log(2, {"loss": 0.9, "accuracy": 0.5}, 9000)  # the step after the checkpoint runs a second time
+        log.log(3, {"loss": 0.8}, 9500)
+    (resumed,) = runs_of(store, kind="stage")
+    assert failed.info.status == "FAILED" and resumed.info.status == "FINISHED"
+    assert resumed.info.run_id == failed.info.run_id
+    assert history(store, resumed, "loss") == [(1, 1.0, 1000), (2, 0.9, 2000), (3, 0.8, 9500)]
+    assert history(store, resumed, "accuracy") == [(2, 0.5, 9000)]
+
+
+def test_changed_setting_is_a_new_run_under_a_new_parent(tmp_path, store):
+    for state, settings_hash in [("a", "1"), ("b", "2")]:
+        MetricLog(tmp_path / state, store, RunSpec("finetune", ParentRun("row", settings_hash))).close()
+    assert len({run.data.tags["mlflow.parentRunId"] for run in runs_of(store, kind="stage")}) == 2
+
+
+def test_store_away_costs_one_warning_and_sync_brings_everything_once(tmp_path, store, caplog, monkeypatch):
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
+    with caplog.at_level(logging.WARNING), MetricLog(tmp_path / "state", AWAY, SPEC) as log:
+        for step in range(50):
+            log.log(step, {"loss": float(step)}, 1000 + step)
+        time.sleep(0.5)  # several deliveries fail
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "http://127.0.0.1:9" in warnings[0] and "secret" not in warnings[0]
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "state").iterdir())
+    assert sync_all(tmp_path, store) == 50
+    assert sync_all(tmp_path, store) == 0
+    (tmp_path / "state" / "run.json").unlink()  # even with the record of what was sent lost
+    assert sync_all(tmp_path, store) == 50
+    (run,) = runs_of(store, kind="stage")
+    assert len(runs_of(store)) == 2 and run.info.status == "FINISHED"
+    assert history(store, run, "loss") == [(step, float(step), 1000 + step) for step in range(50)]
+
+
+def test_logging_never_waits_for_a_store_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.2)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()  # takes connections, answers none
+        silent = {"uri": f"http://127.0.0.1:{server.getsockname()[1]}", "experiment": "silent"}
+        start = time.monotonic()
+        with MetricLog(tmp_path / "state", silent, SPEC) as log:
+            for step in range(200):
+                log.log(step, {"loss": 1.0})
+        assert time.monotonic() - start < 3
+    assert len((tmp_path / "state" / "metrics.jsonl").read_text().splitlines()) == 200
+
+
+WRITER = """
+import sys, threading
+from pathlib import Path
+from dualspeed.tracking import MetricLog, ParentRun, RunSpec
+folder, uri, experiment = sys.argv[1:]
+with MetricLog(Path(folder), {"uri": uri, "experiment": experiment}, RunSpec("stage", ParentRun("row", "1"))) as log:
+    def write(thread):
+        for step in range(100):
+            log.log(step, {f"metric{thread}": step / 7})
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+
+def test_two_processes_of_eight_threads_lose_nothing_and_share_one_parent(tmp_path, store):
+    tracking.init(store)
+    command = [sys.executable, "-c", WRITER]
+    arguments = [[str(tmp_path / name), store["uri"], store["experiment"]] for name in ("a", "b")]
+    jobs = [subprocess.Popen(command + one) for one in arguments]
+    assert [job.wait(60) for job in jobs] == [0, 0]
+    (parent,) = runs_of(store, kind="experiment")
+    stages = runs_of(store, kind="stage")
+    assert {run.data.tags["state"] for run in stages} == {"a", "b"}
+    for run in stages:
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        for thread in range(8):
+            points = [(step, value) for step, value, _ in history(store, run, f"metric{thread}")]
+            assert points == [(step, step / 7) for step in range(100)]
+
+
+def test_torn_last_line_is_skipped_and_the_rest_arrives(tmp_path, store):
+    with MetricLog(tmp_path / "state", None, SPEC) as log:
+        log.log(1, {"loss": 1.0}, 1000)
+    with (tmp_path / "state" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "time": 20')
+    with MetricLog(tmp_path / "state", None, SPEC) as log:
+        log.log(2, {"loss": 0.5, "grad_norm": float("nan")}, 3000)
+    assert sync_all(tmp_path, store) == 3
+    (run,) = runs_of(store, kind="stage")
+    assert history(store, run, "loss") == [(1, 1.0, 1000), (2, 0.5, 3000)]
+    assert sync_all(tmp_path, store) == 0
+
+
+def test_runs_missing_from_the_store_are_delivered_again(tmp_path, store):
+    with MetricLog(tmp_path / "state", store, SPEC) as log:
+        log.log(1, {"loss": 1.0})
+    record = json.loads((tmp_path / "state" / "run.json").read_text())
+    record["run_id"] = "0" * 32  # as if the database had been deleted and made anew
+    (tmp_path / "state" / "run.json").write_text(json.dumps(record))
+    assert sync_all(tmp_path, store) == 1
+    assert len(runs_of(store, kind="stage")) == 1
+
+
+def test_threads_of_one_log_write_whole_lines(tmp_path):
+    with MetricLog(tmp_path / "state", None, SPEC) as log:
+
+        def write(thread):
+            for step in range(200):
+                log.log(step, {f"metric{thread}": 1.0, "long" * 50: 2.0})
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = (tmp_path / "state" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 1600 and all(len(json.loads(line)["metrics"]) == 2 for line in lines)
+
+
+def test_trainer_callback_forwards_numbers_with_their_step(tmp_path):
+    from transformers import TrainerControl, TrainerState
+
+    from dualspeed.callbacks import MetricLogCallback
+
+    state = TrainerState(global_step=7, is_world_process_zero=True)
+    with MetricLog(tmp_path / "state", None, SPEC) as log:
+        callback = MetricLogCallback(log)
+        callback.on_log(None, state, TrainerControl(), logs={"loss": 1.5, "epoch": 1, "mode": "fast", "done": True})
+        state.is_world_process_zero = False
+        callback.on_log(None, state, TrainerControl(), logs={"loss": 9.0})
+    (line,) = (tmp_path / "state" / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["step"] == 7 and record["metrics"] == {"loss": 1.5, "epoch": 1.0}
+
+
+def test_importing_tracking_loads_neither_mlflow_nor_torch():
+    code = "import sys, dualspeed.tracking; print(sorted({'mlflow', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_redact_hides_the_password_and_leaves_other_uris_alone():
+    assert redact("https://me:pw@host:5000/x") == "https://host:5000/x"
+    assert redact("sqlite:///results/mlflow.db") == "sqlite:///results/mlflow.db"
+    assert Path(redact("sqlite:////tmp/a.db")).name == "a.db"

@@ -1,0 +1,90 @@
+"""The checked configuration, the sheet's rows, and the paths that rules share; no rule is here."""
+
+import json
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+from dualspeed import jobs
+from dualspeed.config import finetune_settings, load_project, pretrain_key, pretrain_settings
+from dualspeed.sheet import read_sheet
+from dualspeed.typed import ConfigError
+
+try:
+    PROJECT = load_project(config, ", ".join(map(str, workflow.configfiles)))
+except ConfigError as error:
+    raise WorkflowError(error) from None
+
+validate(config, "../schemas/config.schema.yaml")
+for row in read_sheet(Path(config["experiments"])):
+    validate({column: cell for column, cell in row.items() if cell is not None}, "../schemas/experiments.schema.yaml")
+
+# Jobs find `dualspeed` beside this Python, activated or not. OpenMP's spinning makes busy cores ten times slower.
+shell.prefix(f"export PATH='{Path(sys.executable).parent}':\"$PATH\" OMP_WAIT_POLICY=PASSIVE; ")
+
+RESULTS = PROJECT.results
+LOGS, TIMES = f"{RESULTS}/logs", f"{RESULTS}/benchmarks"
+DEMO_DATA = f"{RESULTS}/data/demo"
+STATE = f"{RESULTS}/state"
+
+EXPERIMENTS = {experiment.id: experiment for experiment in PROJECT.experiments}
+PRETRAININGS = {pretrain_key(PROJECT, experiment): experiment for experiment in PROJECT.experiments}
+SPEEDS = {jobs.speed_key(PROJECT, one): one for one in PROJECT.experiments if jobs.speed_key(PROJECT, one)}
+DEMO_MODELS = [name for name, model in PROJECT.models.items() if model.source == "demo"]
+
+
+def one_of(names):
+    """Regular expression of these names and nothing else; names hold dots."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+wildcard_constraints:
+    experiment=one_of(EXPERIMENTS),
+    pretraining=one_of(PRETRAININGS),
+    speed=one_of(SPEEDS),
+    model=one_of(PROJECT.models),
+    stage="pretrain|finetune",
+    inference="full|pruned",
+
+
+# What training logs to. No rule's params hold it: another store trains nothing again.
+TRACKING = json.dumps({"uri": PROJECT.tracking.uri, "experiment": PROJECT.tracking.experiment})
+SQLITE = PROJECT.tracking.uri.removeprefix("sqlite:///") if PROJECT.tracking.uri.startswith("sqlite:///") else None
+# Jobs write to the database all the time: it has to be there, and its age says nothing.
+TRACKING_STORE = [ancient(SQLITE)] if SQLITE else []
+
+CHECKPOINTS = expand(f"{RESULTS}/models/{{experiment}}", experiment=EXPERIMENTS)
+SCORES = [
+    f"{RESULTS}/scores/{one.id}/{inference}/{benchmark}.json"
+    for one in PROJECT.experiments
+    for inference in one.inferences
+    for benchmark in PROJECT.benchmarks
+]
+
+
+def as_json(settings):
+    """Settings as they stand on a command line; equal settings give equal text."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def base_model(model):
+    """Folder of the checkpoint that a model's training starts from."""
+    source = PROJECT.models[model].source
+    return f"{RESULTS}/models/base/{model}" if source == "demo" else source
+
+
+def made_from(path):
+    """What a job that reads `path` waits for: the demo's data as a whole, or a file of the user's own."""
+    return DEMO_DATA if Path(DEMO_DATA) in Path(path).parents else path
+
+
+def recipe_of(model, stage):
+    """Recipe of a stage of a model's training."""
+    return getattr(PROJECT.models[model].stages, stage)
+
+
+def gpus_of(model):
+    """GPUs that a job with this model asks the scheduler for."""
+    return 0 if recipe_of(model, "finetune").training_arguments.get("use_cpu") else 1

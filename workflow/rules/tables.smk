@@ -1,0 +1,63 @@
+"""Tables and figures of the selected sheet, from every score, step time and training.json of its rows."""
+
+TABLES, FIGURES = (
+    f"{RESULTS}/tables/{PROJECT.sheet}",
+    f"{RESULTS}/figures/{PROJECT.sheet}",
+)
+TIDY_FILES = expand(
+    f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "speed", "costs"]
+)
+TABLE_FILES = expand(
+    f"{TABLES}/{{name}}.{{kind}}",
+    name=["table1", "table2", "table3"],
+    kind=["csv", "md", "tex"],
+)
+FIGURE_FILES = expand(
+    f"{FIGURES}/{{name}}.{{kind}}", name=["figure4", "figure5"], kind=["png", "svg"]
+)
+
+
+def shown(path):
+    """Mark what the HTML report shows, with the caption of the same name."""
+    name, kind = Path(path).stem, Path(path).suffix
+    if kind not in (".csv", ".svg") or path in TIDY_FILES:
+        return path
+    category = "Figures" if kind == ".svg" else "Tables"
+    return report(
+        path,
+        caption=f"../report/{name}.rst",
+        category=category,
+        labels={"sheet": PROJECT.sheet, "is": name},
+    )
+
+
+rule tables:
+    input:
+        scores=SCORES,
+        speed=expand(f"{RESULTS}/speed/{{speed}}.json", speed=SPEEDS),
+        pretraining=expand(
+            f"{RESULTS}/pretrain/{{pretraining}}", pretraining=PRETRAININGS
+        ),
+        checkpoints=CHECKPOINTS,
+        store=TRACKING_STORE,
+    output:
+        tidy=TIDY_FILES,
+        tables=[shown(path) for path in TABLE_FILES],
+        figures=[shown(path) for path in FIGURE_FILES],
+    log:
+        f"{LOGS}/tables/{PROJECT.sheet}.log",
+    benchmark:
+        f"{TIMES}/tables/{PROJECT.sheet}.tsv"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        settings=as_json(jobs.table_settings(PROJECT)),
+        tables=TABLES,
+        figures=FIGURES,
+    message:
+        "Write tables and figures of the sheet {PROJECT.sheet}"
+    shell:
+        "dualspeed tables --settings {params.settings:q} --out {params.tables} --figures {params.figures}"
+        " --tracking {TRACKING:q} > {log} 2>&1"
