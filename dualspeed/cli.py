@@ -16,11 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a wrong setting or file is one line on stderr and exit status 1."""
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    from dualspeed.typed import ConfigError
-
     try:
         options.run(options)
-    except (ConfigError, FileNotFoundError) as error:
+    except Exception as error:
+        # Our own errors say what to change; any other is a surprise, and its traceback is what helps.
+        if not type(error).__module__.startswith("dualspeed."):
+            raise
         print(f"dualspeed {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -42,10 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(add("base-model", run_base_model, "data", "out"))
     prepare = add_settings(add("prepare", run_prepare, "model", "out"))
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
-    train = add_settings(add("train", run_train, "model", "data", "state", "out"))
-    train.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment; none: local file only")
-    train.add_argument("--parent", type=json.loads, help="JSON: row and settings_hash of the experiment's run")
-    add_settings(add("answer", run_answer, "model", "state", "out"))
+    add_tracking(add_settings(add("train", run_train, "model", "data", "state", "out")))
+    add_tracking(add_settings(add("answer", run_answer, "model", "state", "out")))
     score = add("score", run_score, "data", "answers", "out")
     score.add_argument("benchmark", help="name of the benchmark")
     add_settings(add("speed", run_speed, "model", "data", "out"))
@@ -62,6 +61,12 @@ def add_settings(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its settings."""
     command.add_argument("--settings", type=json.loads, required=True, help="JSON, as the workflow makes it")
     return command
+
+
+def add_tracking(command: argparse.ArgumentParser) -> None:
+    """Give a command that logs its MLflow store, and the row that its run belongs to."""
+    command.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment; none: local file only")
+    command.add_argument("--parent", type=json.loads, help="JSON: row and settings_hash of the experiment's run")
 
 
 def run_demo_data(options: argparse.Namespace) -> None:
@@ -108,7 +113,9 @@ def run_answer(options: argparse.Namespace) -> None:
     """Answer the benchmarks' questions with a trained model."""
     from dualspeed.evaluate import generate_answers
 
-    generate_answers(options.settings, options.model, options.state, options.out)
+    generate_answers(
+        options.settings, options.model, options.state, options.out, tracking=options.tracking, parent=options.parent
+    )
 
 
 def run_score(options: argparse.Namespace) -> None:

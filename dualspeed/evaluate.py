@@ -5,6 +5,7 @@ there. The folder is named by everything that decides the answers, so other sett
 torch nor the model is loaded before a question is left to answer, and never for scoring.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -109,11 +110,8 @@ def generate_answers(
         write_json(file.with_suffix(".throughput.json"), throughput(task, settings))
         write_answers(file, task.benchmark, task.questions, task.answers.texts, settings.experiment)
     if tracking:
-        run = RunSpec(
-            f"{settings.experiment}/{settings.inference}", ParentRun(**parent) if parent else None, asdict(settings)
-        )
-        with MetricLog(Path(state) / sha256_of_json([asdict(settings), checkpoint])[:16], tracking, run) as log:
-            log.log(0, throughput_metrics(tasks, settings))
+        folder = Path(state) / sha256_of_json([asdict(settings), checkpoint])[:16]
+        log_throughput(tasks, settings, folder, tracking, ParentRun(**parent) if parent else None)
 
 
 def make_task(settings: AnswerSettings, name: str, checkpoint: str, state_root: Path) -> Task:
@@ -185,8 +183,11 @@ def answer_remaining(
     task: Task, answerer: "Answerer", image_sizes: Mapping[Path, tuple[int, int]], batch_size: int
 ) -> None:
     """Answer what a task lacks, batch by batch; each batch is on disk before the next one starts."""
-    total = len(task.questions)
-    with tqdm(total=total, initial=len(task.answers.texts), desc=task.benchmark.name, unit=" questions") as progress:
+    done, total = len(task.answers.texts), len(task.questions)
+    # A log file gets a line every ten seconds instead of ten a second.
+    interval = 0.1 if sys.stderr.isatty() else 10
+    name = task.benchmark.name
+    with tqdm(total=total, initial=done, desc=name, unit=" questions", mininterval=interval) as progress:
         for batch in answerer.make_batches(task.remaining, image_sizes, batch_size):
             start = time.perf_counter()
             texts, num_new_tokens = answerer.answer(batch)
@@ -209,10 +210,15 @@ def throughput(task: Task, settings: AnswerSettings) -> dict[str, Any]:
     }
 
 
-def throughput_metrics(tasks: list[Task], settings: AnswerSettings) -> dict[str, float]:
-    """Questions and new tokens per second of each benchmark, named <benchmark>_<rate>."""
+def log_throughput(
+    tasks: list[Task], settings: AnswerSettings, folder: Path, tracking: dict[str, str], parent: ParentRun | None
+) -> None:
+    """Log <benchmark>_questions_per_second and so on as a run of its own; `folder` keeps what MLflow can't take now."""
     rates = ("questions_per_second", "new_tokens_per_second")
-    return {f"{task.benchmark.name}_{rate}": throughput(task, settings)[rate] for task in tasks for rate in rates}
+    metrics = {f"{task.benchmark.name}_{rate}": throughput(task, settings)[rate] for task in tasks for rate in rates}
+    run = RunSpec(f"{settings.experiment}/{settings.inference}", parent, asdict(settings))
+    with MetricLog(folder, tracking, run) as log:
+        log.log(0, metrics)
 
 
 def score(benchmark: str, data: str | Path, answers: str | Path, out: str | Path) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from dualspeed.files import write_atomic
 from dualspeed.labels import METHOD_LABELS, PRUNER_LABELS
 from dualspeed.relative import Cell
 from dualspeed.results import Results
-from dualspeed.summary import summarise
+from dualspeed.summary import summarise, varied_settings
+from dualspeed.table_format import format_number
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; each method has a marker of its own as well.
 COLORS = {"baseline": "#4D4D4D", "naive_prune": "#D55E00", "dualspeed": "#0072B2"}
 MARKERS = {"baseline": "*", "naive_prune": "s", "dualspeed": "o"}
-LIGHT, DARK = "#9CCBEB", "#0072B2"
+LIGHT, DARK, ORANGE = "#9CCBEB", "#0072B2", "#E69F00"
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -76,7 +77,7 @@ def draw_training_time(rows: pd.DataFrame) -> Figure:
     totals = list(pretrain + finetune)
     references = {row.model: total for row, total in zip(rows.itertuples(), totals, strict=True) if is_reference(row)}
     for place, (row, total) in enumerate(zip(rows.itertuples(), totals, strict=True)):
-        faster = "" if is_reference(row) or row.model not in references else f"  {references[row.model] / total:.2f}×"
+        faster = "" if is_reference(row) or row.model not in references else f"  {references[row.model] / total:.2f}x"
         axes.text(total, place, f" {total:.1f}{faster}", va="center", fontsize=9)
     axes.set_xlim(0, 1.2 * max(totals))
     axes.set_xlabel(f"Wall clock ({unit})")
@@ -135,40 +136,30 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> Non
 
 def draw_mismatch(rows: pd.DataFrame) -> Figure:
     """Mean score of the same models on full and on pruned tokens."""
-    means = rows.assign(name=name_rows(rows)).pivot(index="name", columns="inference", values=["mean", "mean_std"])
     if rows["mean"].notna().sum() == 0:
         return empty_figure("Full and pruned inference: not run")
-    means = means.loc[dict.fromkeys(name_rows(rows))]
-    figure = Figure(figsize=(1.6 + 1.7 * len(means), 3.8))
+    rows = rows.assign(name=name_rows(rows))
+    names = list(dict.fromkeys(rows["name"]))
+    figure = Figure(figsize=(1.8 + 1.5 * len(names), 3.8))
     axes = figure.subplots()
-    for shift, inference, color in [(-0.2, "full", DARK), (0.2, "pruned", "#E69F00")]:
-        if ("mean", inference) not in means:
-            continue
-        values, errors = means["mean", inference].astype(float), means["mean_std", inference].astype(float)
-        places = np.arange(len(means)) + shift
-        bars = axes.bar(
-            places, values, 0.38, yerr=errors.fillna(0), color=color, capsize=2, label=f"{inference} tokens"
-        )
-        axes.bar_label(
-            bars, [f"{value:.1f}" if value == value else "not run" for value in values], padding=2, fontsize=9
-        )
-    axes.set_xticks(range(len(means)), [name.replace(", ", "\n", 1) for name in means.index])
+    for shift, inference, color in [(-0.2, "full", DARK), (0.2, "pruned", ORANGE)]:
+        part = rows[rows["inference"] == inference]
+        places = [names.index(name) + shift for name in part["name"]]
+        bars = axes.bar(places, part["mean"], 0.38, yerr=part["mean_std"].fillna(0), color=color, capsize=2)
+        axes.bar_label(bars, [format_number(value) for value in part["mean"]], padding=2, fontsize=9)
+        bars.set_label(f"{inference} tokens")
+    axes.set_xticks(range(len(names)), [name.replace(", ", "\n", 1) for name in names])
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("Mean score")
-    axes.set_title("Training-inference mismatch")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title="Inference on")
+    axes.set_title("Training-inference mismatch: the same models, answering on")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def name_rows(rows: pd.DataFrame) -> list[str]:
     """What tells each row from the others: method, pruner and p, and r, l, alpha or model where those differ."""
-    dualspeed = rows[rows["method"] == "dualspeed"]
-    varied = {
-        symbol: column
-        for symbol, column in {"r": "slow_mode_ratio", "l": "num_virtual_tokens", "α": "distillation_weight"}.items()
-        if dualspeed[column].nunique() > 1
-    }
+    varied = varied_settings(rows)
     names = []
     for row in rows.itertuples():
         parts = [METHOD_LABELS[row.method]]

@@ -53,11 +53,10 @@ def open_store(uri: str, experiment: str) -> Store:
     return Store(client, found.experiment_id)
 
 
-def find_run(store: Store, tags: dict[str, str]) -> Any | None:
-    """The newest MLflow run that has all these tags, or None."""
+def find_runs(store: Store, tags: dict[str, str]) -> list[Any]:
+    """The MLflow runs that have all these tags, newest first."""
     condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    runs = store.client.search_runs([store.experiment_id], filter_string=condition, max_results=1)
-    return runs[0] if runs else None
+    return list(store.client.search_runs([store.experiment_id], filter_string=condition))
 
 
 def find_or_create_run(store: Store, lock: Path, name: str, tags: dict[str, str], started_ms: int | None = None) -> str:
@@ -66,8 +65,8 @@ def find_or_create_run(store: Store, lock: Path, name: str, tags: dict[str, str]
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock, timeout=LOCK_SECONDS):
-        run = find_run(store, tags) or store.client.create_run(store.experiment_id, started_ms, tags, run_name=name)
-    return run.info.run_id
+        runs = find_runs(store, tags) or [store.client.create_run(store.experiment_id, started_ms, tags, run_name=name)]
+    return runs[0].info.run_id
 
 
 def has_run(store: Store, run_id: str) -> bool:

@@ -1,10 +1,10 @@
 """Rel.: how much of the Baseline's performance a method keeps, with a paired bootstrap interval.
 
 Rel. of a model is the mean over benchmarks of its score divided by that of the Baseline of the same base model and
-seed on full tokens, in percent; Rel. of a method is the mean of that over its seeds. The interval is the 2.5th to 97.5th
-percentile over RESAMPLES draws of the benchmarks' questions with replacement (of images, where a benchmark pairs the
-questions of an image): each draw scores every model on the very same questions, so that what makes a draw easy for all
-of them cancels. It says what another set of questions would change; what another seed would change is the standard
+seed on full tokens, in percent; Rel. of a method is the mean of that over its seeds. The interval is the 2.5th to
+97.5th percentile over RESAMPLES draws of the benchmarks' questions with replacement (of images, where a benchmark pairs
+the questions of an image): each draw scores every model on the very same questions, so that what makes a draw easy for
+all of them cancels. It says what another set of questions would change; what another seed would change is the standard
 deviation beside it. Draws are the same on every machine, and for every sheet.
 """
 

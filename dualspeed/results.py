@@ -44,7 +44,7 @@ class Results:
 
 
 def read_results(settings: dict[str, Any]) -> Results:
-    """Read what there is of a sheet. Raises ValueError naming a file that is broken or was scored on other questions."""
+    """Read what there is of a sheet. Raises ValueError naming a file that is broken or scored on other questions."""
     root = Path(settings["results"])
     scores, detail, statistics, checksums = [], [], {}, {}
     for experiment, inference, benchmark in _cells(settings):

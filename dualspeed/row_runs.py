@@ -1,6 +1,5 @@
-"""The MLflow run of each experiment's row: its settings and pretraining, scores, speed, and the tables it appears in."""
+"""The MLflow run of each experiment's row: its settings, pretraining, scores, speed, and the tables that show it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from dualspeed.mlflow_store import (
+    LOCK_SECONDS,
     Store,
-    find_or_create_run,
-    find_run,
+    find_runs,
     log_params,
     log_points,
     log_tags,
@@ -36,12 +35,17 @@ def log_results(
     Values that a run has already are not logged again. A store that is away costs a warning; the next call, for any
     sheet, delivers what was missed. Settings as in `tables.write_tables`.
     """
+    from filelock import FileLock
+
+    root = Path(settings["results"])
+    (root / "state").mkdir(parents=True, exist_ok=True)
     try:
         store = open_store(tracking["uri"], tracking["experiment"])
-        sync_all(Path(settings["results"]) / "state", tracking)
-        for experiment in settings["experiments"]:
-            if training_path(Path(settings["results"]), experiment, "finetune").exists():
-                log_row(store, settings, experiment, results, scores, [tables, figures])
+        sync_all(root / "state", tracking)
+        with FileLock(root / "state" / "row_runs.lock", timeout=LOCK_SECONDS):
+            for experiment in settings["experiments"]:
+                if training_path(root, experiment, "finetune").exists():
+                    log_row(store, settings, experiment, results, scores, [tables, figures])
     except Exception as error:  # tables are written by now, and worth more than their copy
         warn_undelivered(tracking["uri"], error)
 
@@ -56,19 +60,22 @@ def log_row(
 ) -> None:
     """Log one row's run: params, metrics, its benchmarks as child runs, config and the sheet's tables as artifacts."""
     root = Path(settings["results"])
-    run_id = find_parent_run(store, root / "state" / LOCK_FILE, ParentRun(**experiment["parent"]))
+    run_id = find_parent_run(
+        store, root / "state" / LOCK_FILE, ParentRun(experiment["id"], experiment["settings_hash"])
+    )
     log_params(store, run_id, {key: experiment[key] for key in ("model", "method", "seed", "dualspeed")})
     if experiment["pretrain_key"]:
-        pretrain = find_run(store, {"kind": "stage", "pretrain_key": experiment["pretrain_key"]})
-        links = {"pretrain_key": experiment["pretrain_key"]}
-        log_tags(store, run_id, links | ({"pretrain_run_id": pretrain.info.run_id} if pretrain else {}))
-    log_new_values(store, run_id, row_metrics(settings, experiment, results, scores), _finished_ms(root, experiment))
+        link = {"pretrain_key": experiment["pretrain_key"]}
+        pretrain = find_runs(store, {"kind": "stage"} | link)
+        log_tags(store, run_id, link | ({"pretrain_run_id": pretrain[0].info.run_id} if pretrain else {}))
+    run = store.client.get_run(run_id)
+    log_new_values(store, run, row_metrics(settings, experiment, results, scores), _finished_ms(root, experiment))
     log_scores(store, run_id, root, experiment, results)
     store.client.log_dict(run_id, experiment, "config/experiment.json")
     store.client.log_artifact(run_id, str(training_path(root, experiment, "finetune")), "config")
     for folder in folders:
         store.client.log_artifacts(run_id, str(folder), f"{settings['sheet']}/{folder.parent.name}")
-    if store.client.get_run(run_id).info.status != "FINISHED":
+    if run.info.status != "FINISHED":
         store.client.set_terminated(run_id)
 
 
@@ -96,24 +103,28 @@ def row_metrics(
 
 def log_scores(store: Store, parent_id: str, root: Path, experiment: dict[str, Any], results: Results) -> None:
     """One child run per inference and benchmark, with all of its metrics at the time its scores were written."""
+    tags = {"kind": "score", "mlflow.parentRunId": parent_id}
+    known = {(run.data.tags["inference"], run.data.tags["benchmark"]): run for run in find_runs(store, tags)}
     mine = results.detail[results.detail["experiment"] == experiment["id"]]
     for (inference, benchmark), rows in mine.groupby(["inference", "benchmark"]):
-        tags = {"kind": "score", "inference": inference, "benchmark": benchmark, "mlflow.parentRunId": parent_id}
         written_ms = _modified_ms(score_path(root, experiment["id"], inference, benchmark))
-        name = f"{benchmark} ({inference})"
-        run_id = find_or_create_run(store, root / "state" / LOCK_FILE, name, tags, written_ms)
-        values = {
-            re.sub(r"[^\w\-./ :]", "_", metric): value for metric, value in zip(rows.metric, rows.value, strict=True)
-        }
-        if log_new_values(store, run_id, values, written_ms):
-            store.client.set_terminated(run_id, end_time=written_ms)
+        run = known.get((inference, benchmark)) or store.client.create_run(
+            store.experiment_id,
+            written_ms,
+            tags | {"inference": inference, "benchmark": benchmark},
+            run_name=f"{benchmark} ({inference})",
+        )
+        names = rows["metric"].str.replace(r"[^\w\-./ :]", "_", regex=True)  # what MLflow takes in a name
+        values = dict(zip(names, rows["value"], strict=True))
+        if log_new_values(store, run, values, written_ms):
+            store.client.set_terminated(run.info.run_id, end_time=written_ms)
 
 
-def log_new_values(store: Store, run_id: str, values: dict[str, float], timestamp_ms: int) -> int:
+def log_new_values(store: Store, run: Any, values: dict[str, float], timestamp_ms: int) -> int:
     """Log those `values` that differ from the run's latest, at step 0; returns their number."""
-    known = store.client.get_run(run_id).data.metrics
+    known = run.data.metrics
     points = [(key, float(value), timestamp_ms, 0) for key, value in values.items() if known.get(key) != float(value)]
-    log_points(store, run_id, points)
+    log_points(store, run.info.run_id, points)
     return len(points)
 
 

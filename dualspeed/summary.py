@@ -48,6 +48,13 @@ def baseline_pairs(settings: dict[str, Any], members: list[dict[str, Any]]) -> l
     return [(name, baselines[key]) for name, key in keys.items() if key in baselines]
 
 
+def varied_settings(rows: pd.DataFrame) -> dict[str, str]:
+    """{symbol: column} of those settings beside pruner and p in which the DualSpeed rows of a summary differ."""
+    symbols = {"r": "slow_mode_ratio", "l": "num_virtual_tokens", "alpha": "distillation_weight"}
+    dualspeed = rows[rows["method"] == "dualspeed"]
+    return {symbol: column for symbol, column in symbols.items() if dualspeed[column].nunique() > 1}
+
+
 def is_baseline(experiment: dict[str, Any]) -> bool:
     """Whether an experiment was trained on full tokens alone."""
     return experiment["method"] == "baseline"

@@ -10,7 +10,7 @@ from dualspeed.files import write_atomic
 from dualspeed.results import to_csv
 
 NOT_RUN = "not run"
-NOT_APPLICABLE = "–"
+NOT_APPLICABLE = "-"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     """A table environment with booktabs rules."""
     notes = "".join(f"\\par\\footnotesize {_escape(note)}\n" for note in table.notes)
-    body = _render(table.cells, "latex_booktabs").replace("±", "$\\pm$").replace("×", "$\\times$")
+    body = _render(table.cells, "latex_booktabs").replace("±", "$\\pm$")
     caption = f"\\caption{{{_escape(table.title)}}}\n\\label{{tab:{table.name}}}"
     return f"\\begin{{table}}\n\\centering\n{caption}\n{body}\n{notes}\\end{{table}}\n"
 
@@ -71,4 +71,4 @@ def _render(cells: pd.DataFrame, style: str) -> str:
 def _escape(text: str) -> str:
     for character in "&%$#_":
         text = text.replace(character, f"\\{character}")
-    return text.replace("±", "$\\pm$").replace("×", "$\\times$").replace("α", "$\\alpha$")
+    return text.replace("±", "$\\pm$")

@@ -1,8 +1,8 @@
 """The paper's tables, filled with what a sheet's experiments have given so far.
 
-Table 1: methods and pruners on all benchmarks, with Rel., speed and cost. Table 2: the same models on full tokens and on
-pruned ones, where training and inference do not match. Table 3: what each part of DualSpeed adds. A cell whose job has
-not run says so, and is empty in the csv.
+Table 1: methods and pruners on all benchmarks, with Rel., speed and cost. Table 2: the same models on full tokens and
+on pruned ones, where training and inference do not match. Table 3: what each part of DualSpeed adds. A cell whose job
+has not run says so, and is empty in the csv.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from dualspeed.labels import BENCHMARK_LABELS, METHOD_LABELS, PRUNER_LABELS
 from dualspeed.relative import RESAMPLES, Cell, resample_scores
 from dualspeed.results import Results, read_results, write_frames
 from dualspeed.row_runs import log_results
-from dualspeed.summary import summarise, summary_columns
+from dualspeed.summary import summarise, summary_columns, varied_settings
 from dualspeed.table_format import (
     NOT_APPLICABLE,
     NOT_RUN,
@@ -31,8 +31,8 @@ from dualspeed.table_format import (
 PAPER_ABLATION = (95.89, 98.88, 99.32, 99.61)
 ABLATION = ("NaivePrune", "+ fast and slow modes", "+ mode isolator", "+ self-distillation")
 REL_NOTE = (
-    "Rel.: mean over the benchmarks of the score relative to the Baseline of the same seed, in percent; in brackets the "
-    f"95 % interval of a paired bootstrap over questions ({RESAMPLES} draws); ±: standard deviation over seeds."
+    "Rel.: mean over the benchmarks of the score relative to the Baseline of the same seed, in percent; in brackets "
+    f"the 95 % interval of a paired bootstrap over questions ({RESAMPLES} draws); ±: standard deviation over seeds."
 )
 
 
@@ -42,7 +42,7 @@ def write_tables(settings: dict[str, Any], out: Path, figures: Path, tracking: d
     Args:
         settings: {"sheet", "results" (folder), "benchmarks": names, "inference": {"pruner", "pruning_ratio"} (what a
             Baseline's pruned inference uses), "experiments": [{"id", "model", "method", "seed", "tables", "dualspeed":
-            DualSpeedConfig's fields, "inferences", "speed_key", "pretrain_key", "parent": {"row", "settings_hash"}}]}.
+            DualSpeedConfig's fields, "inferences", "speed_key", "pretrain_key", "settings_hash"}]}.
         tracking: {"uri", "experiment"} of the MLflow store; None logs nothing.
 
     Raises:
@@ -52,12 +52,8 @@ def write_tables(settings: dict[str, Any], out: Path, figures: Path, tracking: d
     results = read_results(settings)
     scores = resample_scores(results.statistics)
     write_frames(results, out)
-    for table in (
-        table1(settings, results, scores),
-        table2(settings, results, scores),
-        table3(settings, results, scores),
-    ):
-        write_table(table, out)
+    for make_table in (table1, table2, table3):
+        write_table(make_table(settings, results, scores), out)
     write_figures(settings, results, scores, figures)
     if tracking:
         log_results(settings, results, scores, tracking, out, figures)
@@ -75,8 +71,8 @@ def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
     unit, seconds = time_unit(rows["train_hours"] * 3600)
     cells = setting_cells(rows) | {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, settings["benchmarks"])
     cells |= {
-        "Speedup": [format_number(value, 2, "×") for value in rows["speedup_measured"]],
-        "Limit": [format_number(value, 2, "×") for value in rows["speedup_theory"]],
+        "Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]],
+        "Limit": [format_number(value, 2, "x") for value in rows["speedup_theory"]],
         f"Train ({unit})": [format_number(3600 * value / seconds) for value in rows["train_hours"]],
         "Pruner": [
             NOT_APPLICABLE if row.method == "baseline" else format_number(100 * row.pruner_share, 1, " %")
@@ -87,7 +83,7 @@ def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
         REL_NOTE,
         "Speedup: measured time of a step, Baseline over method. Limit: the same in FLOPs. Train: pretraining and "
         "finetuning, wall clock. Pruner: its share of a fast step.",
-        "The paper's own figures at p = 0.9: 2.1× on LLaVA-1.5 and 4.0× on LLaVA-NeXT (abstract); Rel. with DivPrune "
+        "The paper's own figures at p = 0.9: 2.1x on LLaVA-1.5 and 4.0x on LLaVA-NeXT (abstract); Rel. with DivPrune "
         "99.61 and 99.04 (second-hand, medium certainty).",
     )
     return Table("table1", "Table 1. Full-token inference after each way of training", rows, pd.DataFrame(cells), notes)
@@ -120,28 +116,23 @@ def table3(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
     cells |= {"Change": gain, "Rel. % (paper's)": [f"{PAPER_ABLATION[step]:.2f}" for step in rows["step"]]}
     notes = (
         REL_NOTE,
-        "Change: in Rel., from the line above. The last column is the paper's ablation on LLaVA-1.5, second-hand and of "
-        "medium certainty; it is another model on other benchmarks.",
+        "Change: in Rel., from the line above. The last column is the paper's ablation on LLaVA-1.5, second-hand and "
+        "of medium certainty: another model, on other benchmarks.",
     )
     rows = rows.assign(rel_paper_second_hand=[PAPER_ABLATION[step] for step in rows["step"]])
     return Table("table3", "Table 3. Ablation: what each part of DualSpeed adds", rows, pd.DataFrame(cells), notes)
 
 
 def ablation_rows(rows: pd.DataFrame, benchmarks: list[str]) -> pd.DataFrame:
-    """The rows of a summary that are steps of the ablation, by `step`; a step that no experiment makes is an empty row."""
+    """Rows of a summary that are steps of the ablation, by `step`; a step that no experiment makes is an empty row."""
     rows = rows[(rows["inference"] == "full") & (rows["method"] != "baseline")]
     isolator, teacher = rows["num_virtual_tokens"] > 0, rows["distillation_weight"] > 0
     naive = rows["method"] == "naive_prune"
     conditions = [naive, ~naive & ~isolator & ~teacher, ~naive & isolator & ~teacher, ~naive & isolator & teacher]
     parts = []
     for step, condition in enumerate(conditions):
-        part = (
-            rows[condition]
-            if condition.any()
-            else pd.DataFrame([{"num_seeds": 0}], columns=summary_columns(benchmarks))
-        )
-        parts.append(part.assign(step=step).astype({"pruner": object}))
-    return pd.DataFrame([row for part in parts for row in part.to_dict("records")])
+        parts += [row | {"step": step} for row in rows[condition].to_dict("records") or [{"num_seeds": 0}]]
+    return pd.DataFrame(parts, columns=[*summary_columns(benchmarks), "step"])
 
 
 def format_gain(rel: float, before: pd.Series) -> str:
@@ -151,15 +142,12 @@ def format_gain(rel: float, before: pd.Series) -> str:
 
 
 def setting_cells(rows: pd.DataFrame, leave_out: list[str] | None = None) -> dict[str, list[str]]:
-    """Columns that say what was trained; model, r, l and alpha only where DualSpeed rows differ in them."""
+    """Columns that say what was trained; model, r, l and alpha only where they vary."""
     cells = {"Model": rows["model"].map(format_setting)} if rows["model"].nunique() > 1 else {}
     cells["Method"] = rows["method"].map(METHOD_LABELS).map(format_setting)
     cells["Pruner of training"] = rows["pruner"].map(lambda name: format_setting(PRUNER_LABELS.get(name, name)))
     cells["p"] = rows["pruning_ratio"].map(format_setting)
-    dualspeed = rows[rows["method"] == "dualspeed"]
-    for label, column in {"r": "slow_mode_ratio", "l": "num_virtual_tokens", "α": "distillation_weight"}.items():
-        if dualspeed[column].nunique() > 1:
-            cells[label] = rows[column].map(format_setting)
+    cells |= {symbol: rows[column].map(format_setting) for symbol, column in varied_settings(rows).items()}
     return {label: list(column) for label, column in cells.items() if label not in (leave_out or [])}
 
 

@@ -82,6 +82,7 @@ class DualSpeedTrainer(Trainer):
 
     def _record(self, inputs: dict[str, Any], outputs: DualSpeedOutput, mode: Mode, scale: int) -> None:
         """Keep a micro-batch's figures on the device; `log` brings them home."""
+        self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self._sums["tokens"].append(inputs["attention_mask"].sum())
         self._sums["samples"].append(inputs["input_ids"].new_tensor(len(inputs["input_ids"])))
         self._sums["batches_without_supervision"].append(inputs["input_ids"].new_tensor(len(outputs.logits) == 0))
@@ -101,8 +102,7 @@ class DualSpeedTrainer(Trainer):
             for name in ("tokens", "samples"):
                 logs[f"{name}_per_second"] = totals[name] * self.accelerator.num_processes / seconds
             logs["batches_without_supervision"] = totals["batches_without_supervision"]
-            for group in self.optimizer.param_groups:
-                logs[f"learning_rate/{group['name']}"] = group["lr"]
+            logs |= self._learning_rates
             self._losses.clear()
             self._sums.clear()
             self._logged_at = time.perf_counter()

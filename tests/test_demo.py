@@ -26,7 +26,7 @@ from dualspeed.demo.questions import (
 from dualspeed.demo.scenes import write_demo_data
 
 DATA = {"num_train_scenes": 40, "num_eval_scenes": 30, "questions_per_benchmark": 60}
-BASE = {"num_scenes": 40, "vision_steps": 2, "text_steps": 2, "caption_steps": 2, "text_batch_size": 2}
+BASE = {"num_scenes": 40, "vision_steps": 2, "caption_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_yes_and_no_are_balanced_in_pope(data):
 
 
 def test_unknown_setting_is_named(tmp_path):
-    with pytest.raises(ValueError, match="num_scene.*num_train_scenes"):
+    with pytest.raises(ValueError, match=r"num_scene.*num_train_scenes"):
         write_demo_data({"num_scene": 3}, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

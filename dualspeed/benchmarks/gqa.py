@@ -74,10 +74,12 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Accuracy over all questions, over open and over binary ones."""
+    """Accuracy over all questions, and over open and binary ones where there are any."""
     result = {"accuracy": accuracy(records)}
     for category in ("open", "binary"):
-        result[f"accuracy_{category}"] = accuracy([record for record in records if record.category == category])
+        chosen = [record for record in records if record.category == category]
+        if chosen:
+            result[f"accuracy_{category}"] = accuracy(chosen)
     return result
 
 

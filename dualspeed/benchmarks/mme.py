@@ -134,15 +134,19 @@ def accuracy_plus(records: Sequence[Record]) -> float:
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Points of perception and cognition (acc + acc+ of each category), both rates over all, points per category."""
-    result = {"acc": accuracy(records), "acc_plus": accuracy_plus(records)}
+    """Points of perception and cognition (acc + acc+ of each category), both rates over all, points per category.
+
+    A release without any category of cognition has no such metric.
+    """
     points = {}
     for category in PERCEPTION + COGNITION:
         chosen = [record for record in records if record.category == category]
         if chosen:
             points[category] = accuracy(chosen) + accuracy_plus(chosen)
-    result["perception"] = sum(points.get(category, 0.0) for category in PERCEPTION)
-    result["cognition"] = sum(points.get(category, 0.0) for category in COGNITION)
+    result = {"perception": sum(points.get(category, 0.0) for category in PERCEPTION)}
+    if not points.keys().isdisjoint(COGNITION):
+        result["cognition"] = sum(points.get(category, 0.0) for category in COGNITION)
+    result |= {"acc": accuracy(records), "acc_plus": accuracy_plus(records)}
     return result | {f"points_{category}": value for category, value in points.items()}
 
 

@@ -1,8 +1,8 @@
 """The demo's base model: a tiny LLaVA in stock classes, made in minutes as large ones are made in weeks.
 
-Three trainings (dualspeed.demo.base_training), none of which shows it a picture with a question: the vision tower on
-labelled patches (then frozen, like CLIP), the language model on text alone, and language model with projector on
-captions. Enters: the demo's data folder. Leaves: a checkpoint with its processor, in the Hub's parameter names.
+Two trainings (dualspeed.demo.base_training), neither of which shows it a picture with a question: the vision tower on
+labelled patches (then frozen, like CLIP), and language model with projector on captions. Enters: the demo's data
+folder. Leaves: a checkpoint with its processor, in the Hub's parameter names.
 """
 
 import json
@@ -27,7 +27,6 @@ from dualspeed.demo.base_training import (
     encode_images,
     load_pixels,
     train_on_captions,
-    train_on_text,
     train_vision_tower,
 )
 from dualspeed.demo.drawing import CELL, GRID
@@ -60,7 +59,6 @@ def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
     captions = json.loads((data / "pretrain.json").read_text())[: chosen.num_scenes]
     pixels = load_pixels([data / "images" / "train" / scene["image"] for scene in scenes], processor)
     train_vision_tower(model.model.vision_tower, chosen, pixels, scenes)
-    train_on_text(model, chosen, processor.tokenizer)
     features = encode_images(model.model.vision_tower, pixels)
     train_on_captions(model, chosen, processor.tokenizer, features, [c["conversations"][1]["value"] for c in captions])
     save_with_hub_names(model, processor, out)

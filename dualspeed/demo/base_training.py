@@ -1,6 +1,6 @@
-"""The three trainings of the demo's base model (see dualspeed.demo.base_model).
+"""The two trainings of the demo's base model (see dualspeed.demo.base_model).
 
-B pictures or texts in a step, P patches of a picture, L tokens, W width of the vision tower.
+B pictures in a step, P patches of a picture, L tokens, W width of the vision tower.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dualspeed.demo.drawing import COLOURS, GRID, sample_scene
-from dualspeed.demo.questions import ask_turns, caption
+from dualspeed.demo.drawing import COLOURS, GRID
 from dualspeed.demo.settings import BaseModelSettings
 
 WARMUP_STEPS = 50
-TEXT_TURNS = 6
 IGNORE_INDEX = -100
 
 
@@ -57,24 +55,12 @@ def train_vision_tower(
         )
 
     parameters = [*tower.parameters(), *on_patch.parameters(), *on_picture.parameters()]
-    batches = np.random.default_rng(settings.seed)
-
-    def step(_: int) -> Tensor:
-        return loss(torch.from_numpy(batches.choice(len(pixels), settings.vision_batch_size)))
-
-    optimise("base model: vision tower", parameters, step, settings.vision_steps, settings.learning_rate)
-
-
-def train_on_text(
-    model: LlavaForConditionalGeneration, settings: BaseModelSettings, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Teach the language model to read scenes in words and to answer about them, as large models know from text."""
     rng = np.random.default_rng(settings.seed)
 
-    def step(_: int) -> Tensor:
-        return text_loss(model, tokenizer, rng, settings.text_batch_size)
+    def step() -> Tensor:
+        return loss(torch.from_numpy(rng.integers(len(pixels), size=settings.vision_batch_size)))
 
-    optimise("base model: text", language_parameters(model), step, settings.text_steps, settings.learning_rate)
+    optimise("base model: vision tower", parameters, step, settings.vision_steps, settings.learning_rate)
 
 
 def train_on_captions(
@@ -84,28 +70,31 @@ def train_on_captions(
     features: Tensor,
     captions: list[str],
 ) -> None:
-    """Teach language model and projector to list what is on a picture; text goes along, so that it isn't forgotten."""
-    rng = np.random.default_rng(settings.seed + 1)
-    ids = [torch.tensor(tokenizer(text).input_ids[1:]) for text in captions]
+    """Teach language model and projector to describe pictures, on all of their tokens."""
+    rng = np.random.default_rng(settings.seed)
+    ids = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in captions]
 
-    def step(_: int) -> Tensor:
-        rows = rng.choice(len(features), settings.caption_batch_size)
-        loss = caption_loss(model, features[torch.from_numpy(rows)], [ids[row] for row in rows])
-        return loss + text_loss(model, tokenizer, rng, settings.caption_text_batch_size)
+    def step() -> Tensor:
+        rows = rng.integers(len(features), size=settings.caption_batch_size)
+        return caption_loss(model, features[torch.from_numpy(rows)], [ids[row] for row in rows])
 
-    parameters = [*language_parameters(model), *model.model.multi_modal_projector.parameters()]
+    parameters = [
+        *model.model.language_model.parameters(),
+        *model.lm_head.parameters(),
+        *model.model.multi_modal_projector.parameters(),
+    ]
     optimise("base model: captions", parameters, step, settings.caption_steps, settings.learning_rate)
 
 
 def optimise(
-    title: str, parameters: list[nn.Parameter], step: Callable[[int], Tensor], num_steps: int, learning_rate: float
+    title: str, parameters: list[nn.Parameter], step: Callable[[], Tensor], num_steps: int, learning_rate: float
 ) -> None:
     """Minimise `step`'s loss with AdamW and a cosine schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, num_steps // 2), num_steps)
     progress = tqdm(range(num_steps), desc=title, unit="step", mininterval=5)
     for number in progress:
-        loss = step(number)
+        loss = step()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -113,11 +102,6 @@ def optimise(
         optimizer.zero_grad()
         if number % 50 == 49:
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-
-
-def language_parameters(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
-    """Parameters of the language model, head included."""
-    return [*model.model.language_model.parameters(), *model.lm_head.parameters()]
 
 
 def load_pixels(images: list[Path], processor: LlavaProcessor) -> Tensor:
@@ -160,25 +144,6 @@ def presence(labels: Tensor, num_classes: int) -> Tensor:
     return torch.stack([(labels == 1 + index).any(dim=1) for index in range(num_classes)], dim=1)
 
 
-def scene_text(rng: np.random.Generator) -> str:
-    """Return a text: a scene in words where a conversation has its picture, then questions and answers."""
-    scene = sample_scene(rng, "train")
-    turns = [f"USER: {turn.prompt} ASSISTANT: {turn.reply}</s>" for turn in ask_turns(scene, rng, TEXT_TURNS)]
-    return caption(scene, colour_first=bool(rng.random() < 0.5)) + "".join(turns)
-
-
-def text_loss(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, num_texts: int
-) -> Tensor:
-    """Cross-entropy of the answers in a batch of new texts."""
-    ids = tokenizer([scene_text(rng) for _ in range(num_texts)], padding=True, return_tensors="pt").input_ids
-    starts = (ids == tokenizer.convert_tokens_to_ids("ASSISTANT:")).long()
-    ends = (ids == tokenizer.eos_token_id).long()
-    # A token belongs to an answer if more answers have started than ended before it.
-    in_answer = (starts - ends).cumsum(dim=1) - starts + ends > 0
-    return next_token_loss(model, ids.masked_fill(~in_answer, IGNORE_INDEX), input_ids=ids)
-
-
 def caption_loss(model: LlavaForConditionalGeneration, features: Tensor, captions: list[Tensor]) -> Tensor:
     """Cross-entropy of captions behind their pictures' (B, P, W) features, in LLaVA's plain format."""
     start = torch.tensor([model.config.text_config.bos_token_id] + [model.config.image_token_id] * features.shape[1])
@@ -186,13 +151,10 @@ def caption_loss(model: LlavaForConditionalGeneration, features: Tensor, caption
     ignored = torch.full_like(start, IGNORE_INDEX)
     texts = [torch.cat([ignored, text]) for text in captions]
     labels = pad_sequence(texts, batch_first=True, padding_value=IGNORE_INDEX)
-    projected = BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))
-    return next_token_loss(model, labels, input_ids=ids, mm_encoder_outputs={"image": projected})
-
-
-def next_token_loss(model: LlavaForConditionalGeneration, labels: Tensor, **inputs: Any) -> Tensor:
-    """Mean cross-entropy over labelled tokens; logits are computed where one follows. Padding stands on the right."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     supervised = targets != IGNORE_INDEX
-    logits = model(**inputs, logits_to_keep=supervised, use_cache=False).logits
+    projected = BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))
+    logits = model(
+        input_ids=ids, mm_encoder_outputs={"image": projected}, logits_to_keep=supervised, use_cache=False
+    ).logits
     return F.cross_entropy(logits, targets[supervised])

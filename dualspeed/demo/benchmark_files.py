@@ -52,9 +52,7 @@ def write_pope(folder: Path, scenes: list[Scene], num_questions: int, rng: np.ra
             number = index % len(scenes)
             question = ask_existence(scenes[number], rng, index % 2 == 0, negative)
             image = f"{number:06d}.png"
-            records.append(
-                {"question_id": index + 1, "image": image, "text": question.text, "label": question.answer}
-            )
+            records.append({"question_id": index + 1, "image": image, "text": question.text, "label": question.answer})
             questions.append(
                 {
                     "question_id": split * 1_000_000 + index + 1,

@@ -47,11 +47,21 @@ def choice_text(question: Question) -> str:
     return f"Context: N/A\nQuestion: {question.text}\nOptions: {options}"
 
 
-def caption(scene: Scene, colour_first: bool) -> str:
-    """List a scene's digits in raster order; the leading word says which attribute comes first."""
-    if colour_first:
-        return "colours: " + ", ".join(f"{item.colour} {item.digit}" for item in scene.items)
-    return "digits: " + ", ".join(f"{item.digit} {item.colour}" for item in scene.items)
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Describe a scene in four sentences of random order, each told apart by its leading word.
+
+    colours, digits: the items in raster order, by colour or by digit first; index: the colour of every digit, no where
+    it is absent; counts: how many digits each colour has.
+    """
+    digits = [f"{digit} {scene.colour_of(digit) or 'no'}" for digit in rng.permutation(10).tolist()]
+    colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))]
+    sentences = [
+        "colours: " + " ".join(f"{item.colour} {item.digit}" for item in scene.items),
+        "digits: " + " ".join(f"{item.digit} {item.colour}" for item in scene.items),
+        "index: " + " ".join(digits),
+        "counts: " + " ".join(f"{colour} {scene.count(colour)}" for colour in colours),
+    ]
+    return " ".join(f"{sentences[i]}." for i in rng.permutation(len(sentences)))
 
 
 def absent_pair(scene: Scene, rng: np.random.Generator, negative: str) -> tuple[str, int]:

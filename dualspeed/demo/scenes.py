@@ -50,7 +50,7 @@ def write_training_data(settings: SceneSettings, folder: Path) -> None:
         image = f"{number:06d}.png"
         write_png(folder / "images" / "train" / image, draw_scene(scene))
         labels.append({"image": image, "items": [[item.cell, item.colour, item.digit] for item in scene.items]})
-        captions.append(caption_record(scene, image))
+        captions.append(caption_record(caption(scene, rng), image))
         for part in range(settings.conversations_per_scene):
             turns = ask_turns(scene, rng, settings.turns_per_conversation)
             conversations.append(conversation_record(turns, f"{number:06d}-{part}", image))
@@ -59,12 +59,10 @@ def write_training_data(settings: SceneSettings, folder: Path) -> None:
     (folder / "finetune.json").write_text(json.dumps(conversations))
 
 
-def caption_record(scene: Scene, image: str) -> dict[str, Any]:
-    """A caption in the format of LLaVA-Pretrain; colour first and digit first take turns."""
-    number = int(image.removesuffix(".png"))
-    text = caption(scene, colour_first=number % 2 == 0)
+def caption_record(text: str, image: str) -> dict[str, Any]:
+    """A caption in the format of LLaVA-Pretrain."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]
-    return {"id": f"{number:06d}", "image": image, "conversations": turns}
+    return {"id": image.removesuffix(".png"), "image": image, "conversations": turns}
 
 
 def conversation_record(questions: list[Question], record_id: str, image: str) -> dict[str, Any]:

@@ -50,16 +50,10 @@ class BaseModelSettings:
     """Layers of the language model."""
     text_heads: int = 4
     """Attention heads of the language model."""
-    text_steps: int = 1000
-    """Steps of the language model on text alone: scenes in words, questions and answers."""
-    text_batch_size: int = 64
-    """Texts in a step."""
     caption_steps: int = 300
-    """Steps of language model and projector on captions of pictures."""
+    """Steps of language model and projector on captions."""
     caption_batch_size: int = 32
     """Pictures in a caption step."""
-    caption_text_batch_size: int = 32
-    """Texts beside the pictures of a caption step."""
     num_scenes: int = 3000
     """Training pictures that tower and captions learn from."""
     learning_rate: float = 1e-3
@@ -67,7 +61,7 @@ class BaseModelSettings:
 
 
 def settings_from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:
-    """Build a settings dataclass, ignoring the key `source`; an unknown key is a ValueError that lists the valid ones."""
+    """Build a settings dataclass, ignoring the key `source`; an unknown key is a ValueError that lists the valid."""
     valid = {field.name for field in fields(cls)}
     unknown = sorted(set(values) - valid - {"source"})
     if unknown:

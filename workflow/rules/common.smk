@@ -49,11 +49,9 @@ wildcard_constraints:
     inference="full|pruned",
 
 
-# What training logs to. No rule's params hold it: another store trains nothing again.
+# Where jobs log to. No params hold it, and what says that the store is there counts as old: another store reruns nothing.
 TRACKING = json.dumps({"uri": PROJECT.tracking.uri, "experiment": PROJECT.tracking.experiment})
-SQLITE = PROJECT.tracking.uri.removeprefix("sqlite:///") if PROJECT.tracking.uri.startswith("sqlite:///") else None
-# Jobs write to the database all the time: it has to be there, and its age says nothing.
-TRACKING_STORE = [ancient(SQLITE)] if SQLITE else []
+TRACKING_READY = f"{RESULTS}/state/tracking.ready"
 
 CHECKPOINTS = expand(f"{RESULTS}/models/{{experiment}}", experiment=EXPERIMENTS)
 SCORES = [

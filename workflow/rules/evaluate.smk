@@ -2,57 +2,61 @@
 
 
 rule generate_answers:
-    message:
-        "Answer the benchmarks with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
     input:
         model=f"{RESULTS}/models/{{experiment}}",
         questions=sorted({made_from(benchmark.folder) for benchmark in PROJECT.benchmarks.values()}),
+        store=ancient(TRACKING_READY),
     output:
-        answers=expand(f"{RESULTS}/answers/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.jsonl", name=PROJECT.benchmarks),
+        answers=expand(
+            f"{RESULTS}/answers/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.jsonl", name=PROJECT.benchmarks
+        ),
         throughput=expand(
             f"{RESULTS}/answers/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.throughput.json", name=PROJECT.benchmarks
         ),
-    params:
-        settings=lambda wildcards: as_json(
-            jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
-        ),
-        folder=f"{RESULTS}/answers/{{experiment}}/{{inference}}",
     log:
         f"{LOGS}/generate_answers/{{experiment}}/{{inference}}.log",
     benchmark:
         f"{TIMES}/generate_answers/{{experiment}}/{{inference}}.tsv"
+    threads: 1
     resources:
         gpu=lambda wildcards: gpus_of(EXPERIMENTS[wildcards.experiment].model),
         mem_mb=8000,
         runtime=720,
-    threads: 1
+    params:
+        settings=lambda wildcards: as_json(
+            jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
+        ),
+        parent=lambda wildcards: as_json(jobs.parent_run(PROJECT, EXPERIMENTS[wildcards.experiment])),
+        folder=f"{RESULTS}/answers/{{experiment}}/{{inference}}",
+    message:
+        "Answer the benchmarks with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
     shell:
         "exec dualspeed answer --settings {params.settings:q} --model {input.model} --state {STATE}"
-        " --out {params.folder} > {log} 2>&1"
+        " --out {params.folder} --tracking {TRACKING:q} --parent {params.parent:q} > {log} 2>&1"
 
 
 rule score:
-    message:
-        "Score {wildcards.experiment}, {wildcards.inference} tokens"
     input:
         answers=rules.generate_answers.output.answers,
         questions=rules.generate_answers.input.questions,
     output:
         scores=expand(f"{RESULTS}/scores/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.json", name=PROJECT.benchmarks),
-    params:
-        benchmarks=list(PROJECT.benchmarks),
-        folders=[benchmark.folder for benchmark in PROJECT.benchmarks.values()],
     log:
         f"{LOGS}/score/{{experiment}}/{{inference}}.log",
     benchmark:
         f"{TIMES}/score/{{experiment}}/{{inference}}.tsv"
+    threads: 1
     resources:
         mem_mb=2000,
         runtime=30,
-    threads: 1
+    params:
+        benchmarks=list(PROJECT.benchmarks),
+        folders=[benchmark.folder for benchmark in PROJECT.benchmarks.values()],
+    message:
+        "Score {wildcards.experiment}, {wildcards.inference} tokens"
     shell:
         """
-        exec > {log} 2>&1
+        exec >{log} 2>&1
         benchmarks=({params.benchmarks:q}) folders=({params.folders:q})
         answers=({input.answers:q}) scores=({output.scores:q})
         for i in "${{!benchmarks[@]}}"; do

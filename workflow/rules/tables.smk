@@ -4,16 +4,14 @@ TABLES, FIGURES = (
     f"{RESULTS}/tables/{PROJECT.sheet}",
     f"{RESULTS}/figures/{PROJECT.sheet}",
 )
-TIDY_FILES = expand(
-    f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "speed", "costs"]
-)
+TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "speed", "costs"])
 TABLE_FILES = expand(
     f"{TABLES}/{{name}}.{{kind}}",
     name=["table1", "table2", "table3"],
     kind=["csv", "md", "tex"],
 )
 FIGURE_FILES = expand(
-    f"{FIGURES}/{{name}}.{{kind}}", name=["figure4", "figure5"], kind=["png", "svg"]
+    f"{FIGURES}/{{name}}.{{kind}}", name=["figure4", "figure5", "figure_mismatch"], kind=["png", "svg"]
 )
 
 
@@ -35,11 +33,9 @@ rule tables:
     input:
         scores=SCORES,
         speed=expand(f"{RESULTS}/speed/{{speed}}.json", speed=SPEEDS),
-        pretraining=expand(
-            f"{RESULTS}/pretrain/{{pretraining}}", pretraining=PRETRAININGS
-        ),
+        pretraining=expand(f"{RESULTS}/pretrain/{{pretraining}}", pretraining=PRETRAININGS),
         checkpoints=CHECKPOINTS,
-        store=TRACKING_STORE,
+        store=ancient(TRACKING_READY),
     output:
         tidy=TIDY_FILES,
         tables=[shown(path) for path in TABLE_FILES],

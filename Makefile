@@ -1,0 +1,60 @@
+# make demo: the paper's tables on a laptop. `make help` lists the rest.
+PYTHON ?= python3
+# The sheet that `make report` shows.
+SHEET ?= config/demo/experiments.tsv
+PORT ?= 5000
+BIN := .venv/bin
+
+# snakefmt looks for shfmt there.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Spinning OpenMP threads make a step ten times slower where cores are busy.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help install demo demo-full show report ui test test-all lint clean
+
+help:  ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: .venv/.installed  ## create .venv with the pinned versions
+
+# torch first, on its own: it is the largest by far, and what follows accepts the build that is there.
+.venv/.installed: pyproject.toml constraints.txt
+	@echo 'Installing the pinned packages into .venv: minutes, once.'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[workflow,slurm,dev]'
+	touch $@
+
+demo: install  ## train and evaluate the demo's main rows, then show Table 1
+	$(BIN)/snakemake
+	@$(MAKE) --no-print-directory show TABLES=results/tables/demo
+
+demo-full: install  ## the demo with all pruners, seeds, ratios and ablations
+	$(BIN)/snakemake --config experiments=config/demo/experiments-full.tsv
+	@$(MAKE) --no-print-directory show TABLES=results/tables/demo-full
+
+show:
+	@echo; cat $(TABLES)/table1.md
+	@echo; echo "More tables: $(TABLES)/, figures: $(subst tables,figures,$(TABLES))/"
+	@echo "Every run: make ui (MLflow). One HTML page: make report."
+
+report: install  ## one HTML page with tables, figures and how they were made: results/report.html
+	$(BIN)/snakemake --config experiments=$(SHEET) --report results/report.html
+
+ui: install  ## browse the runs with MLflow at http://localhost:$(PORT)
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --port $(PORT)
+
+test: install  ## the tests, a few minutes
+	$(BIN)/pytest -m 'not slow and not slurm and not browser'
+
+test-all: install  ## the longer ones too
+	$(BIN)/pytest
+
+lint: install  ## what CI checks of the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --line-length 120 --check Snakefile workflow
+
+clean:  ## delete every result
+	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf .snakemake

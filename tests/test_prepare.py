@@ -1,0 +1,206 @@
+"""Preparation: a dataset of everything usable, a manifest of everything else, whole or not at all."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from datasets import load_from_disk
+from PIL import Image
+from samples import BAD_IMAGES, by_character, entry, load, write_image
+from transformers import AutoProcessor, LlavaProcessor
+
+from dualspeed.data.collator import ConversationCollator
+from dualspeed.data.images import inspect_image
+from dualspeed.data.prepare import PreparationError, choose_layout, layout_by_pixels, layout_by_size, prepare_dataset
+from dualspeed.data.templates import use_template
+from dualspeed.recipe import DataRecipe
+
+
+@pytest.fixture(scope="module")
+def models_folder(tmp_path_factory):
+    """Folders with the processors by_character, named llava and llava_next."""
+    folder = tmp_path_factory.mktemp("models")
+    by_character(make=tiny.llava_processor).save_pretrained(folder / "llava")
+    by_character(make=tiny.llava_next_processor).save_pretrained(folder / "llava_next")
+    return folder
+
+
+def make_recipe(folder, entries, **settings):
+    """A recipe over `entries` and the images in `folder`/images."""
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "data.json").write_text(json.dumps(entries))
+    settings = {"chat_template": "turns", "max_length": 400, "max_dropped_share": 0.9, **settings}
+    return DataRecipe(annotations=str(folder / "data.json"), images=str(folder / "images"), **settings)
+
+
+def good_entries(folder):
+    """Entries of each good kind with their images, which have different shapes."""
+    (folder / "images").mkdir(exist_ok=True)
+    for name, size in {"a.png": (28, 28), "b.png": (90, 20), "c.png": (20, 70)}.items():
+        Image.new("RGB", size, "red").save(folder / "images" / name)
+    return [
+        entry("<image>\nq", "a", "q2", "a2", name="one", image="a.png"),
+        entry("q", "a", name="text"),
+        entry("1: <image> 2: <image>", "a long answer", name="two", image=["b.png", "c.png"]),
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("model", ["llava", "llava_next"])
+def test_prepared_rows_are_as_long_as_the_collator_makes_them(model, workers, models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path))
+    manifest = prepare_dataset(recipe, models_folder / model, tmp_path / "out", workers)
+    dataset = load_from_disk(tmp_path / "out")
+    assert dataset["id"][:] == ["one", "text", "two"]
+    processor = AutoProcessor.from_pretrained(models_folder / model)
+    use_template(processor, "turns")
+    batch = ConversationCollator(processor, recipe.max_length)(list(dataset))
+    assert dataset["num_tokens"][:] == batch["attention_mask"].sum(dim=1).tolist()
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["num_samples"], manifest["num_dropped"], manifest["dropped"]) == (3, 0, [])
+
+
+def test_everything_unusable_is_counted_and_listed(models_folder, tmp_path):
+    entries = good_entries(tmp_path)
+    for kind in [*BAD_IMAGES, "CMYK", "P"]:
+        write_image(tmp_path / "images" / f"{kind}.png", kind)
+        entries.append(entry("<image>", "a", name=kind, image=f"{kind}.png"))
+    entries += [
+        entry("<image>\n" + "q" * 300, "a", name="long question", image="a.png"),
+        entry("q" * 300 + "<image><image>", "a", name="late image", image=["a.png", "b.png"]),
+        entry("q", "a" * 300, name="long answer"),
+        entry("q", "", name="no answer"),
+    ]
+    recipe = make_recipe(tmp_path, entries, max_length=150)
+    manifest = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out", workers=2)
+    dataset = load_from_disk(tmp_path / "out")
+    assert dataset["id"][:] == ["one", "text", "two", "CMYK", "P", "long answer"]
+    assert dataset["num_tokens"][-1] == 150
+    assert manifest["num_cut_at_max_length"] == 1
+    assert {item["id"]: item["reason"] for item in manifest["dropped"]} == {
+        **{kind: f"image: {reason}" for kind, reason in BAD_IMAGES.items()},
+        "long question": "nothing supervised within max_length",
+        "late image": "image tokens beyond max_length",
+        "no answer": "empty answer",
+    }
+    assert manifest["num_dropped"] == len(manifest["dropped"]) == sum(manifest["dropped_by_reason"].values())
+    assert manifest["dropped_by_reason"]["image: too small"] == 2
+    assert manifest["converted_by_mode"] == {"converted from CMYK": 1, "converted from P": 1}
+    assert [Path(item["file"]).name for item in manifest["converted"]] == ["CMYK.png", "P.png"]
+
+
+def test_samples_that_a_template_cannot_hold_are_dropped(models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path)[1:], chat_template="plain")
+    manifest = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    assert [(item["id"], item["reason"]) for item in manifest["dropped"]] == [("text", "not for this chat template")]
+
+
+def test_too_large_a_share_of_bad_samples_is_an_error(models_folder, tmp_path):
+    entries = [*good_entries(tmp_path), entry("<image>", "a", name="lost", image="lost.png")]
+    recipe = make_recipe(tmp_path, entries, max_dropped_share=0.2)
+    message = r"(?s)1 of 4 samples.*max_dropped_share 0\.2 allows 0: 1 x image: missing.*lost: .*lost\.png"
+    with pytest.raises(PreparationError, match=message):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    manifest = prepare_dataset(
+        make_recipe(tmp_path, entries, max_dropped_share=0.25), models_folder / "llava", tmp_path
+    )
+    assert manifest["num_dropped"] == 1
+
+
+def test_data_without_any_usable_sample_is_an_error(models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, [entry("<image>", "a", image="lost.png")], max_dropped_share=1.0)
+    with pytest.raises(PreparationError, match="1 of 1 samples cannot be used"):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", ["annotations", "images", "model"])
+def test_a_missing_input_is_named_at_once(missing, models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path))
+    model = models_folder / "llava"
+    if missing == "model":
+        model = tmp_path / "gone"
+    else:
+        recipe = DataRecipe(**{"annotations": recipe.annotations, "images": recipe.images, missing: "gone"})
+    with pytest.raises(PreparationError, match=rf"{missing}: .*gone"):
+        prepare_dataset(recipe, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [tiny.llava_processor, tiny.llava_next_processor])
+def test_counting_by_size_agrees_with_the_pixels(make, tmp_path):
+    processor = by_character("vicuna_v1", make)
+    records, _ = load(tmp_path, good_entries(tmp_path), tmp_path / "images")
+    reports = {path: inspect_image(path) for record in records for path in record["images"]}
+    layout_of = choose_layout(processor, records, reports)
+    assert layout_of.func is layout_by_size
+    for record in records:
+        quick, exact = layout_of(record), layout_by_pixels(processor, record)
+        assert quick.is_image.repeat(quick.widths).tolist() == exact.is_image.tolist()
+        assert quick.is_supervised.repeat(quick.widths).tolist() == exact.is_supervised.tolist()
+
+
+def test_a_processor_whose_count_by_size_is_wrong_is_measured_by_pixels(tmp_path):
+    class Miscounting(LlavaProcessor):
+        def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+            data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
+            data.num_image_tokens = [count + 1 for count in data.num_image_tokens]
+            return data
+
+    processor = by_character("turns")
+    processor.__class__ = Miscounting
+    records, _ = load(tmp_path, good_entries(tmp_path), tmp_path / "images")
+    reports = {path: inspect_image(path) for record in records for path in record["images"]}
+    assert choose_layout(processor, records, reports).func is layout_by_pixels
+
+
+KILLED = """
+import os, signal, sys
+from datasets import Dataset
+from dualspeed.data.prepare import prepare_dataset
+from dualspeed.recipe import DataRecipe
+
+save = Dataset.save_to_disk
+
+def save_and_die(dataset, folder):
+    save(dataset, folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Dataset.save_to_disk = save_and_die
+annotations, images, model, out = sys.argv[1:]
+prepare_dataset(DataRecipe(annotations=annotations, images=images), model, out)
+"""
+
+
+def test_a_killed_preparation_leaves_what_was_there_before(models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path))
+    model, out = models_folder / "llava", tmp_path / "out"
+    prepare_dataset(recipe, model, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    command = [sys.executable, "-c", KILLED, recipe.annotations, recipe.images, model, out]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing_behind(models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, [entry("q", "a" * 100_000, name=str(index)) for index in range(2)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # larger files fail to be written, as on a full disk
+    try:
+        with pytest.raises(PreparationError, match=r"out: cannot be written: .*File too large"):
+            prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in tmp_path.iterdir()} == {"data.json", "images"}
+
+
+def test_a_disk_that_is_too_small_is_an_error_at_the_start(models_folder, tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(PreparationError, match="the disk has 0 MB left"):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")

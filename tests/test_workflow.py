@@ -1,0 +1,288 @@
+"""What an edit runs again, by real dry runs: each line of the table at the end of config/README.md."""
+
+import csv
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dualspeed.cli import make_parser
+from dualspeed.config import StageSettings
+
+REPOSITORY = Path(__file__).parents[1]
+BASELINE, NAIVE, MILD, STRONG = ROWS = (
+    "baseline-seed0",
+    "naive_prune-divprune-p0.9-seed0",
+    "dualspeed-divprune-p0.75-seed0",
+    "dualspeed-divprune-p0.9-seed0",
+)
+TABLES = {"Write tables and figures of the sheet demo"}
+Edit = Callable[[Path], object]
+
+
+def snakemake(project: Path, *arguments: str) -> str:
+    """Output of a Snakemake call in a project's folder."""
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr
+
+
+def plan(project: Path, *arguments: str) -> set[str]:
+    """What a dry run would do, by the jobs' messages, with hashes as *."""
+    output = snakemake(project, "-n", *arguments)
+    assert "This was a dry-run" in output or "Nothing to be done" in output, output[-3000:]
+    jobs = re.findall(r"^Job \d+: (.*?)(?: \(progress: .*\))?$", output, flags=re.MULTILINE)
+    return {re.sub(r"-[0-9a-f]{8}\b", "-*", job) for job in jobs}
+
+
+def edit_config(change: Callable[[dict], object]) -> Edit:
+    """An edit of config.yaml."""
+
+    def edit(project: Path) -> None:
+        file = project / "config/demo/config.yaml"
+        content = yaml.safe_load(file.read_text())
+        change(content)
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return edit
+
+
+def edit_rows(change: Callable[[dict[str, dict]], object], sheet: str = "experiments") -> Edit:
+    """An edit of the sheet's rows, by id; written to `sheet`."""
+
+    def edit(project: Path) -> None:
+        with (project / "config/demo/experiments.tsv").open(newline="") as file:
+            rows = {row["id"]: row for row in csv.DictReader(file, delimiter="\t")}
+        columns = list(rows[BASELINE])
+        change(rows)
+        with (project / f"config/demo/{sheet}.tsv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, delimiter="\t")
+            writer.writeheader()
+            writer.writerows(rows.values())
+
+    return edit
+
+
+def edit_cell(column: str, value: object, row: str = MILD) -> Edit:
+    """An edit of one cell."""
+    return edit_rows(lambda rows: rows[row].update({column: value}))
+
+
+def finetune_recipe(content: dict) -> dict:
+    return content["models"]["tiny"]["stages"]["finetune"]
+
+
+def pretrain_recipe(content: dict) -> dict:
+    return content["models"]["tiny"]["stages"]["pretrain"]
+
+
+def evaluate(*rows: str, inferences: tuple[str, ...] = ("full", "pruned")) -> set[str]:
+    """Jobs that answer and score; MILD is not in Table 2 and answers on full tokens alone."""
+    chosen = [(row, one) for row in rows for one in inferences if one == "full" or row != MILD]
+    answers = {f"Answer the benchmarks with {row}, {one} tokens" for row, one in chosen}
+    return answers | {f"Score {row}, {one} tokens" for row, one in chosen}
+
+
+def finetune(*rows: str) -> set[str]:
+    return {f"Finetune {row}" for row in rows} | evaluate(*rows) | TABLES
+
+
+PRETRAIN = {"Pretrain tiny-full-seed0-*", "Pretrain tiny-fast-seed0-*"}
+PREPARE = {"Check and prepare the pretrain data of tiny", "Check and prepare the finetune data of tiny"}
+TIME = {
+    f"Time the steps of tiny-divprune-{name}-*, alone on this machine"
+    for name in ("p0.9-l0-plain", "p0.75-l4-distilled", "p0.9-l4-distilled")
+}
+BASE = {"Make the base model tiny"}
+DATA = {"Draw the demo's pictures and questions"}
+
+
+def retrain_mild(speed: str | None, pretrain: str | None = "tiny-fast-seed0") -> set[str]:
+    """Jobs of one row whose cell changed."""
+    timing = {f"Time the steps of tiny-{speed}-*, alone on this machine"} if speed else set()
+    return finetune(MILD) | timing | ({f"Pretrain {pretrain}-*"} if pretrain else set())
+
+
+def add_row(rows: dict[str, dict]) -> None:
+    rows["new"] = rows[STRONG] | {"id": "new", "slow_mode_ratio": "0.2", "tables": "figure5"}
+
+
+def touch_everything(project: Path) -> None:
+    for file in project.rglob("results/**/*.json*"):
+        file.touch()
+
+
+def edit_code(project: Path) -> None:
+    rules = project / "workflow/rules/train.smk"
+    rules.write_text(rules.read_text().replace("exec dualspeed train", "exec dualspeed  train"))
+
+
+def comment(project: Path) -> None:
+    for name, mark in (("config.yaml", "\n# a comment\n"), ("experiments.tsv", "# a comment\n\n")):
+        with (project / "config/demo" / name).open("a") as file:
+            file.write(mark)
+
+
+def add_benchmark(content: dict) -> None:
+    content["benchmarks"]["mme"] = {"folder": "results/data/demo/test/mme"}
+
+
+# edit -> (how, jobs of the dry run)
+EDITS: dict[str, tuple[Edit, set[str]]] = {
+    "nothing": (lambda project: None, set()),
+    "pruning_ratio": (edit_cell("pruning_ratio", "0.8"), retrain_mild("divprune-p0.8-l4-distilled")),
+    "pruner": (edit_cell("pruner", "random"), retrain_mild("random-p0.75-l4-distilled")),
+    "num_virtual_tokens": (edit_cell("num_virtual_tokens", "8"), retrain_mild("divprune-p0.75-l8-distilled")),
+    "seed": (edit_cell("seed", "5"), retrain_mild(None, "tiny-fast-seed5")),
+    "slow_mode_ratio": (edit_cell("slow_mode_ratio", "0.2"), retrain_mild(None, None)),
+    "distillation_weight": (edit_cell("distillation_weight", "0.5"), retrain_mild(None, None)),
+    "no distillation": (edit_cell("distillation_weight", "0"), retrain_mild("divprune-p0.75-l4-plain", None)),
+    "tables": (edit_cell("tables", "figure4"), TABLES),
+    "new in table2": (
+        edit_cell("tables", "table2"),
+        TABLES | {f"Answer the benchmarks with {MILD}, pruned tokens", f"Score {MILD}, pruned tokens"},
+    ),
+    "new row": (
+        edit_rows(add_row),
+        {"Finetune new"} | evaluate("new", inferences=("full",)) | TABLES,
+    ),
+    "removed row": (edit_rows(lambda rows: rows.pop(MILD)), TABLES),
+    "finetuning learning rate": (
+        edit_config(lambda content: finetune_recipe(content)["training_arguments"].update(learning_rate=5.0e-4)),
+        finetune(*ROWS),
+    ),
+    "pretraining learning rate": (
+        edit_config(lambda content: pretrain_recipe(content)["training_arguments"].update(learning_rate=5.0e-4)),
+        finetune(*ROWS) | PRETRAIN,
+    ),
+    "pretraining template": (
+        edit_config(lambda content: pretrain_recipe(content).update(chat_template="turns")),
+        finetune(*ROWS) | PRETRAIN | {"Check and prepare the pretrain data of tiny"},
+    ),
+    "finetuning template": (
+        edit_config(lambda content: finetune_recipe(content).update(chat_template="vicuna_v1")),
+        finetune(*ROWS) | TIME | {"Check and prepare the finetune data of tiny"},
+    ),
+    "new benchmark": (edit_config(add_benchmark), evaluate(*ROWS) | TABLES),
+    "inference": (
+        edit_config(lambda content: content["inference"].update(max_new_tokens=4)),
+        evaluate(*ROWS) | TABLES,
+    ),
+    "data": (
+        edit_config(lambda content: content["data"].update(seed=7)),
+        finetune(*ROWS) | TIME | PRETRAIN | PREPARE | BASE | DATA,
+    ),
+    "base_model": (
+        edit_config(lambda content: content["base_model"].update(seed=7)),
+        finetune(*ROWS) | TIME | PRETRAIN | PREPARE | BASE,
+    ),
+    "tracking": (
+        edit_config(lambda content: content["tracking"].update(uri="sqlite:///elsewhere.db")),
+        {"Make sure of the MLflow store"},
+    ),
+    "touched files": (touch_everything, set()),
+    "comment": (comment, set()),
+    "code": (edit_code, set()),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A project in which Snakemake takes every job for done: its outputs are stand-ins, its records are real."""
+    project = tmp_path_factory.mktemp("finished")
+    for name in ("Snakefile", "workflow", "profiles", "config"):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, project / name)
+    edit_config(lambda content: content["benchmarks"].pop("mme"))(project)
+    edit_cell("tables", "table1")(project)
+    for line in snakemake(project, "--summary").splitlines():
+        path, *columns = line.split("\t")
+        if len(columns) == 5 and path.startswith("results/"):
+            output = project / path
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if columns[1] in ("make_demo_data", "make_base_model", "prepare_data", "pretrain", "finetune"):
+                output.mkdir()
+            else:
+                output.write_text(path)
+    snakemake(project, "--touch", "--forceall")
+    return project
+
+
+@pytest.fixture(scope="module")
+def plans(finished, tmp_path_factory) -> dict[str, set[str]]:
+    """Each edit's dry run, two at a time."""
+    root = tmp_path_factory.mktemp("edited")
+
+    def plan_edit(name: str) -> set[str]:
+        project = shutil.copytree(finished, root / name)
+        EDITS[name][0](project)
+        return plan(project)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(EDITS, pool.map(plan_edit, EDITS), strict=True))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_runs_again_what_depends_on_it(plans, edit):
+    assert plans[edit] == EDITS[edit][1]
+
+
+def test_another_sheet_over_the_same_results_trains_nothing_again(finished, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    edit_rows(lambda rows: rows.pop(NAIVE), sheet="experiments-two")(project)
+    other = plan(project, "--config", "experiments=config/demo/experiments-two.tsv")
+    assert other == {"Write tables and figures of the sheet demo-two"}
+    assert plan(project) == set()
+
+
+def test_a_configuration_of_ones_own_replaces_the_demo(finished, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    content = yaml.safe_load((project / "config/demo/config.yaml").read_text())
+    content |= {"name": "mine", "models": {"other": content["models"]["tiny"]}, "results": "mine"}
+    edit_rows(lambda rows: [row.update(model="other") for row in rows.values()], sheet="mine")(project)
+    content["experiments"] = "config/demo/mine.tsv"
+    (project / "mine.yaml").write_text(yaml.safe_dump(content))
+    jobs = plan(project, "--configfile", "mine.yaml")
+    assert "Make the base model other" in jobs
+    assert not [job for job in jobs if "tiny" in job]
+
+
+def test_a_wrong_cell_is_one_error_that_names_it(finished, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    edit_cell("pruning_ratio", "1.5")(project)
+    output = snakemake(project, "-n")
+    message = f"config/demo/experiments.tsv: row {MILD}: pruning_ratio: 1.5 is out of range; valid: in [0, 1)"
+    assert output.count(message) == 1
+    assert "Traceback" not in output
+
+
+def test_the_schema_refuses_an_unknown_key(finished):
+    from jsonschema import ValidationError
+    from snakemake.utils import validate
+
+    content = yaml.safe_load((finished / "config/demo/config.yaml").read_text())
+    schema = str(REPOSITORY / "workflow/schemas/config.schema.yaml")
+    validate(content, schema)
+    with pytest.raises(Exception, match="inferense") as raised:
+        validate(content | {"inferense": {}}, schema)
+    assert isinstance(raised.value, ValidationError) or "validat" in str(raised.value)
+
+
+def test_every_command_of_the_workflow_is_one_that_dualspeed_takes(finished):
+    output = snakemake(finished, "-n", "--forceall", "--printshellcmds")
+    lines = re.findall(r"dualspeed ((?:demo-data|base-model|prepare|train|answer|speed|tables|track) .*) >", output)
+    commands = [make_parser().parse_args(shlex.split(line)) for line in lines]
+    assert {options.command for options in commands} == set(make_parser()._subparsers._group_actions[0].choices) - {
+        "score"
+    }
+    for options in commands:
+        if options.command == "train":
+            settings = StageSettings.from_dict(options.settings)
+            assert (settings.stage == "finetune") == (options.parent is not None)
