@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -77,36 +78,43 @@ def draw_training_time(rows: pd.DataFrame) -> Figure:
     totals = list(pretrain + finetune)
     references = {row.model: total for row, total in zip(rows.itertuples(), totals, strict=True) if is_reference(row)}
     for place, (row, total) in enumerate(zip(rows.itertuples(), totals, strict=True)):
-        faster = "" if is_reference(row) or row.model not in references else f"  {references[row.model] / total:.2f}x"
+        faster = "" if is_reference(row) or row.model not in references else f" ({references[row.model] / total:.2f}x)"
         axes.text(total, place, f" {total:.1f}{faster}", va="center", fontsize=9)
     axes.set_xlim(0, 1.2 * max(totals))
     axes.set_xlabel(f"Wall clock ({unit})")
-    axes.set_title("Training time, and how many times shorter than Baseline's")
+    axes.set_title("Training time (and how many times shorter than Baseline's)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def draw_trade_off(rows: pd.DataFrame) -> Figure:
-    """Figure 5: measured speedup against Rel., over p at the usual r, and over r at the usual p."""
+    """Figure 5: measured speedup against Rel., over p at the usual r, and over r at the usual p; a row per model."""
     rows = rows[(rows["inference"] == "full") & rows["rel"].notna() & rows["speedup_measured"].notna()]
-    dualspeed = rows[rows["method"] == "dualspeed"]
-    if dualspeed.empty:
+    models = list(dict.fromkeys(rows["model"][rows["method"] == "dualspeed"]))
+    if not models:
         return empty_figure("Speed against performance: not run")
-    usual = {name: dualspeed[name].mode().iloc[-1] for name in ("pruner", "pruning_ratio", "slow_mode_ratio")}
-    same_pruner = rows["pruner"] == usual["pruner"]
-    at_p = same_pruner & (rows["pruning_ratio"] == usual["pruning_ratio"])
-    at_r = same_pruner & (rows["slow_mode_ratio"] == usual["slow_mode_ratio"])
-    is_naive, is_baseline = rows["method"] == "naive_prune", rows["method"] == "baseline"
-    figure = Figure(figsize=(9.2, 4.1))
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    draw_curve(left, rows[at_r | (same_pruner & is_naive) | is_baseline], "pruning_ratio", "p")
-    draw_curve(right, rows[at_p | is_baseline], "slow_mode_ratio", "r")
-    left.set_title(f"Over pruning ratio p, at r = {usual['slow_mode_ratio']:g}")
-    right.set_title(f"Over slow-mode ratio r, at p = {usual['pruning_ratio']:g}")
-    left.set_ylabel("Rel. (% of Baseline, full-token inference)")
-    figure.supxlabel("Measured speedup of a training step", fontsize=10)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure = Figure(figsize=(9.2, 0.6 + 3.5 * len(models)))
+    panels = figure.subplots(len(models), 2, sharex="row", sharey="row", squeeze=False)
+    for model, (left, right) in zip(models, panels, strict=True):
+        draw_panels(left, right, rows[rows["model"] == model], f"{model}: " if len(models) > 1 else "")
+    for axes in panels[-1]:
+        axes.set_xlabel("Measured speedup of a training step")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def draw_panels(left: Axes, right: Axes, rows: pd.DataFrame, prefix: str) -> None:
+    """The two panels of one model; what is usual is what most of its DualSpeed rows share."""
+    dualspeed = rows[rows["method"] == "dualspeed"]
+    usual = {name: dualspeed[name].mode().iloc[-1] for name in ("pruner", "pruning_ratio", "slow_mode_ratio")}
+    is_baseline, same_pruner = rows["method"] == "baseline", rows["pruner"] == usual["pruner"]
+    same_p, same_r = (rows[name] == usual[name] for name in ("pruning_ratio", "slow_mode_ratio"))
+    is_naive = rows["method"] == "naive_prune"
+    draw_curve(left, rows[(same_pruner & (same_r | is_naive)) | is_baseline], "pruning_ratio", "p")
+    draw_curve(right, rows[(same_pruner & same_p) | is_baseline], "slow_mode_ratio", "r")
+    left.set_title(f"{prefix}Over pruning ratio p, at r = {usual['slow_mode_ratio']:g}")
+    right.set_title(f"{prefix}Over slow-mode ratio r, at p = {usual['pruning_ratio']:g}")
+    left.set_ylabel("Rel. (% of Baseline, full tokens)")
 
 
 def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> None:
@@ -129,9 +137,16 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> Non
         for row in group.itertuples():
             value = getattr(row, setting)
             if not pd.isna(value):
-                place = (row.speedup_measured, row.rel)
-                axes.annotate(f"{symbol} = {value:g}", place, (6, -13), textcoords="offset points", fontsize=9)
-    axes.margins(x=0.14, y=0.12)
+                text = axes.annotate(
+                    f"{symbol} = {value:g}",
+                    (row.speedup_measured, row.rel_high),
+                    (0, 8),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                )
+                text.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])
+    axes.margins(x=0.14, y=0.14)
 
 
 def draw_mismatch(rows: pd.DataFrame) -> Figure:
@@ -140,19 +155,19 @@ def draw_mismatch(rows: pd.DataFrame) -> Figure:
         return empty_figure("Full and pruned inference: not run")
     rows = rows.assign(name=name_rows(rows))
     names = list(dict.fromkeys(rows["name"]))
-    figure = Figure(figsize=(1.8 + 1.5 * len(names), 3.8))
+    figure = Figure(figsize=(max(6.4, 1.2 + 1.35 * len(names)), 3.8))
     axes = figure.subplots()
     for shift, inference, color in [(-0.2, "full", DARK), (0.2, "pruned", ORANGE)]:
         part = rows[rows["inference"] == inference]
         places = [names.index(name) + shift for name in part["name"]]
-        bars = axes.bar(places, part["mean"], 0.38, yerr=part["mean_std"].fillna(0), color=color, capsize=2)
+        bars = axes.bar(places, part["mean"], 0.38, yerr=part["mean_std"], color=color, capsize=2)
         axes.bar_label(bars, [format_number(value) for value in part["mean"]], padding=2, fontsize=9)
         bars.set_label(f"{inference} tokens")
     axes.set_xticks(range(len(names)), [name.replace(", ", "\n", 1) for name in names])
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("Mean score")
-    axes.set_title("Training-inference mismatch: the same models, answering on")
+    axes.set_title("The same models answering on full and on pruned tokens")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

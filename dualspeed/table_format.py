@@ -11,6 +11,7 @@ from dualspeed.results import to_csv
 
 NOT_RUN = "not run"
 NOT_APPLICABLE = "-"
+TEXT_COLUMNS = ("Model", "Method", "Training", "Pruner", "Inference")  # set to the left
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def format_setting(value: object) -> str:
 
 
 def _render(cells: pd.DataFrame, style: str) -> str:
-    is_text = cells.apply(lambda column: column.str.contains("[A-Za-z]", regex=True).all())
-    alignment = ["left" if text else "right" for text in is_text] if len(cells) else None
+    alignment = ["left" if column in TEXT_COLUMNS else "right" for column in cells] if len(cells) else None
     return tabulate(cells, list(cells), style, showindex=False, disable_numparse=True, colalign=alignment)
 
 

@@ -74,7 +74,7 @@ def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
         "Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]],
         "Limit": [format_number(value, 2, "x") for value in rows["speedup_theory"]],
         f"Train ({unit})": [format_number(3600 * value / seconds) for value in rows["train_hours"]],
-        "Pruner": [
+        "In pruner": [
             NOT_APPLICABLE if row.method == "baseline" else format_number(100 * row.pruner_share, 1, " %")
             for row in rows.itertuples()
         ],
@@ -82,7 +82,7 @@ def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
     notes = (
         REL_NOTE,
         "Speedup: measured time of a step, Baseline over method. Limit: the same in FLOPs. Train: pretraining and "
-        "finetuning, wall clock. Pruner: its share of a fast step.",
+        "finetuning, wall clock. In pruner: share of a fast step.",
         "The paper's own figures at p = 0.9: 2.1x on LLaVA-1.5 and 4.0x on LLaVA-NeXT (abstract); Rel. with DivPrune "
         "99.61 and 99.04 (second-hand, medium certainty).",
     )
@@ -106,32 +106,55 @@ def table2(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
 
 def table3(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
     """What fast and slow modes, the isolator and distillation add to NaivePrune, one after another."""
-    rows = ablation_rows(summarise(settings, results, scores, "table3"), list(settings["benchmarks"]))
+    rows = summarise(keep_common_seeds(settings), results, scores, "table3")
+    rows = ablation_rows(rows[rows["inference"] == "full"], list(settings["benchmarks"]))
     gain = [
         "" if row.step == 0 else format_gain(row.rel, rows["rel"][rows["step"] == row.step - 1])
         for row in rows.itertuples()
     ]
     cells = {"Training": [ABLATION[step] for step in rows["step"]]} | setting_cells(rows, leave_out=["Method"])
-    cells |= {"Seeds": rows["num_seeds"].map(lambda value: f"{value:.0f}")} | score_cells(rows, settings["benchmarks"])
+    cells |= {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, settings["benchmarks"])
     cells |= {"Change": gain, "Rel. % (paper's)": [f"{PAPER_ABLATION[step]:.2f}" for step in rows["step"]]}
     notes = (
         REL_NOTE,
-        "Change: in Rel., from the line above. The last column is the paper's ablation on LLaVA-1.5, second-hand and "
-        "of medium certainty: another model, on other benchmarks.",
+        "Change: in Rel., from the line above. Of the seeds, those that every line has. The last column is the paper's "
+        "ablation on LLaVA-1.5, second-hand and of medium certainty: another model, on other benchmarks.",
     )
     rows = rows.assign(rel_paper_second_hand=[PAPER_ABLATION[step] for step in rows["step"]])
     return Table("table3", "Table 3. Ablation: what each part of DualSpeed adds", rows, pd.DataFrame(cells), notes)
 
 
+def ablation_step(method: str, num_virtual_tokens: int, distillation_weight: float) -> int | None:
+    """Line of ABLATION that these settings are, None if they are none of them."""
+    if method != "dualspeed":
+        return 0 if method == "naive_prune" else None
+    parts = (num_virtual_tokens > 0, distillation_weight > 0)
+    return {(False, False): 1, (True, False): 2, (True, True): 3}.get(parts)
+
+
+def keep_common_seeds(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with Table 3 cut down to the seeds that all of its lines have: a seed can matter more than a part."""
+    steps = {}
+    for one in settings["experiments"]:
+        config = one["dualspeed"]
+        step = ablation_step(one["method"], config["num_virtual_tokens"], config["distillation_weight"])
+        if "table3" in one["tables"] and step is not None:
+            steps.setdefault(step, set()).add(one["seed"])
+    common = set.intersection(*steps.values()) if steps else set()
+    kept = [one if one["seed"] in common else one | {"tables": []} for one in settings["experiments"]]
+    return settings | {"experiments": kept if common else settings["experiments"]}
+
+
 def ablation_rows(rows: pd.DataFrame, benchmarks: list[str]) -> pd.DataFrame:
     """Rows of a summary that are steps of the ablation, by `step`; a step that no experiment makes is an empty row."""
-    rows = rows[(rows["inference"] == "full") & (rows["method"] != "baseline")]
-    isolator, teacher = rows["num_virtual_tokens"] > 0, rows["distillation_weight"] > 0
-    naive = rows["method"] == "naive_prune"
-    conditions = [naive, ~naive & ~isolator & ~teacher, ~naive & isolator & ~teacher, ~naive & isolator & teacher]
     parts = []
-    for step, condition in enumerate(conditions):
-        parts += [row | {"step": step} for row in rows[condition].to_dict("records") or [{"num_seeds": 0}]]
+    for step in range(len(ABLATION)):
+        found = [
+            row | {"step": step}
+            for row in rows.to_dict("records")
+            if ablation_step(row["method"], row["num_virtual_tokens"], row["distillation_weight"]) == step
+        ]
+        parts += found or [{"num_seeds": 0, "step": step}]
     return pd.DataFrame(parts, columns=[*summary_columns(benchmarks), "step"])
 
 
@@ -145,7 +168,7 @@ def setting_cells(rows: pd.DataFrame, leave_out: list[str] | None = None) -> dic
     """Columns that say what was trained; model, r, l and alpha only where they vary."""
     cells = {"Model": rows["model"].map(format_setting)} if rows["model"].nunique() > 1 else {}
     cells["Method"] = rows["method"].map(METHOD_LABELS).map(format_setting)
-    cells["Pruner of training"] = rows["pruner"].map(lambda name: format_setting(PRUNER_LABELS.get(name, name)))
+    cells["Pruner"] = rows["pruner"].map(lambda name: format_setting(PRUNER_LABELS.get(name, name)))
     cells["p"] = rows["pruning_ratio"].map(format_setting)
     cells |= {symbol: rows[column].map(format_setting) for symbol, column in varied_settings(rows).items()}
     return {label: list(column) for label, column in cells.items() if label not in (leave_out or [])}
@@ -158,12 +181,14 @@ def score_cells(rows: pd.DataFrame, benchmarks: list[str]) -> dict[str, list[str
         label: [format_mean(mean, std) for mean, std in zip(rows[name], rows[f"{name}_std"], strict=True)]
         for name, label in labels.items()
     }
-    rel = [format_mean(mean, std) for mean, std in zip(rows["rel"], rows["rel_std"], strict=True)]
-    intervals = [
-        "" if np.isnan(low) or low == high else f" [{low:.1f}, {high:.1f}]"
-        for low, high in zip(rows["rel_low"].astype(float), rows["rel_high"].astype(float), strict=True)
-    ]
-    return cells | {"Rel. %": [mean + interval for mean, interval in zip(rel, intervals, strict=True)]}
+    return cells | {"Rel. %": [format_relative(row) for row in rows.itertuples()]}
+
+
+def format_relative(row: Any) -> str:
+    """Rel. of a summary's row with its interval; the Baseline's is 100 by definition and has none."""
+    if pd.isna(row.rel) or (row.method, row.inference) == ("baseline", "full"):
+        return format_number(row.rel)
+    return f"{format_mean(row.rel, row.rel_std)} [{row.rel_low:.1f}, {row.rel_high:.1f}]"
 
 
 def time_unit(seconds: pd.Series) -> tuple[str, float]:

@@ -36,8 +36,10 @@ def read_text(path: Path) -> str:
     """Content of a UTF-8 file that is there, readable and not empty."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path}: not UTF-8 text: {error}") from error
     if not text.strip():
         raise BenchmarkError(f"{path}: the file is empty")
     return text

@@ -48,17 +48,16 @@ def choice_text(question: Question) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Describe a scene in four sentences of random order, each told apart by its leading word.
+    """Describe a scene in three sentences of random order, each in random order too and told apart by its first word.
 
-    colours, digits: the items in raster order, by colour or by digit first; index: the colour of every digit, no where
-    it is absent; counts: how many digits each colour has.
+    items: colour and digit of what is there; index: the colour of each digit, no where it is absent; counts: how many
+    digits each colour has.
     """
-    digits = [f"{digit} {scene.colour_of(digit) or 'no'}" for digit in rng.permutation(10).tolist()]
+    items = [scene.items[i] for i in rng.permutation(len(scene.items))]
     colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))]
     sentences = [
-        "colours: " + " ".join(f"{item.colour} {item.digit}" for item in scene.items),
-        "digits: " + " ".join(f"{item.digit} {item.colour}" for item in scene.items),
-        "index: " + " ".join(digits),
+        "items: " + " ".join(f"{item.colour} {item.digit}" for item in items),
+        "index: " + " ".join(f"{digit} {scene.colour_of(digit) or 'no'}" for digit in rng.permutation(10).tolist()),
         "counts: " + " ".join(f"{colour} {scene.count(colour)}" for colour in colours),
     ]
     return " ".join(f"{sentences[i]}." for i in rng.permutation(len(sentences)))

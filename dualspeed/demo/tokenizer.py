@@ -17,7 +17,7 @@ WORDS = (
     *"0123456789",
     *LETTERS,
     *("yes", "no", "is", "are", "there", "a", "in", "the", "image", "what", "colour", "which", "digit", "digits"),
-    *("how", "many", "colours", "index", "counts"),
+    *("how", "many", "items", "index", "counts"),
     *("?", ".", ":"),
 )
 SENTENCES = (SHORT_ANSWER, LETTER_ANSWER, "Context: N/A", "Question:", "Options:", "USER:", "ASSISTANT:")

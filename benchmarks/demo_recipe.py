@@ -1,0 +1,101 @@
+"""Has the demo's Baseline levelled off? Trains it half as long again and compares on held-out training scenes.
+
+    python benchmarks/demo_recipe.py [--config config/demo/config.yaml] [--seeds 0 1 2]
+
+Takes what `make demo-full` made (data, pretrainings), trains each Baseline's finetuning with 1.5 times the steps, and
+answers the held-out split with both models. Everything is kept under results/recipe in folders named by what decides
+their content, so a second run only prints. The test questions are never looked at.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import yaml
+
+from dualspeed.config import (
+    Experiment,
+    ProjectConfig,
+    StageSettings,
+    finetune_settings,
+    load_project,
+    pretrain_key,
+)
+from dualspeed.evaluate import generate_answers, score
+from dualspeed.files import sha256_of_json
+from dualspeed.jobs import answer_settings
+from dualspeed.train import fingerprint, train
+
+LONGER = 1.5
+LARGEST_GAIN = 1.5
+"""Points on 0-100 that a levelled-off Baseline gains at most."""
+FULL_SHEET = "config/demo/experiments-full.tsv"
+
+
+def main() -> int:
+    """Print a line a seed and their mean; exit status 1 if the mean gain is too large."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="config/demo/config.yaml")
+    parser.add_argument("--sheet", default=FULL_SHEET, help="sheet whose Baseline rows are taken")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to look at; default: all of the sheet")
+    options = parser.parse_args()
+    project = load_project_with_sheet(options.config, options.sheet)
+    rows = [row for row in project.experiments if row.method == "baseline"]
+    if options.seeds is not None:
+        rows = [row for row in rows if row.seed in options.seeds]
+    if not rows:
+        parser.error(f"{options.sheet}: no Baseline row with seed {options.seeds}")
+    gains = []
+    for row in rows:
+        settings = finetune_settings(project, row)
+        usual, longer = (held_out_score(project, row, chosen) for chosen in (settings, lengthened(settings)))
+        gains.append(longer - usual)
+        print(f"{row.id}: {usual:.1f}, trained half as long again {longer:.1f}, gain {longer - usual:+.1f}", flush=True)
+    mean = sum(gains) / len(gains)
+    print(f"mean gain {mean:+.2f} points (levelled off: less than {LARGEST_GAIN})")
+    return int(mean >= LARGEST_GAIN)
+
+
+def load_project_with_sheet(config: str, sheet: str) -> ProjectConfig:
+    """The configuration with another sheet than its own."""
+    values = yaml.safe_load(Path(config).read_text())
+    return load_project(values | {"experiments": sheet}, config)
+
+
+def lengthened(settings: StageSettings) -> StageSettings:
+    """The same stage with half as many steps again; the schedule stretches along."""
+    arguments = settings.recipe.training_arguments
+    longer = arguments | {"max_steps": round(LONGER * arguments["max_steps"])}
+    return dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, training_arguments=longer))
+
+
+def held_out_score(project: ProjectConfig, row: Experiment, settings: StageSettings) -> float:
+    """Train (unless done before), answer and score the held-out split; mean of the benchmarks on 0-100."""
+    results = Path(project.results)
+    start, data = results / "pretrain" / pretrain_key(project, row), results / "prepared" / row.model / "finetune"
+    for folder in (start, data):
+        if not folder.is_dir():
+            sys.exit(f"{folder} is missing; run `make demo-full` first")
+    identity = [settings.to_dict(), fingerprint(start, "*.safetensors"), fingerprint(data, "*.arrow")]
+    folder = results / "recipe" / f"{row.id}-{sha256_of_json(identity)[:8]}"
+    if not (folder / "model").is_dir():
+        train(settings, start, data, results / "state", folder / "model")
+    answered = answer_settings(project, row, "full")
+    for benchmark in answered["benchmarks"].values():
+        benchmark["folder"] = str(held_out(Path(benchmark["folder"])))
+    generate_answers(answered, folder / "model", results / "state", folder / "answers")
+    scores = [
+        score(name, held_out(Path(benchmark.folder)), folder / "answers" / f"{name}.jsonl", folder / f"{name}.json")
+        for name, benchmark in project.benchmarks.items()
+    ]
+    return sum(result["percent"] for result in scores) / len(scores)
+
+
+def held_out(folder: Path) -> Path:
+    """Folder of a benchmark's held-out split, beside its test split."""
+    return folder.parent.parent / "heldout" / folder.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())
