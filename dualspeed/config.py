@@ -213,19 +213,20 @@ def read_experiment(row: Mapping[str, Any], models: Mapping[str, ModelConfig], f
     """Resolve a row's method and cells (None: empty) to settings; ConfigError names row and column."""
     where = f"{file}: row {row['id']}"
     try:
-        check_name("id", row["id"])
+        check_name("id", row["id"], taken=("base",))
         check_choice("model", row["model"], models)
         check_choice("method", row["method"], METHODS)
         tables = tuple(name.strip() for name in (row["tables"] or "").split(",") if name.strip())
         for name in tables:
             check_choice("tables", name, TABLES)
-        check_range("seed", row["seed"], row["seed"] is None or row["seed"] >= 0, "0 or more")
+        seed = row["seed"] or 0
+        check_range("seed", seed, seed >= 0, "0 or more")
         return Experiment(
             id=row["id"],
             model=row["model"],
             method=row["method"],
             dualspeed=DualSpeedConfig(**_resolve_cells(row), prune_budget=models[row["model"]].prune_budget),
-            seed=row["seed"] or 0,
+            seed=seed,
             tables=tables,
         )
     except ConfigError as error:
@@ -241,9 +242,10 @@ def _resolve_cells(row: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if row["method"] == "baseline" and column in ("pruner", "pruning_ratio"):
             raise ConfigError(f"{column}: {cell!r} in a row of method baseline, which does not prune; valid: empty")
-        if settings.setdefault(column, cell) != cell:
+        if column in settings and settings[column] != cell:
             valid = f"{settings[column]:g}, or empty"
             raise ConfigError(f"{column}: {cell:g} contradicts the method {row['method']}; valid: {valid}")
+        settings[column] = cell
     return settings
 
 

@@ -48,6 +48,8 @@ class Recipe(DataRecipe):
         check_range("global_batch_size", self.global_batch_size, self.global_batch_size > 0, "above 0")
         if self.per_device_batch_size is not None:
             batch_plan(self.global_batch_size, 1, self.per_device_batch_size)
+        rate = self.projector_learning_rate
+        check_range("projector_learning_rate", rate or 0.0, rate is None or rate >= 0, "0 or more, or null")
         check_training_arguments(self.training_arguments)
 
     def preparation(self) -> DataRecipe:

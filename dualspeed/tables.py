@@ -59,11 +59,6 @@ def write_tables(settings: dict[str, Any], out: Path, figures: Path, tracking: d
         log_results(settings, results, scores, tracking, out, figures)
 
 
-def print_table1(tables: Path) -> None:
-    """Print Table 1 as `write_tables` left it in the folder `tables`."""
-    print((Path(tables) / "table1.md").read_text())
-
-
 def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
     """Methods x pruners x benchmarks on full tokens, with speed and cost."""
     rows = summarise(settings, results, scores, "table1")

@@ -6,6 +6,7 @@ what would be valid. PyYAML reads `2e-5` as a string and `yes` as a bool; neithe
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -27,13 +28,15 @@ def check_choice(key: str, value: str, valid: Iterable[str]) -> None:
 
 
 def check_range(key: str, value: float, is_valid: bool, valid: str) -> None:
-    """Raise ConfigError unless `is_valid`; `valid` says what would be."""
-    if not is_valid:
+    """Raise ConfigError unless `is_valid` and finite; `valid` says what would be."""
+    if not (is_valid and math.isfinite(value)):
         raise ConfigError(f"{key}: {value!r} is out of range; valid: {valid}")
 
 
-def check_name(key: str, name: str) -> None:
-    """Raise ConfigError unless `name` can name a folder and a wildcard."""
+def check_name(key: str, name: str, taken: Iterable[str] = ()) -> None:
+    """Raise ConfigError unless `name` can name a folder and a wildcard, and is not one of `taken`."""
+    if name in taken:
+        raise ConfigError(f"{key}: {name!r} is taken; valid: any other name")
     if not NAME.fullmatch(str(name)):
         raise ConfigError(f"{key}: {name!r} cannot name a folder; valid: letters, digits, '.', '_' and '-'")
 

@@ -223,7 +223,7 @@ def test_a_wrong_recipe_is_one_clear_error(key, value, message):
     [
         ("pruning_ratio=1", "row x: pruning_ratio: 1.0 is out of range; valid: in [0, 1)"),
         ("pruning_ratio=-0.1", "row x: pruning_ratio: -0.1 is out of range"),
-        ("pruning_ratio=nan", "row x: pruning_ratio: nan is out of range"),
+        ("pruning_ratio=nan", "row x: pruning_ratio: nan is out of range; valid: in [0, 1)"),
         ("pruning_ratio=o.9", "row x: pruning_ratio: 'o.9' is no float; valid: float, or empty"),
         ("num_virtual_tokens=4.0", "row x: num_virtual_tokens: '4.0' is no int"),
         (

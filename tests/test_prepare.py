@@ -15,9 +15,16 @@ from PIL import Image
 from samples import BAD_IMAGES, by_character, entry, load, write_image
 from transformers import AutoProcessor, LlavaProcessor
 
-from dualspeed.data.collator import ConversationCollator
+from dualspeed.data.collator import IGNORED_LABEL, ConversationCollator
 from dualspeed.data.images import inspect_image
-from dualspeed.data.prepare import PreparationError, choose_layout, layout_by_pixels, layout_by_size, prepare_dataset
+from dualspeed.data.prepare import (
+    PreparationError,
+    choose_layout,
+    count_tokens,
+    layout_by_pixels,
+    layout_by_size,
+    prepare_dataset,
+)
 from dualspeed.data.templates import use_template
 from dualspeed.recipe import DataRecipe
 
@@ -143,6 +150,25 @@ def test_counting_by_size_agrees_with_the_pixels(make, tmp_path):
         quick, exact = layout_of(record), layout_by_pixels(processor, record)
         assert quick.is_image.repeat(quick.widths).tolist() == exact.is_image.tolist()
         assert quick.is_supervised.repeat(quick.widths).tolist() == exact.is_supervised.tolist()
+
+
+def test_a_sample_is_dropped_at_just_the_lengths_that_the_collator_cannot_use(tmp_path):
+    processor = by_character("turns")
+    records, _ = load(tmp_path, good_entries(tmp_path)[2:], tmp_path / "images")
+    reports = {path: inspect_image(path) for path in records[0]["images"]}
+    seen = set()
+    for max_length in range(1, 90):
+        rows, num_cut, problems = count_tokens(processor, records, reports, max_length)
+        collator = ConversationCollator(processor, max_length)
+        if problems and problems[0].reason == "image tokens beyond max_length":
+            with pytest.raises(ValueError, match="would cut image tokens"):
+                collator(records)
+        else:
+            batch = collator(records)
+            assert bool(problems) == (batch["labels"] == IGNORED_LABEL).all()
+            assert [row["num_tokens"] for row in rows] == [batch["input_ids"].shape[1]] * len(rows)
+        seen.add((len(rows), num_cut, *(problem.reason for problem in problems)))
+    assert len(seen) == 4  # image cut, nothing supervised, cut, whole
 
 
 def test_a_processor_whose_count_by_size_is_wrong_is_measured_by_pixels(tmp_path):

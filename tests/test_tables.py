@@ -1,25 +1,21 @@
-"""Tables, figures and MLflow runs from a results tree made by hand, against numbers worked out by hand."""
+"""Tables and figures from a results tree made by hand, against numbers worked out by hand."""
 
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from results_tree import QUESTIONS, experiment, make_tree, write, write_score
 
-from dualspeed.config import METHODS, DualSpeedConfig
 from dualspeed.relative import relative, resample_scores
 from dualspeed.results import read_results
-from dualspeed.tables import print_table1, write_tables
+from dualspeed.tables import write_tables
 
-BENCHMARKS = ["gqa", "scienceqa"]
-QUESTIONS = 100
 SCORE_COLUMNS = (
     "experiment,model,method,pruner,pruning_ratio,slow_mode_ratio,seed,inference,inference_pruner,"
     "inference_pruning_ratio,benchmark,metric,score,num_questions"
@@ -28,85 +24,6 @@ SPEED_COLUMNS = (
     "experiment,method,pruner,pruning_ratio,slow_mode_ratio,seed,train_seconds,fast_step_seconds,slow_step_seconds,"
     "baseline_step_seconds,speedup_measured,speedup_theory"
 )
-
-
-def experiment(name, method, seed=0, tables=("table1", "figure4", "figure5"), **cells):
-    """A row as the workflow describes it to the tables."""
-    pruned = method != "baseline"
-    return {
-        "id": name,
-        "model": "demo",
-        "method": method,
-        "seed": seed,
-        "tables": list(tables),
-        "dualspeed": asdict(DualSpeedConfig(**METHODS[method] | cells)),
-        "inferences": ["full", "pruned"] if "table2" in tables else ["full"],
-        "speed_key": f"p{cells.get('pruning_ratio', 0.9):g}" if pruned else None,
-        "pretrain_key": f"{'fast' if pruned else 'full'}-{seed}",
-        "settings_hash": f"hash-of-{name}",
-    }
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def write_score(root, name, benchmark, right, inference="full"):
-    """A score of `right` per cent: the first questions right, the others wrong."""
-    is_right = [1.0 if number < right else 0.0 for number in range(QUESTIONS)]
-    content = {
-        "benchmark": benchmark,
-        "metric": "accuracy",
-        "score": right,
-        "percent_metric": "accuracy",
-        "percent": float(right),
-        "num_questions": QUESTIONS,
-        "num_missing": 1,
-        "metrics": {"accuracy": right, "accuracy on (colours)": 12.5},
-        "statistics": [[value, 1.0] for value in is_right],
-        "unit_ids": [str(number) for number in range(QUESTIONS)],
-        "checksum": f"questions of {benchmark}",
-    }
-    write(root / "scores" / name / inference / f"{benchmark}.json", content)
-
-
-def write_training(folder, seconds):
-    write(
-        folder / "training.json", {"train_seconds": seconds, "samples_per_second": 10.0, "peak_memory_bytes": 1_000_000}
-    )
-
-
-def make_tree(root):
-    """Two Baselines and two DualSpeed models of two seeds, NaivePrune, and a model that has not been trained."""
-    scores = {"base-0": (80, 60), "base-1": (90, 70), "naive-0": (40, 30), "ds-0": (72, 57), "ds-1": (90, 63)}
-    seconds = {"base-0": 300.0, "base-1": 300.0, "naive-0": 100.0, "ds-0": 120.0, "ds-1": 120.0}
-    for name, (gqa, scienceqa) in scores.items():
-        write_score(root, name, "gqa", gqa)
-        write_score(root, name, "scienceqa", scienceqa)
-        write_training(root / "models" / name, seconds[name])
-    write_score(root, "naive-0", "gqa", 76, "pruned")
-    write_score(root, "naive-0", "scienceqa", 54, "pruned")
-    write_score(root, "base-0", "gqa", 20, "pruned")
-    for key, duration in {"full-0": 60.0, "full-1": 60.0, "fast-0": 30.0, "fast-1": 30.0}.items():
-        write_training(root / "pretrain" / key, duration)
-    times = {"baseline_step_seconds": 1.0, "fast_step_seconds": 0.25, "slow_step_seconds": 1.1}
-    write(root / "speed" / "p0.9.json", times | {"theory_u": 0.2, "pruner_seconds": 0.005})
-    shown = ("table1", "table2", "table3", "figure4", "figure5")
-    return {
-        "sheet": "demo",
-        "results": str(root),
-        "benchmarks": BENCHMARKS,
-        "inference": {"pruner": "random", "pruning_ratio": 0.75},
-        "experiments": [
-            experiment("ds-0", "dualspeed", 0, ("table1", "table3", "figure4", "figure5")),
-            experiment("ds-1", "dualspeed", 1, ("table1", "table3", "figure4", "figure5")),
-            experiment("ds-p0.75", "dualspeed", 0, pruning_ratio=0.75),
-            experiment("naive-0", "naive_prune", 0, shown),
-            experiment("base-0", "baseline", 0, shown),
-            experiment("base-1", "baseline", 1),
-        ],
-    }
 
 
 @pytest.fixture
@@ -233,11 +150,6 @@ def test_latex_is_escaped_and_complete(written):
     assert "Rel. \\%" in text and "$\\pm$" in text and "±" not in text
 
 
-def test_print_table1_prints_what_was_written(written, capsys):
-    print_table1(written)
-    assert "DualSpeed" in capsys.readouterr().out
-
-
 def test_bootstrap_draws_the_same_questions_for_both_models():
     right = np.zeros((QUESTIONS, 2))
     right[:, 1], right[:70, 0] = 1, 1
@@ -288,55 +200,6 @@ def test_nothing_run_yet_gives_tables_and_figures_that_say_so(settings, tmp_path
     for name in ("table1", "table2", "table3"):
         assert all(row["Mean"] == "not run" for row in markdown_rows(tmp_path / f"tables/{name}.md"))
     assert (tmp_path / "figures/figure5.png").stat().st_size > 0
-
-
-def test_rows_reach_mlflow_with_scores_tables_and_config_once(settings, tmp_path):
-    from mlflow import MlflowClient
-
-    from dualspeed.tracking import MetricLog, RunSpec
-
-    store = {"uri": f"sqlite:///{tmp_path}/results/mlflow.db", "experiment": "demo"}
-    spec = RunSpec("pretrain fast-0", tags={"pretrain_key": "fast-0"})
-    with MetricLog(tmp_path / "results/state/abc", None, spec) as log:  # delivered by the tables' job
-        log.log(1, {"loss": 1.0}, 1000)
-    os.utime(tmp_path / "results/scores/ds-0/full/scienceqa.json", (2_000_000_000, 2_000_000_000))  # its last score
-    client = MlflowClient(store["uri"])
-    counts = []
-    for _ in range(2):
-        write_tables(settings, tmp_path / "tables/demo", tmp_path / "figures/demo", store)
-        runs = list(client.search_runs([client.get_experiment_by_name("demo").experiment_id]))
-        counts.append(len(runs))
-    assert counts == [1 + 5 + 13, 1 + 5 + 13]  # pretraining, rows that were trained, their scores
-    parents = {run.data.tags["row"]: run for run in runs if run.data.tags["kind"] == "experiment"}
-    (pretrain,) = [run for run in runs if run.data.tags["kind"] == "stage"]
-    row = parents["ds-0"]
-    assert row.info.status == "FINISHED" and row.data.tags["pretrain_run_id"] == pretrain.info.run_id
-    assert row.data.params["dualspeed.pruning_ratio"] == "0.9" and row.data.params["method"] == "dualspeed"
-    assert row.data.metrics["score/gqa"] == 72 and row.data.metrics["rel"] == pytest.approx(92.5)
-    assert row.data.metrics["speedup_measured"] == pytest.approx(2.985, abs=1e-3)
-    (point,) = client.get_metric_history(row.info.run_id, "score/gqa")
-    assert point.timestamp == 2_000_000_000_000
-    assert parents["naive-0"].data.metrics["score_pruned/mean"] == 65
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == row.info.run_id]
-    assert {run.info.run_name for run in children} == {"gqa (full)", "scienceqa (full)"}
-    assert all(run.data.metrics["accuracy on _colours_"] == 12.5 for run in children)
-    artifacts = {
-        entry.path
-        for folder in ("config", "demo/tables", "demo/figures")
-        for entry in client.list_artifacts(row.info.run_id, folder)
-    }
-    assert {
-        "config/experiment.json",
-        "config/training.json",
-        "demo/tables/table1.md",
-        "demo/figures/figure5.png",
-    } <= artifacts
-
-
-def test_store_away_costs_tables_one_warning(settings, tmp_path, caplog):
-    away = {"uri": "http://127.0.0.1:9", "experiment": "demo"}
-    write_tables(settings, tmp_path / "tables/demo", tmp_path / "figures/demo", away)
-    assert len(caplog.records) == 1 and (tmp_path / "tables/demo/table1.md").exists()
 
 
 def test_importing_tables_loads_neither_torch_nor_mlflow():
