@@ -163,7 +163,7 @@ class ProjectConfig:
     experiments: tuple[Experiment, ...]
     """Rows of the sheet."""
     sheet: str
-    """`name`, with what the sheet's file name adds to `experiments`: demo, demo-full."""
+    """`name` and what the sheet's file name adds to `experiments`: demo, demo-full."""
     tracking: TrackingConfig
     """MLflow."""
     models: dict[str, ModelConfig]
@@ -205,7 +205,8 @@ def load_project(config: Mapping[str, Any] | str | Path, file: str = "config") -
         check_choice(f"{file}: data.source", data["source"], ("demo",))
         values["data"] = {key: value for key, value in data.items() if key != "source"}
     experiments = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
-    sheet = f"{values.get('name')}{sheet_path.stem.removeprefix('experiments')}"
+    added = sheet_path.stem.removeprefix("experiments").strip("-")
+    sheet = "-".join(filter(None, [values.get("name"), added]))
     return read_dataclass(ProjectConfig, values, file, experiments=experiments, sheet=sheet)
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,12 @@ def train(
         params=settings.to_dict(),
         tags={"stage": settings.stage} | ({"pretrain_key": out.name} if settings.stage == "pretrain" else {}),
     )
-    with MetricLog(state, tracking, spec) as metric_log:
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
         trainer = make_trainer(settings, model, processor, dataset, state)
-        trainer.add_callback(MetricLogCallback(metric_log))
         trainer.add_callback(clock)
+        if metric_log:
+            trainer.add_callback(MetricLogCallback(metric_log))
         trainer.train(resume_from_checkpoint=last_checkpoint(state / "checkpoints"))
         save(trainer, settings, out, clock.seconds())
     if trainer.is_world_process_zero():
