@@ -17,7 +17,7 @@ from dualspeed.demo.settings import BaseModelSettings, SceneSettings
 from dualspeed.files import sha256_of_json
 from dualspeed.modes import MODE_SCHEDULES
 from dualspeed.recipe import Recipe
-from dualspeed.sheet import read_sheet
+from dualspeed.sheet import METHODS, read_sheet, resolve_cells
 from dualspeed.typed import ConfigError, check_choice, check_name, check_range, read_dataclass, read_value
 
 # Names only: the implementations import torch. Tests hold these against the registries.
@@ -26,12 +26,6 @@ BENCHMARK_NAMES = ("gqa", "mme", "pope", "scienceqa")
 PRUNE_BUDGETS = ("image", "tile")
 STAGES = ("pretrain", "finetune")
 
-# method -> the settings it stands for. A Baseline or NaivePrune has no isolator: nothing would train it, or use it.
-METHODS = {
-    "baseline": {"slow_mode_ratio": 1.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
-    "naive_prune": {"slow_mode_ratio": 0.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
-    "dualspeed": {},
-}
 TABLES = ("table1", "table2", "table3", "figure4", "figure5")
 
 
@@ -226,28 +220,12 @@ def read_experiment(row: Mapping[str, Any], models: Mapping[str, ModelConfig], f
             id=row["id"],
             model=row["model"],
             method=row["method"],
-            dualspeed=DualSpeedConfig(**_resolve_cells(row), prune_budget=models[row["model"]].prune_budget),
+            dualspeed=DualSpeedConfig(**resolve_cells(row), prune_budget=models[row["model"]].prune_budget),
             seed=seed,
             tables=tables,
         )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def _resolve_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's settings, then the row's cells; a cell may repeat a setting of its method, not contradict it."""
-    settings = dict(METHODS[row["method"]])
-    for column in ("pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"):
-        cell = row[column]
-        if cell is None:
-            continue
-        if row["method"] == "baseline" and column in ("pruner", "pruning_ratio"):
-            raise ConfigError(f"{column}: {cell!r} in a row of method baseline, which does not prune; valid: empty")
-        if column in settings and settings[column] != cell:
-            valid = f"{settings[column]:g}, or empty"
-            raise ConfigError(f"{column}: {cell:g} contradicts the method {row['method']}; valid: {valid}")
-        settings[column] = cell
-    return settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The sheet of experiments: a TSV file with one row per trained model; an empty cell means the default."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ COLUMNS = {
 }
 REQUIRED = ("id", "model", "method")
 
+# method -> the settings it stands for. A Baseline or NaivePrune has no isolator: nothing would train it, or use it.
+METHODS = {
+    "baseline": {"slow_mode_ratio": 1.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
+    "naive_prune": {"slow_mode_ratio": 0.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
+    "dualspeed": {},
+}
+
 
 def read_sheet(path: Path) -> list[dict[str, Any]]:
     """Rows as {column: typed value, None for an empty cell}; blank lines and lines starting with # are left out.
@@ -38,6 +46,26 @@ def read_sheet(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path}: no row; valid: one row per trained model")
     seen: set[str] = set()
     return [_read_row(columns, cells, seen, path) for cells in rows]
+
+
+def resolve_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's settings, then the row's cells.
+
+    Raises:
+        ConfigError: a cell contradicts its method; repeating one of its settings is fine.
+    """
+    settings = dict(METHODS[row["method"]])
+    for column in ("pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"):
+        cell = row[column]
+        if cell is None:
+            continue
+        if row["method"] == "baseline" and column in ("pruner", "pruning_ratio"):
+            raise ConfigError(f"{column}: {cell!r} in a row of method baseline, which does not prune; valid: empty")
+        if column in settings and settings[column] != cell:
+            valid = f"{settings[column]:g}, or empty"
+            raise ConfigError(f"{column}: {cell:g} contradicts the method {row['method']}; valid: {valid}")
+        settings[column] = cell
+    return settings
 
 
 def _check_columns(columns: list[str], path: Path) -> None:

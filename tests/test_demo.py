@@ -26,7 +26,7 @@ from dualspeed.demo.questions import (
 from dualspeed.demo.scenes import write_demo_data
 
 DATA = {"num_train_scenes": 40, "num_eval_scenes": 30, "questions_per_benchmark": 60}
-BASE = {"num_scenes": 40, "vision_steps": 2, "caption_steps": 2}
+BASE = {"num_scenes": 40, "vision_steps": 2, "excerpt_steps": 2, "caption_steps": 2}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that adds <s> in front, as Llama's does."""
+    """A word-level tokenizer with the special tokens of LLaVA."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *dict.fromkeys(WORDS)])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])

@@ -26,6 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from dualspeed.demo.base_training import (
     encode_images,
     load_pixels,
+    patch_labels,
     train_on_captions,
     train_vision_tower,
 )
@@ -60,7 +61,9 @@ def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
     pixels = load_pixels([data / "images" / "train" / scene["image"] for scene in scenes], processor)
     train_vision_tower(model.model.vision_tower, chosen, pixels, scenes)
     features = encode_images(model.model.vision_tower, pixels)
-    train_on_captions(model, chosen, processor.tokenizer, features, [c["conversations"][1]["value"] for c in captions])
+    texts = [record["conversations"][1]["value"] for record in captions]
+    has_digit = patch_labels(scenes)[1] > 0
+    train_on_captions(model, chosen, processor.tokenizer, features, texts, has_digit)
     save_with_hub_names(model, processor, out)
 
 
@@ -99,6 +102,7 @@ def build_model(settings: BaseModelSettings, tokenizer: PreTrainedTokenizerFast)
         num_hidden_layers=settings.text_layers,
         num_attention_heads=settings.text_heads,
         max_position_embeddings=2048,
+        initializer_range=settings.initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

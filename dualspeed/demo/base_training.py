@@ -57,10 +57,10 @@ def train_vision_tower(
     parameters = [*tower.parameters(), *on_patch.parameters(), *on_picture.parameters()]
     rng = np.random.default_rng(settings.seed)
 
-    def step() -> Tensor:
+    def step(_: int) -> Tensor:
         return loss(torch.from_numpy(rng.integers(len(pixels), size=settings.vision_batch_size)))
 
-    optimise("base model: vision tower", parameters, step, settings.vision_steps, settings.learning_rate)
+    optimise("base model: vision tower", parameters, step, settings.vision_steps, settings.vision_learning_rate)
 
 
 def train_on_captions(
@@ -69,32 +69,47 @@ def train_on_captions(
     tokenizer: PreTrainedTokenizerFast,
     features: Tensor,
     captions: list[str],
+    has_digit: Tensor,
 ) -> None:
-    """Teach language model and projector to describe pictures, on all of their tokens."""
+    """Teach language model and projector to describe pictures: excerpts of them first, whole ones last.
+
+    Among 144 patches the few that matter are found late; among 14, soon, and at a quarter of the cost.
+
+    Args:
+        features: (pictures, P, W) of the frozen tower.
+        has_digit: (pictures, P) whether a patch holds a digit.
+    """
     rng = np.random.default_rng(settings.seed)
     ids = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in captions]
 
-    def step() -> Tensor:
-        rows = rng.integers(len(features), size=settings.caption_batch_size)
-        return caption_loss(model, features[torch.from_numpy(rows)], [ids[row] for row in rows])
+    def step(number: int) -> Tensor:
+        rows = torch.from_numpy(rng.integers(len(features), size=settings.caption_batch_size))
+        shown = features[rows]
+        if number < settings.excerpt_steps:
+            shown = excerpt(shown, has_digit[rows], settings.excerpt_patches)
+        return caption_loss(model, shown, [ids[row] for row in rows])
 
-    parameters = [
-        *model.model.language_model.parameters(),
-        *model.lm_head.parameters(),
-        *model.model.multi_modal_projector.parameters(),
-    ]
-    optimise("base model: captions", parameters, step, settings.caption_steps, settings.learning_rate)
+    modules = (model.model.language_model, model.lm_head, model.model.multi_modal_projector)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    num_steps = settings.excerpt_steps + settings.caption_steps
+    optimise("base model: captions", parameters, step, num_steps, settings.caption_learning_rate)
+
+
+def excerpt(features: Tensor, has_digit: Tensor, num_patches: int) -> Tensor:
+    """(B, P, W) -> (B, num_patches, W): the patches with a digit and random others, in raster order."""
+    chosen = (torch.rand(has_digit.shape) + has_digit).topk(num_patches, dim=1).indices.sort(dim=1).values
+    return features.gather(1, chosen[:, :, None].expand(-1, -1, features.shape[2]))
 
 
 def optimise(
-    title: str, parameters: list[nn.Parameter], step: Callable[[], Tensor], num_steps: int, learning_rate: float
+    title: str, parameters: list[nn.Parameter], step: Callable[[int], Tensor], num_steps: int, learning_rate: float
 ) -> None:
     """Minimise `step`'s loss with AdamW and a cosine schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, num_steps // 2), num_steps)
     progress = tqdm(range(num_steps), desc=title, unit="step", mininterval=5)
     for number in progress:
-        loss = step()
+        loss = step(number)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -50,14 +50,22 @@ class BaseModelSettings:
     """Layers of the language model."""
     text_heads: int = 4
     """Attention heads of the language model."""
-    caption_steps: int = 300
-    """Steps of language model and projector on captions."""
+    excerpt_steps: int = 350
+    """Caption steps on excerpts: the patches that hold digits and a few others. Cheap, and quickly learned from."""
+    excerpt_patches: int = 14
+    """Patches of an excerpt."""
+    caption_steps: int = 150
+    """Caption steps on whole pictures, which follow."""
     caption_batch_size: int = 32
     """Pictures in a caption step."""
-    num_scenes: int = 3000
+    num_scenes: int = 4000
     """Training pictures that tower and captions learn from."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of each part (cosine, 50 steps of warm-up)."""
+    vision_learning_rate: float = 1e-3
+    """Peak learning rate of the tower (cosine, 50 steps of warm-up)."""
+    caption_learning_rate: float = 2e-3
+    """The same for language model and projector."""
+    initializer_range: float = 0.08
+    """Standard deviation of their initial weights; 0.02 as in large models starts too flat at this width."""
 
 
 def settings_from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:
