@@ -26,11 +26,11 @@ install: .venv/.installed  ## create .venv with the pinned versions
 	touch $@
 
 demo: install  ## train and evaluate the demo's main rows, then show Table 1
-	$(BIN)/snakemake
+	$(BIN)/snakemake --quiet host reason
 	@$(MAKE) --no-print-directory show TABLES=results/tables/demo
 
 demo-full: install  ## the demo with all pruners, seeds, ratios and ablations
-	$(BIN)/snakemake --config experiments=config/demo/experiments-full.tsv
+	$(BIN)/snakemake --quiet host reason --config experiments=config/demo/experiments-full.tsv
 	@$(MAKE) --no-print-directory show TABLES=results/tables/demo-full
 
 show:

@@ -25,3 +25,5 @@ rule all:
         FIGURE_FILES,
         CHECKPOINTS,
         SCORES,
+    message:
+        "All of the sheet {PROJECT.sheet} is there"

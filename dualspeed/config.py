@@ -200,7 +200,7 @@ def load_project(config: Mapping[str, Any] | str | Path, file: str = "config") -
         values["data"] = {key: value for key, value in data.items() if key != "source"}
     experiments = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
     added = sheet_path.stem.removeprefix("experiments").strip("-")
-    sheet = "-".join(filter(None, [values.get("name"), added]))
+    sheet = f"{values.get('name')}-{added}" if added else values.get("name")
     return read_dataclass(ProjectConfig, values, file, experiments=experiments, sheet=sheet)
 
 

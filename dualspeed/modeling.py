@@ -158,7 +158,7 @@ class DualSpeedModel(nn.Module):
         has_images = pixel_values is not None
         distill = distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0
         images = self._encode(pixel_values, image_sizes) if has_images or is_sharded() else None
-        seeds = image_seeds(pixel_values, pruning_seed) if has_images else None
+        seeds = self._seeds(pixel_values, pruning_seed)
 
         teacher_logits = None
         if distill and images is not None:
@@ -192,6 +192,12 @@ class DualSpeedModel(nn.Module):
             with_cls_attention="cls_attention" in self.pruner.needs,
             with_tiles=self.dualspeed.prune_budget == "tile",
         )
+
+    def _seeds(self, pixel_values: Tensor | None, pruning_seed: int) -> Tensor | None:
+        """(images,) seeds where the pruner draws; reading every pixel for others would be a waste."""
+        if pixel_values is None or "seeds" not in self.pruner.needs:
+            return None
+        return image_seeds(pixel_values, pruning_seed)
 
     def _logits(self, inputs: PrunedInputs, features: list[Tensor] | None) -> Tensor:
         """(M, V) logits at the positions that predict a supervised token; others are never computed."""
@@ -271,7 +277,7 @@ class DualSpeedModel(nn.Module):
             images = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
         elif pixel_values is not None:
             encoded = self._encode(pixel_values, image_sizes)
-            inputs, features = self._pruned(inputs, encoded, image_seeds(pixel_values, 0), padding_side="left")
+            inputs, features = self._pruned(inputs, encoded, self._seeds(pixel_values, 0), padding_side="left")
             images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
         output = self.vlm.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **images, **kwargs)
         return torch.cat([input_ids, output[:, inputs.input_ids.shape[1] :]], dim=1)

@@ -38,8 +38,11 @@ def read_sheet(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; valid: a tab-separated sheet of experiments")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [cells for cells in csv.reader(file, delimiter="\t") if any(cells) and not cells[0].startswith("#")]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = [line for line in csv.reader(file, delimiter="\t") if any(line) and not line[0].startswith("#")]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: not readable as text ({error}); valid: tab-separated UTF-8") from None
     columns, *rows = lines or [[]]
     _check_columns(columns, path)
     if not rows:

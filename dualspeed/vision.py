@@ -171,8 +171,9 @@ def pruning_units(images: EncodedImages, seeds: Tensor | None) -> tuple[list[Ten
     for index, (positions, tiles) in enumerate(zip(per_image, images.tiles.split(sizes), strict=True)):
         for tile in range(int(tiles.max()) + 1):
             units.append(positions[tiles == tile])
-            unit_seeds.append(seeds[index] + tile)
-    return units, torch.stack(unit_seeds)
+            if seeds is not None:
+                unit_seeds.append(seeds[index] + tile)
+    return units, torch.stack(unit_seeds) if unit_seeds else None
 
 
 def image_seeds(pixel_values: Tensor, pruning_seed: int) -> Tensor:

@@ -285,6 +285,13 @@ def test_a_missing_sheet_is_one_clear_error(tmp_path):
         load(tmp_path / "experiments.tsv")
 
 
+def test_a_sheet_that_is_no_text_is_one_clear_error(tmp_path):
+    sheet = tmp_path / "experiments.tsv"
+    sheet.write_bytes(b"id\tmodel\xff\n")
+    with pytest.raises(ConfigError, match="not readable as text"):
+        load(sheet)
+
+
 def test_accumulation_follows_from_the_global_batch():
     assert batch_plan(128, num_processes=8, per_device_batch_size=4) == 4
     assert batch_plan(32, num_processes=1, per_device_batch_size=32) == 1

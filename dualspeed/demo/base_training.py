@@ -1,6 +1,6 @@
 """The two trainings of the demo's base model (see dualspeed.demo.base_model).
 
-B pictures in a step, P patches of a picture, L tokens, W width of the vision tower.
+B pictures in a step, P patches of a picture, W width of the vision tower.
 """
 
 from collections.abc import Callable
@@ -121,11 +121,11 @@ def optimise(
 
 def load_pixels(images: list[Path], processor: LlavaProcessor) -> Tensor:
     """Read pictures as the model takes them: (pictures, 3, H, W)."""
-    chunks = []
-    for start in tqdm(range(0, len(images), 256), desc="base model: pictures", unit="chunk", mininterval=5):
-        opened = [Image.open(path) for path in images[start : start + 256]]
-        chunks.append(processor.image_processor(opened, return_tensors="pt").pixel_values)
-    return torch.cat(chunks)
+    # One by one: the image processor copies a batch several times, which costs more than the calls.
+    progress = tqdm(images, desc="base model: pictures", unit="picture", mininterval=5)
+    return torch.cat(
+        [processor.image_processor(Image.open(path), return_tensors="pt").pixel_values for path in progress]
+    )
 
 
 def selected_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:

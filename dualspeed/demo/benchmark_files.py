@@ -23,12 +23,7 @@ from dualspeed.demo.questions import (
     ask_statement,
     choice_text,
 )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+from dualspeed.files import write_json
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -15,7 +15,8 @@ LETTERS = "ABCD"
 NEGATIVES = ("random", "popular", "adversarial")
 """What a picture lacks though asked for: random = neither colour nor digit is there; popular = one of the two is;
 adversarial = both are, though not together."""
-TRAINING_KINDS = ("existence", "colour", "digit", "count", "choice", "statement")
+TRAINING_KINDS = ("existence", "existence", "choice", "choice", "statement", "lookup", "lookup")
+"""What conversations ask, in random order; a lookup asks for a colour, a digit or a count, which is learned soon."""
 MME_CATEGORIES = ("existence", "count", "color")
 
 
@@ -79,8 +80,8 @@ def absent_pair(scene: Scene, rng: np.random.Generator, negative: str) -> tuple[
 
 
 def sample_negative(rng: np.random.Generator) -> str:
-    """Draw a kind of negative: half of them have the right colour, the right digit or both."""
-    return pick(rng, ("random", *NEGATIVES))
+    """Draw a kind of negative; half of them are adversarial, since those are learned last."""
+    return pick(rng, (*NEGATIVES, "adversarial"))
 
 
 def ask_existence(scene: Scene, rng: np.random.Generator, answer: bool, negative: str = "random") -> Question:
@@ -135,7 +136,8 @@ def ask_statement(scene: Scene, rng: np.random.Generator, category: str, answer:
     valid = ["0", "1", "2", "3"] if category == "count" else list(COLOURS)
     others = [value for value in valid if value != asked.answer]
     value = asked.answer if answer else pick(rng, others)
-    text = f"are there {value} {subject} digits?" if category == "count" else f"is the {subject} {value}?"
+    counted, coloured = f"are there {value} {subject} digits?", f"is {value} the colour of the {subject}?"
+    text = counted if category == "count" else coloured
     return Question(f"is_{category}", text, "yes" if answer else "no")
 
 
@@ -146,10 +148,12 @@ def ask_for_training(scene: Scene, rng: np.random.Generator, kind: str) -> Quest
         return ask_existence(scene, rng, yes, sample_negative(rng))
     if kind == "statement":
         return ask_statement(scene, rng, pick(rng, MME_CATEGORIES[1:]), yes)
-    return {"colour": ask_colour, "digit": ask_digit, "count": ask_count, "choice": ask_choice}[kind](scene, rng)
+    if kind == "lookup":
+        return pick(rng, (ask_colour, ask_digit, ask_count))(scene, rng)
+    return ask_choice(scene, rng)
 
 
 def ask_turns(scene: Scene, rng: np.random.Generator, num_turns: int) -> list[Question]:
-    """Ask `num_turns` questions, all kinds in turn, in random order."""
+    """Ask `num_turns` questions, TRAINING_KINDS in random order and over again."""
     kinds = [TRAINING_KINDS[i] for i in rng.permutation(len(TRAINING_KINDS))]
     return [ask_for_training(scene, rng, kinds[i % len(kinds)]) for i in range(num_turns)]

@@ -50,7 +50,7 @@ class BaseModelSettings:
     """Layers of the language model."""
     text_heads: int = 4
     """Attention heads of the language model."""
-    excerpt_steps: int = 350
+    excerpt_steps: int = 500
     """Caption steps on excerpts: the patches that hold digits and a few others. Cheap, and quickly learned from."""
     excerpt_patches: int = 14
     """Patches of an excerpt."""
@@ -58,7 +58,7 @@ class BaseModelSettings:
     """Caption steps on whole pictures, which follow."""
     caption_batch_size: int = 32
     """Pictures in a caption step."""
-    num_scenes: int = 4000
+    num_scenes: int = 6000
     """Training pictures that tower and captions learn from."""
     vision_learning_rate: float = 1e-3
     """Peak learning rate of the tower (cosine, 50 steps of warm-up)."""

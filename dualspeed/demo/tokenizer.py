@@ -16,7 +16,7 @@ WORDS = (
     *COLOURS,
     *"0123456789",
     *LETTERS,
-    *("yes", "no", "is", "are", "there", "a", "in", "the", "image", "what", "colour", "which", "digit", "digits"),
+    *("yes", "no", "is", "are", "there", "a", "in", "the", "image", "what", "colour", "which", "digit", "digits", "of"),
     *("how", "many", "items", "index", "counts"),
     *("?", ".", ":"),
 )
