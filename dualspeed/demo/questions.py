@@ -15,7 +15,7 @@ LETTERS = "ABCD"
 NEGATIVES = ("random", "popular", "adversarial")
 """What a picture lacks though asked for: random = neither colour nor digit is there; popular = one of the two is;
 adversarial = both are, though not together."""
-TRAINING_KINDS = ("existence", "existence", "choice", "choice", "statement", "lookup", "lookup")
+TRAINING_KINDS = ("existence", "existence", "choice", "choice", "statement", "lookup")
 """What conversations ask, in random order; a lookup asks for a colour, a digit or a count, which is learned soon."""
 MME_CATEGORIES = ("existence", "count", "color")
 
