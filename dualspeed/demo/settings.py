@@ -50,7 +50,7 @@ class BaseModelSettings:
     """Layers of the language model."""
     text_heads: int = 4
     """Attention heads of the language model."""
-    excerpt_steps: int = 500
+    excerpt_steps: int = 700
     """Caption steps on excerpts: the patches that hold digits and a few others. Cheap, and quickly learned from."""
     excerpt_patches: int = 14
     """Patches of an excerpt."""
