@@ -2,9 +2,9 @@
 
     python benchmarks/demo_recipe.py [--config config/demo/config.yaml] [--seeds 0 1 2]
 
-Takes what `make demo-full` made (data, pretrainings), trains each Baseline's finetuning with 1.5 times the steps, and
-answers the held-out split with both models. Everything is kept under results/recipe in folders named by what decides
-their content, so a second run only prints. The test questions are never looked at.
+Takes what `make demo-full` made, trains each Baseline's finetuning again with 1.5 times the steps, and answers the
+held-out split with both models. What it trains is kept under results/recipe in folders named by what decides their
+content, so a second run only prints. The test questions are never looked at.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def main() -> int:
         parser.error(f"{options.sheet}: no Baseline row with seed {options.seeds}")
     gains = []
     for row in rows:
-        settings = finetune_settings(project, row)
-        usual, longer = (held_out_score(project, row, chosen) for chosen in (settings, lengthened(settings)))
+        usual = held_out_score(project, row, Path(project.results) / "models" / row.id)
+        longer = held_out_score(project, row, longer_model(project, row))
         gains.append(longer - usual)
         print(f"{row.id}: {usual:.1f}, trained half as long again {longer:.1f}, gain {longer - usual:+.1f}", flush=True)
     mean = sum(gains) / len(gains)
@@ -70,23 +70,28 @@ def lengthened(settings: StageSettings) -> StageSettings:
     return dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, training_arguments=longer))
 
 
-def held_out_score(project: ProjectConfig, row: Experiment, settings: StageSettings) -> float:
-    """Train (unless done before), answer and score the held-out split; mean of the benchmarks on 0-100."""
-    results = Path(project.results)
+def longer_model(project: ProjectConfig, row: Experiment) -> Path:
+    """Folder of a row's model, trained half as long again (unless that was done before)."""
+    results, settings = Path(project.results), lengthened(finetune_settings(project, row))
     start, data = results / "pretrain" / pretrain_key(project, row), results / "prepared" / row.model / "finetune"
-    for folder in (start, data):
-        if not folder.is_dir():
-            sys.exit(f"{folder} is missing; run `make demo-full` first")
     identity = [settings.to_dict(), fingerprint(start, "*.safetensors"), fingerprint(data, "*.arrow")]
-    folder = results / "recipe" / f"{row.id}-{sha256_of_json(identity)[:8]}"
-    if not (folder / "model").is_dir():
-        train(settings, start, data, results / "state", folder / "model")
-    answered = answer_settings(project, row, "full")
-    for benchmark in answered["benchmarks"].values():
+    model = results / "recipe" / f"{row.id}-longer-{sha256_of_json(identity)[:8]}"
+    if not model.is_dir():
+        train(settings, start, data, results / "state", model)
+    return model
+
+
+def held_out_score(project: ProjectConfig, row: Experiment, model: Path) -> float:
+    """Answer and score the held-out split with a model; mean of the benchmarks on 0-100."""
+    if not model.is_dir():
+        sys.exit(f"{model} is missing; run `make demo-full` first (or `make demo`, for seed 0 alone)")
+    settings = answer_settings(project, row, "full")
+    for benchmark in settings["benchmarks"].values():
         benchmark["folder"] = str(held_out(Path(benchmark["folder"])))
-    generate_answers(answered, folder / "model", results / "state", folder / "answers")
+    out = Path(project.results) / "recipe" / "answers" / model.name
+    generate_answers(settings, model, Path(project.results) / "state", out)
     scores = [
-        score(name, held_out(Path(benchmark.folder)), folder / "answers" / f"{name}.jsonl", folder / f"{name}.json")
+        score(name, held_out(Path(benchmark.folder)), out / f"{name}.jsonl", out / f"{name}.json")
         for name, benchmark in project.benchmarks.items()
     ]
     return sum(result["percent"] for result in scores) / len(scores)

@@ -30,7 +30,7 @@ Edit = Callable[[Path], object]
 def snakemake(project: Path, *arguments: str) -> str:
     """Output of a Snakemake call in a project's folder."""
     command = [sys.executable, "-m", "snakemake", *arguments]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
     return done.stdout + done.stderr
 
 
@@ -60,7 +60,7 @@ def edit_rows(change: Callable[[dict[str, dict]], object], sheet: str = "experim
     def edit(project: Path) -> None:
         with (project / "config/demo/experiments.tsv").open(newline="") as file:
             rows = {row["id"]: row for row in csv.DictReader(file, delimiter="\t")}
-        columns = list(rows[BASELINE])
+        columns = list(next(iter(rows.values())))
         change(rows)
         with (project / f"config/demo/{sheet}.tsv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, delimiter="\t")
