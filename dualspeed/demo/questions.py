@@ -16,9 +16,8 @@ NEGATIVES = ("random", "popular", "adversarial")
 """What a picture lacks though asked for: random = neither colour nor digit is there; popular = one of the two is;
 adversarial = both are, though not together."""
 TRAINING_KINDS = ("existence", "choice", "statement", "lookup", "lookup", "lookup")
-"""What conversations ask, in random order; a lookup asks for a colour, a digit or a count. Half are lookups, though they
-are learned first: what the others ask for is made of them, and with a third of them none of it is learned on full
-tokens."""
+"""What conversations ask, in random order; a lookup asks for a colour, a digit or a count. Half are lookups, though
+they are learned first: all else is made of them, and with a third of them nothing is learned on full tokens."""
 MME_CATEGORIES = ("existence", "count", "color")
 
 
