@@ -189,7 +189,7 @@ def test_a_wrong_key_of_the_configuration_is_one_clear_error(changes, message):
         ),
         ("max_length", 0, f"{MODEL}.max_length: 0 is out of range; valid: above 0"),
         ("global_batch_size", 0, f"{MODEL}.global_batch_size: 0 is out of range"),
-        ("per_device_batch_size", 5, f"{MODEL}.global_batch_size: 32 is out of range; valid: a multiple of 1 devices"),
+        ("per_device_batch_size", 5, "is out of range; valid: a multiple of 1 devices x 5 samples"),
         ("projector_learning_rate", "2e-5", "(YAML reads 2e-5 as a string; write 2.0e-05)"),
         ("projector_learning_rate", -1.0, f"{MODEL}.projector_learning_rate: -1.0 is out of range"),
         (
