@@ -15,7 +15,7 @@ from PIL import Image
 from samples import BAD_IMAGES, by_character, entry, load, write_image
 from transformers import AutoProcessor, LlavaProcessor
 
-from dualspeed.data.collator import IGNORED_LABEL, ConversationCollator
+from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.images import inspect_image
 from dualspeed.data.prepare import (
     PreparationError,
@@ -26,6 +26,7 @@ from dualspeed.data.prepare import (
     prepare_dataset,
 )
 from dualspeed.data.templates import use_template
+from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
 
 
@@ -165,7 +166,7 @@ def test_a_sample_is_dropped_at_just_the_lengths_that_the_collator_cannot_use(tm
                 collator(records)
         else:
             batch = collator(records)
-            assert bool(problems) == (batch["labels"] == IGNORED_LABEL).all()
+            assert bool(problems) == (batch["labels"] == IGNORE_INDEX).all()
             assert [row["num_tokens"] for row in rows] == [batch["input_ids"].shape[1]] * len(rows)
         seen.add((len(rows), num_cut, *(problem.reason for problem in problems)))
     assert len(seen) == 4  # image cut, nothing supervised, cut, whole
@@ -189,6 +190,7 @@ KILLED = """
 import os, signal, sys
 from datasets import Dataset
 from dualspeed.data.prepare import prepare_dataset
+from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
 
 save = Dataset.save_to_disk

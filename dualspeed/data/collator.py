@@ -18,9 +18,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from dualspeed.data.images import open_image
-
-IGNORED_LABEL = -100
-"""Label of a position that is not supervised, as PyTorch's cross-entropy has it."""
+from dualspeed.losses import IGNORE_INDEX
 
 PADDING_SIDES = ("left", "right")
 
@@ -51,9 +49,9 @@ class ConversationCollator:
         self._check_lengths(examples, encoded["input_ids"])
         rows = [np.array(row[: self.max_length]) for row in encoded["input_ids"]]
         masks = [np.array(mask[: self.max_length], dtype=bool) for mask in encoded.pop("assistant_masks")]
-        labels = [np.where(mask, row, IGNORED_LABEL) for row, mask in zip(rows, masks, strict=True)]
+        labels = [np.where(mask, row, IGNORE_INDEX) for row, mask in zip(rows, masks, strict=True)]
         batch = batch_of(rows, encoded, self.processor.tokenizer.pad_token_id, self.padding_side)
-        batch["labels"] = pad(labels, IGNORED_LABEL, self.padding_side)
+        batch["labels"] = pad(labels, IGNORE_INDEX, self.padding_side)
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dualspeed.data.collator import IGNORED_LABEL, ConversationCollator
+from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.conversations import Problem, load_conversations
 from dualspeed.data.images import ImageReport, inspect_image
 from dualspeed.data.templates import use_template
 from dualspeed.files import atomic_folder
+from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
 
 FEATURES = Features(
@@ -197,7 +198,7 @@ def layout_by_pixels(processor: ProcessorMixin, record: dict[str, Any]) -> Layou
     """The layout of a record as the collator makes it, images and all."""
     batch = ConversationCollator(processor)([record])
     ids, labels = batch["input_ids"][0].numpy(), batch["labels"][0].numpy()
-    return Layout(np.ones_like(ids), ids == processor.image_token_id, labels != IGNORED_LABEL)
+    return Layout(np.ones_like(ids), ids == processor.image_token_id, labels != IGNORE_INDEX)
 
 
 def check_share(recipe: DataRecipe, problems: list[Problem], num_total: int) -> None:
