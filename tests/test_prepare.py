@@ -190,7 +190,6 @@ KILLED = """
 import os, signal, sys
 from datasets import Dataset
 from dualspeed.data.prepare import prepare_dataset
-from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
 
 save = Dataset.save_to_disk
