@@ -40,11 +40,13 @@ def measure_speed(
     chat_template: str,
     batch_size: int,
     repeats: int,
+    threads: int,
 ) -> None:
     """Time Baseline's, fast and slow steps on one batch of the training data and write them to `out` as JSON.
 
-    A step is vision tower, pruner, forward, backward, gradient clipping and AdamW; the batch is already in memory.
+    On `threads` CPU threads, whatever the environment says. A step is vision tower, pruner, forward, backward, gradient clipping and AdamW; the batch is already in memory.
     """
+    torch.set_num_threads(threads)
     model = DualSpeedModel(load_vlm(model_folder), dualspeed)
     set_trainable(model, "finetune")
     batch = training_batch(model_folder, data_folder, chat_template, batch_size).to(model.device)

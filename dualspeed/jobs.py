@@ -20,6 +20,8 @@ from dualspeed.recipe import Recipe
 
 # Steps of each mode that a measurement of speed takes the median of.
 SPEED_REPEATS = 15
+# CPU threads of a measurement, as the training rules have: more serve long sequences better than short ones.
+SPEED_THREADS = 1
 
 
 def parent_run(project: ProjectConfig, experiment: Experiment) -> dict[str, str]:
@@ -57,6 +59,7 @@ def speed_settings(project: ProjectConfig, experiment: Experiment) -> dict[str, 
         "chat_template": recipe.chat_template,
         "batch_size": recipe.per_device_batch_size or recipe.global_batch_size,
         "repeats": SPEED_REPEATS,
+        "threads": SPEED_THREADS,
     }
 
 

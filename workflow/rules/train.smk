@@ -76,6 +76,5 @@ rule measure_speed:
     message:
         "Time the steps of {wildcards.speed}, alone on this machine"
     shell:
-        # one thread, as in training
-        "OMP_NUM_THREADS=1 dualspeed speed --settings {params.settings:q} --model {input.model}"
+        "dualspeed speed --settings {params.settings:q} --model {input.model}"
         " --data {input.data} --out {output.times} > {log} 2>&1"
