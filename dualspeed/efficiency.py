@@ -44,7 +44,8 @@ def measure_speed(
 ) -> None:
     """Time Baseline's, fast and slow steps on one batch of the training data and write them to `out` as JSON.
 
-    On `threads` CPU threads, whatever the environment says. A step is vision tower, pruner, forward, backward, gradient clipping and AdamW; the batch is already in memory.
+    On `threads` CPU threads, whatever the environment says. A step is vision tower, pruner, forward, backward, gradient
+    clipping and AdamW; the batch is already in memory.
     """
     torch.set_num_threads(threads)
     model = DualSpeedModel(load_vlm(model_folder), dualspeed)
