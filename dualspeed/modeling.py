@@ -117,17 +117,17 @@ class DualSpeedModel(nn.Module):
         return self.vlm._no_split_modules
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Whether the VLM recomputes activations."""
-        return self.vlm.is_gradient_checkpointing
+        return self.vlm.is_activation_checkpointing
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations of the VLM's layers in the backward pass."""
-        self.vlm.gradient_checkpointing_enable(**kwargs)
+        self.vlm.activation_checkpointing_enable(**kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self.vlm.gradient_checkpointing_disable()
+        self.vlm.activation_checkpointing_disable()
 
     def forward(
         self,

@@ -202,3 +202,19 @@ def test_batches_without_supervision_are_counted(tmp_path):
     assert trained.state.log_history[0]["loss"] == 0
     for name, parameter in trained.model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_activation_checkpointing_changes_no_result(tmp_path):
+    trained = []
+    for is_on in (False, True):
+        # One after the other: dropout continues the random numbers that the trainer seeds when it is made.
+        trained.append(trainer(tmp_path, max_steps=4, activation_checkpointing=is_on))
+        trained[-1].train()
+    plain, checkpointed = trained
+    assert checkpointed.model.is_activation_checkpointing
+    assert not plain.model.is_activation_checkpointing
+    for entry, expected in zip(losses(checkpointed), losses(plain), strict=True):
+        assert entry == pytest.approx(expected, rel=1e-5)
+    assert_close(checkpointed.model.state_dict(), plain.model.state_dict(), atol=1e-6, rtol=1e-5)
+    checkpointed.model.activation_checkpointing_disable()
+    assert not checkpointed.model.is_activation_checkpointing
