@@ -11,13 +11,14 @@ from dualspeed.demo.drawing import COLOURS, Scene, pick
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
-LETTERS = "ABCD"
+LETTERS = "ABC"
 NEGATIVES = ("random", "popular", "adversarial")
 """What a picture lacks though asked for: random = neither colour nor digit is there; popular = one of the two is;
 adversarial = both are, though not together."""
-TRAINING_KINDS = ("existence", "choice", "statement", "lookup", "lookup", "lookup")
+TRAINING_KINDS = ("existence", "statement", "choice", "choice", "lookup", "lookup", "lookup", "lookup")
 """What conversations ask, in random order; a lookup asks for a colour, a digit or a count. Half are lookups, though
-they are learned first: all else is made of them, and with a third of them nothing is learned on full tokens."""
+they are learned first: all else is made of them, and with a third of them nothing is learned on full tokens. Choices
+are learned last, so there are two."""
 MME_CATEGORIES = ("existence", "count", "color")
 
 
@@ -119,11 +120,11 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def ask_choice(scene: Scene, rng: np.random.Generator) -> Question:
-    """Ask for a colour or a digit among two to four choices, in random order."""
+    """Ask for a colour or a digit among two or three choices, in random order."""
     question = ask_colour(scene, rng) if rng.random() < 0.5 else ask_digit(scene, rng)
     others = [str(value) for value in (COLOURS if question.kind == "colour" else range(10))]
     others.remove(question.answer)
-    wrong = [others[i] for i in rng.permutation(len(others))[: rng.integers(1, 4)]]
+    wrong = [others[i] for i in rng.permutation(len(others))[: rng.integers(1, len(LETTERS))]]
     choices = [question.answer, *wrong]
     return Question("choice", question.text, question.answer, tuple(choices[i] for i in rng.permutation(len(choices))))
 
