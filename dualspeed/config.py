@@ -15,13 +15,14 @@ import yaml
 
 from dualspeed.demo.settings import BaseModelSettings, SceneSettings
 from dualspeed.files import sha256_of_json
+from dualspeed.labels import PRUNER_LABELS
 from dualspeed.modes import MODE_SCHEDULES
 from dualspeed.recipe import Recipe
 from dualspeed.sheet import METHODS, read_sheet, resolve_cells
 from dualspeed.typed import ConfigError, check_choice, check_name, check_range, read_dataclass, read_value
 
-# Names only: the implementations import torch. Tests hold these against the registries.
-PRUNER_NAMES = ("divprune", "fastervlm", "random")
+# Names only: the implementations import torch.
+PRUNER_NAMES = tuple(PRUNER_LABELS)
 BENCHMARK_NAMES = ("gqa", "mme", "pope", "scienceqa")
 PRUNE_BUDGETS = ("image", "tile")
 STAGES = ("pretrain", "finetune")

@@ -30,8 +30,8 @@ from dualspeed.config import DualSpeedConfig
 from dualspeed.files import write_json
 from dualspeed.losses import IGNORE_INDEX, cross_entropy, distillation, supervised_labels, supervised_positions
 from dualspeed.modes import Mode
-from dualspeed.pruners import VisualTokens, get_pruner, num_tokens_to_keep
-from dualspeed.sequences import PrunedInputs, prune_inputs
+from dualspeed.pruners import MergedTokens, VisualTokens, get_pruner, num_tokens_to_keep
+from dualspeed.sequences import PrunedInputs, prune_inputs, text_relevance
 from dualspeed.vision import (
     EncodedImages,
     blank_image,
@@ -189,7 +189,7 @@ class DualSpeedModel(nn.Module):
             self.vlm,
             pixel_values,
             image_sizes,
-            with_cls_attention="cls_attention" in self.pruner.needs,
+            needs=self.pruner.needs,
             with_tiles=self.dualspeed.prune_budget == "tile",
         )
 
@@ -217,31 +217,43 @@ class DualSpeedModel(nn.Module):
         features = torch.cat(images.features)
         units, unit_seeds = pruning_units(images, seeds)
         num_keep = torch.tensor([num_tokens_to_keep(len(unit), self.dualspeed.pruning_ratio) for unit in units])
-        kept = self._select(features.detach(), units, num_keep, images.cls_attention, unit_seeds)
+        described = images.described
+        if "relevance" in self.pruner.needs:
+            embed, token = self.vlm.get_input_embeddings(), self.config.image_token_id
+            described = described | {"relevance": text_relevance(inputs, features, embed, token)}
+        kept, kept_features = self._keep(features, units, num_keep, described, unit_seeds)
 
         num_copies = torch.zeros(len(features), dtype=torch.long, device=features.device)
         num_copies[torch.cat(kept)] = 1
         num_copies[torch.stack([unit[0] for unit in kept])] += self.dualspeed.num_virtual_tokens
         isolator = [] if self.mode_isolator is None else [self.mode_isolator().to(features.dtype)]
-        unit_features = [torch.cat([*isolator, features[unit]]) for unit in kept]
+        unit_features = [torch.cat([*isolator, vectors]) for vectors in kept_features]
         compacted = prune_inputs(*inputs, self.config.image_token_id, num_copies, padding_side)
         return compacted, unit_features
 
-    @torch.no_grad()
-    def _select(
-        self, features: Tensor, units: list[Tensor], num_keep: Tensor, cls_attention: Tensor | None, seeds: Tensor
-    ) -> list[Tensor]:
-        """Positions in (P, D) features that the pruner keeps of each unit, ascending."""
+    def _keep(
+        self,
+        features: Tensor,
+        units: list[Tensor],
+        num_keep: Tensor,
+        described: dict[str, Tensor],
+        seeds: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the pruner keeps of each unit: positions in (P, D) features, ascending, and the vectors there."""
         positions = pad_sequence(units, batch_first=True)
-        mask = pad_sequence([torch.ones_like(unit, dtype=torch.bool) for unit in units], batch_first=True)
         tokens = VisualTokens(
             features=features[positions],
-            mask=mask,
-            cls_attention=None if cls_attention is None else cls_attention[positions],
+            mask=pad_sequence([torch.ones_like(unit, dtype=torch.bool) for unit in units], batch_first=True),
             seeds=seeds,
+            **{name: values[positions] for name, values in described.items()},
         )
-        kept = self.pruner(tokens, num_keep)
-        return [unit[row[:k]] for unit, row, k in zip(units, kept, num_keep.tolist(), strict=True)]
+        chosen = self.pruner(tokens, num_keep)
+        indices = chosen.indices if isinstance(chosen, MergedTokens) else chosen
+        counts = num_keep.tolist()
+        kept = [unit[row[:k]] for unit, row, k in zip(units, indices, counts, strict=True)]
+        if isinstance(chosen, MergedTokens):
+            return kept, [row[:k] for row, k in zip(chosen.features, counts, strict=True)]
+        return kept, [features[unit] for unit in kept]
 
     def _zero_for_idle_parameters(self, images: EncodedImages | None, has_images: bool, mode: Mode) -> Tensor | float:
         """0, with a gradient of 0 for the visual parameters that this step's loss doesn't reach.

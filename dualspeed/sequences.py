@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dualspeed.losses import IGNORE_INDEX
 
@@ -59,3 +60,28 @@ def prune_inputs(
         attention_mask=compact(attention_mask, 0),
         labels=None if labels is None else compact(labels, IGNORE_INDEX),
     )
+
+
+@torch.no_grad()
+def text_relevance(inputs: PrunedInputs, features: Tensor, embed: nn.Module, image_token_id: int) -> Tensor:
+    """How near each visual token is to its sample's question, in the language model's own embedding space.
+
+    The mean cosine similarity to the tokens of the prompt: what is attended to, is no image and isn't supervised.
+    CDPruner asks the text tower of the CLIP model that the vision tower belongs to, which VLM checkpoints don't hold.
+
+    Args:
+        features: (P, D) projected features of the batch's images.
+        embed: the language model's input embeddings.
+
+    Returns:
+        (P,) float32.
+    """
+    is_image = (inputs.input_ids == image_token_id) & inputs.attention_mask.bool()
+    is_prompt = inputs.attention_mask.bool() & ~is_image
+    if inputs.labels is not None:
+        is_prompt &= inputs.labels == IGNORE_INDEX
+    prompt_ids = inputs.input_ids.masked_fill(~is_prompt, 0)
+    words = F.normalize(embed(prompt_ids).float(), dim=-1) * is_prompt[..., None]
+    prompts = words.sum(dim=1) / is_prompt.sum(dim=1, keepdim=True).clamp(min=1)
+    sample_of_token = is_image.nonzero()[:, 0]
+    return (F.normalize(features.float(), dim=-1) * prompts[sample_of_token]).sum(dim=-1)

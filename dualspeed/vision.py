@@ -1,17 +1,16 @@
 """From pixels to projected visual tokens, and what pruners want to know about them.
 
-Everything goes through the model's public `get_image_features`. Two things it doesn't offer are done here for vision
-towers in the style of CLIP: the CLS token's attention, and leaving out the layers after the selected one.
+Everything goes through the model's public `get_image_features`; what it doesn't offer is in tower.py.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from dualspeed.tower import positive_feature_layer, record_tower, skip_unused_vision_layers
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class EncodedImages:
 
     features: list[Tensor]
     """(N_i, D) projected features of each image, LLaVA-NeXT's newlines packed in."""
-    cls_attention: Tensor | None
-    """(P,) attention of the CLS token to each token, mean over heads, -inf for newlines; None unless asked for."""
+    described: dict[str, Tensor]
+    """(P, ...) what was asked for of the fields of VisualTokens, under their names."""
     tiles: Tensor | None
     """(P,) which tile of its image a token belongs to, -1 for newlines; None unless asked for."""
 
@@ -30,7 +29,7 @@ def encode_images(
     vlm: PreTrainedModel,
     pixel_values: Tensor,
     image_sizes: Tensor | None = None,
-    with_cls_attention: bool = False,
+    needs: Collection[str] = (),
     with_tiles: bool = False,
 ) -> EncodedImages:
     """Run vision tower and projector once over all images of a batch.
@@ -38,17 +37,18 @@ def encode_images(
     Args:
         pixel_values: (images, 3, H, W), or (images, tiles, 3, H, W) for LLaVA-NeXT.
         image_sizes: (images, 2) original heights and widths, for models that take them.
+        needs: fields of VisualTokens to describe the tokens by, those of tower.RECORDED.
+        with_tiles: whether to say which tile a token belongs to.
     """
     arguments = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
-    attention: list[Tensor] = []
-    capture = record_cls_attention(vlm, attention) if with_cls_attention else nullcontext()
+    record: dict[str, Tensor] = {}
     # Counted from the front, since layers at the end are left out.
     arguments["vision_feature_layer"] = positive_feature_layer(vlm)
-    with skip_unused_vision_layers(vlm), capture:
+    with skip_unused_vision_layers(vlm), record_tower(vlm, needs, record):
         features = list(vlm.get_image_features(**arguments, return_dict=True).pooler_output)
     return EncodedImages(
         features=features,
-        cls_attention=pack_scores(vlm, attention[0], image_sizes, -torch.inf) if with_cls_attention else None,
+        described={name: pack(vlm, values, image_sizes, of_newline(name)) for name, values in record.items()},
         tiles=token_tiles(vlm, features, image_sizes) if with_tiles else None,
     )
 
@@ -60,7 +60,12 @@ def token_tiles(vlm: PreTrainedModel, features: list[Tensor], image_sizes: Tenso
     num_tiles = tiles_per_image(vlm, image_sizes)
     side = vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size
     tiles = torch.cat([torch.arange(n, device=features[0].device) for n in num_tiles])
-    return pack_scores(vlm, tiles[:, None].expand(-1, side * side).float(), image_sizes, -1.0).long()
+    return pack(vlm, tiles[:, None].expand(-1, side * side).float(), image_sizes, -1.0).long()
+
+
+def of_newline(name: str) -> float:
+    """What a newline token, which no patch stands behind, has in place of a field of VisualTokens."""
+    return -torch.inf if name == "cls_attention" else 0.0
 
 
 def has_packed_tiles(vlm: PreTrainedModel) -> bool:
@@ -79,81 +84,16 @@ def tiles_per_image(vlm: PreTrainedModel, image_sizes: Tensor) -> list[int]:
     ]
 
 
-def pack_scores(vlm: PreTrainedModel, scores: Tensor, image_sizes: Tensor | None, newline: float) -> Tensor:
-    """Bring one number a patch, (tiles, patches), into the order of the projected tokens, (P,)."""
+def pack(vlm: PreTrainedModel, values: Tensor, image_sizes: Tensor | None, newline: float) -> Tensor:
+    """Bring what belongs to patches, (tiles, patches, ...), into the order of the projected tokens, (P, ...)."""
     if not has_packed_tiles(vlm):
-        return scores.flatten()
-    per_image = torch.split(scores[..., None], tiles_per_image(vlm, image_sizes))
+        return values.flatten(0, 1)
+    vectors = values.flatten(2) if values.dim() > 2 else values[..., None]
+    per_image = torch.split(vectors, tiles_per_image(vlm, image_sizes))
     strategy = vlm.config.vision_feature_select_strategy
-    packed, _ = vlm.pack_image_features(per_image, image_sizes, strategy, image_newline=scores.new_tensor([newline]))
-    return torch.cat(packed)[:, 0]
-
-
-def vision_encoder(vlm: PreTrainedModel) -> nn.Module:
-    """The part of a CLIP-style vision tower that holds its layers."""
-    tower = vlm.model.vision_tower
-    return getattr(tower, "vision_model", tower).encoder
-
-
-def vision_layers(vlm: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a CLIP-style vision tower."""
-    return vision_encoder(vlm).layers
-
-
-def positive_feature_layer(vlm: PreTrainedModel) -> int | list[int]:
-    """The configured `vision_feature_layer` counted from the front; 0 is the embeddings' output."""
-    num_states = vlm.config.vision_config.num_hidden_layers + 1
-    selected = vlm.config.vision_feature_layer
-    return [layer % num_states for layer in selected] if isinstance(selected, list) else selected % num_states
-
-
-def selected_vision_layer(vlm: PreTrainedModel) -> int:
-    """Index of the last vision layer whose output the model uses."""
-    selected = positive_feature_layer(vlm)
-    return (max(selected) if isinstance(selected, list) else selected) - 1
-
-
-@contextmanager
-def skip_unused_vision_layers(vlm: PreTrainedModel) -> Iterator[None]:
-    """Leave out the vision layers after the selected one while the context is open; the model itself stays whole."""
-    encoder = vision_encoder(vlm)
-    layers = encoder.layers
-    # Installed once for all layers: done while some are missing, those would never be captured afterwards.
-    maybe_install_capturing_hooks(vlm.model.vision_tower)
-    encoder.layers = layers[: selected_vision_layer(vlm) + 1]
-    try:
-        yield
-    finally:
-        encoder.layers = layers
-
-
-@contextmanager
-def record_cls_attention(vlm: PreTrainedModel, record: list[Tensor]) -> Iterator[None]:
-    """Append the (tiles, patches) CLS attention of the selected layer to `record` at each run of the vision tower.
-
-    Computed from that layer's q and k alone, so that every layer keeps its fused attention.
-    """
-
-    def compute(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        with torch.no_grad():
-            record.append(cls_attention(attention, hidden_states))
-
-    attention = vision_layers(vlm)[selected_vision_layer(vlm)].self_attn
-    handle = attention.register_forward_pre_hook(compute, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def cls_attention(attention: nn.Module, hidden_states: Tensor) -> Tensor:
-    """(B, 1 + N, C) inputs of an attention module -> (B, N) attention of token 0 to the others, mean over heads."""
-    batch_size, length, _ = hidden_states.shape
-    query = attention.q_proj(hidden_states[:, :1]).view(batch_size, 1, -1, attention.head_dim).transpose(1, 2)
-    keys = attention.k_proj(hidden_states).view(batch_size, length, -1, attention.head_dim).transpose(1, 2)
-    scores = (query @ keys.transpose(2, 3)).float() * attention.scale
-    return scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+    image_newline = vectors.new_full((vectors.shape[-1],), newline)
+    packed, _ = vlm.pack_image_features(per_image, image_sizes, strategy, image_newline=image_newline)
+    return torch.cat(packed).unflatten(-1, values.shape[2:]) if values.dim() > 2 else torch.cat(packed)[:, 0]
 
 
 def pruning_units(images: EncodedImages, seeds: Tensor | None) -> tuple[list[Tensor], Tensor | None]:

@@ -10,8 +10,10 @@ from transformers import AutoModelForImageTextToText
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode, ModeIsolator
 from dualspeed.modeling import load_vlm
-from dualspeed.sequences import prune_inputs
-from dualspeed.vision import encode_images
+from dualspeed.pruners import PRUNERS, VisualTokens
+from dualspeed.sequences import PrunedInputs, prune_inputs, text_relevance
+from dualspeed.tower import note_missing_cls_token
+from dualspeed.vision import encode_images, pruning_units
 
 MODELS = {"llava": tiny.llava, "llava_next": tiny.llava_next}
 
@@ -30,7 +32,7 @@ def gradients(model: DualSpeedModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("pruner", ["divprune", "fastervlm", "random"])
+@pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("family", MODELS)
 def test_fast_mode_keeping_all_tokens_without_isolator_equals_slow_mode(family, pruner):
     settings = {"pruner": pruner, "pruning_ratio": 0.0, "num_virtual_tokens": 0, "distillation_weight": 0.0}
@@ -65,6 +67,39 @@ def test_batched_equals_alone_on_either_padding_side(family, mode, budget):
         assert_close(batched.loss, alone.mean(), atol=2e-6, rtol=2e-6)
         per_sample = model(mode=mode, **collate([samples[2], samples[0]], padding_side)).loss
         assert_close(per_sample, (alone[2] + alone[0]) / 2, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("family", MODELS)
+def test_batched_equals_alone_with_every_pruner(family, pruner):
+    """Nothing that a pruner looks at, the question included, depends on batch mates or padding."""
+    model = dualspeed(family, pruner=pruner, pruning_ratio=0.5)
+    samples = [sample(family, seed, count) for seed, count in enumerate((1, 0, 2, 1))]
+    alone = torch.stack([model(mode=Mode.FAST, **collate([one])).loss for one in samples])
+    for padding_side in ("right", "left"):
+        batched = model(mode=Mode.FAST, **collate(samples, padding_side)).loss
+        assert_close(batched, alone.mean(), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("pruner", ["prumerge", "tome"])
+def test_merged_vectors_teach_the_projector_what_was_merged(pruner):
+    """Gradients of the projector equal those of the same weighted sums taken by hand."""
+    model = dualspeed("llava", pruner=pruner, pruning_ratio=0.75)
+    batch = collate([sample("llava", 0, 1)])
+    images = model._encode(batch["pixel_values"], None)
+    features = torch.cat(images.features)
+    units, _ = pruning_units(images, None)
+    described = {name: values[None] for name, values in images.described.items()}
+    merged = PRUNERS[pruner](VisualTokens(features[None], **described), torch.tensor([4]))
+    _, kept = model._keep(features, units, torch.tensor([4]), images.described, None)
+    by_model, by_hand = (
+        torch.autograd.grad(
+            vectors.square().sum(), model.vlm.model.multi_modal_projector.parameters(), retain_graph=True
+        )
+        for vectors in (kept[0], merged.features[0])
+    )
+    assert_close(by_model, by_hand)
+    assert all(gradient.abs().sum() > 0 for gradient in by_model)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -115,7 +150,7 @@ def test_cls_attention_is_the_eager_towers(family):
     """From one layer's q and k, equal to what the tower would return if it ran without fused attention."""
     vlm = MODELS[family]()
     batch = collate([sample(family, seed, 1) for seed in range(3)])
-    images = encode_images(vlm, batch["pixel_values"], batch.get("image_sizes"), with_cls_attention=True)
+    images = encode_images(vlm, batch["pixel_values"], batch.get("image_sizes"), needs=("cls_attention",))
     tower = vlm.model.vision_tower
     tower.set_attn_implementation("eager")
     pixels = batch["pixel_values"]
@@ -124,14 +159,72 @@ def test_cls_attention_is_the_eager_towers(family):
         pixels = torch.cat([image[:count] for image, count in zip(pixels, tiles, strict=True)])
     attention = tower(pixels, output_attentions=True).attentions[-2].mean(dim=1)[:, 0, 1:]
     if family == "llava":
-        assert_close(images.cls_attention, attention.flatten(), atol=1e-6, rtol=1e-5)
+        assert_close(images.described["cls_attention"], attention.flatten(), atol=1e-6, rtol=1e-5)
     else:
         # The base tile comes first and unchanged; newlines have no attention.
-        base = images.cls_attention[: tiny.NUM_IMAGE_TOKENS]
+        base = images.described["cls_attention"][: tiny.NUM_IMAGE_TOKENS]
         assert_close(base, attention[0], atol=1e-6, rtol=1e-5)
         packed = torch.cat(images.features)
         is_newline = (packed == vlm.model.image_newline).all(dim=-1)
-        assert torch.equal(images.cls_attention == -torch.inf, is_newline)
+        assert torch.equal(images.described["cls_attention"] == -torch.inf, is_newline)
+
+
+def test_tower_without_cls_token_scores_by_received_attention(caplog):
+    vlm = tiny.llava_siglip()
+    pixel_values = collate([sample("llava", seed, 1) for seed in range(3)])["pixel_values"]
+    note_missing_cls_token.cache_clear()
+    for _ in range(2):
+        images = encode_images(vlm, pixel_values, needs=("cls_attention",))
+    assert [record.message for record in caplog.records if "no CLS token" in record.message] == [
+        "SiglipVisionModel has no CLS token: pruners score tokens by the mean attention they receive instead"
+    ]
+    tower = vlm.model.vision_tower
+    tower.set_attn_implementation("eager")
+    attention = tower(pixel_values, output_attentions=True).attentions[-2].mean(dim=(1, 2))
+    assert_close(images.described["cls_attention"], attention.flatten(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pruner", ["fastervlm", "visionzip", "prumerge", "vispruner"])
+def test_attention_pruners_train_without_cls_token(pruner):
+    model = DualSpeedModel(tiny.llava_siglip(), DualSpeedConfig(pruner=pruner, pruning_ratio=0.75))
+    loss = model(mode=Mode.FAST, **mixed_batch("llava")).loss
+    loss.backward()
+    assert model.mode_isolator.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_keys_and_pre_projection_belong_to_their_tokens(family):
+    """Projected again, the features before the projector are the features; keys are those of the selected layer."""
+    vlm = MODELS[family]()
+    batch = collate([sample(family, seed, 1) for seed in range(3)])
+    images = encode_images(
+        vlm, batch["pixel_values"], batch.get("image_sizes"), needs=("keys", "pre_projection", "cls_attention")
+    )
+    features, described = torch.cat(images.features), images.described
+    is_patch = described["cls_attention"] > -torch.inf
+    projected = vlm.model.multi_modal_projector(described["pre_projection"])
+    assert_close(projected[is_patch], features[is_patch], atol=1e-5, rtol=1e-5)
+    assert not described["pre_projection"][~is_patch].any()
+    tower = vlm.model.vision_tower
+    before = tower(batch["pixel_values"].flatten(0, -4)[:1], output_hidden_states=True).hidden_states[-3]
+    layer = tower.encoder.layers[-2]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(before))[0, 1:]
+    assert_close(described["keys"][: tiny.NUM_IMAGE_TOKENS].flatten(1), keys, atol=1e-5, rtol=1e-5)
+
+
+def test_relevance_is_mean_similarity_to_the_prompt_alone():
+    """Answers, images and padding have no part in it."""
+    vlm = tiny.llava()
+    samples = [sample("llava", seed, 1) for seed in range(2)]
+    batch = collate([samples[0], sample("llava", 5, 0), samples[1]])
+    features = torch.cat(encode_images(vlm, batch["pixel_values"]).features)
+    inputs = PrunedInputs(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    relevance = text_relevance(inputs, features, vlm.get_input_embeddings(), IMAGE_TOKEN)
+    for one, vectors, scores in zip(samples, features.split(16), relevance.split(16), strict=True):
+        words = [word for word, label in zip(one["ids"], one["labels"], strict=True) if label == -100]
+        embeddings = vlm.get_input_embeddings()(torch.tensor([word for word in words if word != IMAGE_TOKEN]))
+        similarity = torch.nn.functional.cosine_similarity(vectors[:, None], embeddings[None], dim=-1)
+        assert_close(scores, similarity.mean(dim=1), atol=1e-5, rtol=1e-5)
 
 
 def test_unused_vision_layers_are_skipped_and_come_back():

@@ -17,6 +17,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 
 from dualspeed.data.templates import load_template
@@ -89,6 +90,16 @@ def llava_next(seed: int = 0, **kwargs) -> LlavaNextForConditionalGeneration:
     torch.manual_seed(seed)
     config = LlavaNextConfig(**configs(**kwargs), image_grid_pinpoints=GRID_PINPOINTS)
     return frozen_tower(spread(LlavaNextForConditionalGeneration(config)))
+
+
+def llava_siglip(seed: int = 0, **kwargs) -> LlavaForConditionalGeneration:
+    """A random LLaVA whose vision tower has no CLS token."""
+    torch.manual_seed(seed)
+    clip = configs(**kwargs)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    vision = SiglipVisionConfig(**{name: getattr(clip["vision_config"], name) for name in sizes})
+    config = LlavaConfig(**clip | {"vision_config": vision}, vision_feature_select_strategy="full")
+    return frozen_tower(spread(LlavaForConditionalGeneration(config)))
 
 
 def spread(model):

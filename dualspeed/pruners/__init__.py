@@ -3,16 +3,18 @@
 B images, N visual tokens per image (padded to the longest), D width of the language model, K tokens kept.
 """
 
-from dualspeed.pruners.divprune import divprune
-from dualspeed.pruners.fastervlm import fastervlm
-from dualspeed.pruners.random import random
-from dualspeed.pruners.tokens import VisualTokens, num_tokens_to_keep, select_top_k
+from importlib import import_module
+
+from dualspeed.labels import PRUNER_LABELS
+from dualspeed.visual_tokens import MergedTokens, VisualTokens, num_tokens_to_keep, select_top_k
 
 # name -> (tokens: VisualTokens, num_keep: (B,) integers) -> indices (B, K), K = num_keep.max(), ascending in each row.
-# Row b holds num_keep[b] unique valid indices; what is left of a shorter row is filled with -1 at its end.
+# Row b holds num_keep[b] unique valid indices; what is left of a shorter row is filled with -1 at its end. A method
+# that merges returns MergedTokens: such indices, and the vectors that stand there.
 # A pruner is pure and batched: an image is pruned alike alone and among others. It works in float32 and breaks ties
-# by the lower index. What it needs beside the features it lists in `<function>.needs` (fields of VisualTokens).
-PRUNERS = {"divprune": divprune, "fastervlm": fastervlm, "random": random}
+# by the lower index; if it keeps all tokens, it changes none. Selection has no gradient, merged vectors have. What it
+# needs beside the features it lists in `<function>.needs` (fields of VisualTokens). File and function bear its name.
+PRUNERS = {name: getattr(import_module(f"dualspeed.pruners.{name}"), name) for name in PRUNER_LABELS}
 
 
 def get_pruner(name: str):
@@ -22,4 +24,4 @@ def get_pruner(name: str):
     return PRUNERS[name]
 
 
-__all__ = ["PRUNERS", "VisualTokens", "get_pruner", "num_tokens_to_keep", "select_top_k"]
+__all__ = ["PRUNERS", "MergedTokens", "VisualTokens", "get_pruner", "num_tokens_to_keep", "select_top_k"]

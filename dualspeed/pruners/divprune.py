@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dualspeed.pruners.tokens import VisualTokens, ascending
+from dualspeed.visual_tokens import VisualTokens, ascending, cosine_similarity
 
 
+@torch.no_grad()
 def divprune(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     """Greedy max-min diversity over cosine distances of the projected features.
 
@@ -14,18 +14,11 @@ def divprune(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     nearest pick. Unlike the repository's code, picked tokens are masked, so that identical tokens never repeat.
     """
     valid = tokens.valid()
-    distances = cosine_distances(tokens.features)
-    picked = greedy_max_min(distances, valid, int(num_keep.max()))
+    picked = greedy_max_min(1 - cosine_similarity(tokens.features), valid, int(num_keep.max()))
     return ascending(picked, num_keep)
 
 
 divprune.needs = ()
-
-
-def cosine_distances(features: Tensor) -> Tensor:
-    """(B, N, D) -> (B, N, N) cosine distances in float32."""
-    unit = F.normalize(features.float(), dim=-1)
-    return 1 - unit @ unit.transpose(1, 2)
 
 
 def greedy_max_min(distances: Tensor, valid: Tensor, num_picks: int) -> Tensor:
