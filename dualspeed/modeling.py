@@ -8,6 +8,7 @@ B samples, L length, U units of pruning (an image, or one of its tiles), K token
 M supervised tokens, D width of the language model, l length of the isolator, V vocabulary.
 """
 
+import inspect
 import json
 import logging
 import math
@@ -23,10 +24,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from dualspeed.config import DualSpeedConfig
+from dualspeed.families import (
+    TOKEN_INPUTS,
+    blank_image,
+    check_family,
+    has_3d_positions,
+    image_inputs,
+    image_seeds,
+    position_ids_3d,
+)
 from dualspeed.files import write_json
 from dualspeed.losses import IGNORE_INDEX, cross_entropy, distillation, supervised_labels, supervised_positions
 from dualspeed.modes import Mode
@@ -34,9 +43,7 @@ from dualspeed.pruners import MergedTokens, VisualTokens, get_pruner, num_tokens
 from dualspeed.sequences import PrunedInputs, prune_inputs, text_relevance
 from dualspeed.vision import (
     EncodedImages,
-    blank_image,
     encode_images,
-    image_seeds,
     pruning_units,
     trainable_visual_parameters,
 )
@@ -92,6 +99,7 @@ class DualSpeedModel(nn.Module):
         self.vlm = vlm
         self.dualspeed = config
         self.pruner = get_pruner(config.pruner)
+        check_family(vlm, config.pruner, self.pruner.needs, config.prune_budget)
         self.mode_isolator = None
         if config.num_virtual_tokens > 0:
             hidden_size = vlm.config.get_text_config().hidden_size
@@ -140,6 +148,7 @@ class DualSpeedModel(nn.Module):
         distill: bool = True,
         pruning_seed: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        **inputs: Tensor,
     ) -> DualSpeedOutput:
         """Loss of a batch in one mode.
 
@@ -150,15 +159,17 @@ class DualSpeedModel(nn.Module):
             distill: whether a slow step also learns from the fast mode (if the distillation weight isn't 0).
             pruning_seed: moves random pruners from step to step.
             num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
+            inputs: what else the VLM's processor returns: image_grid_thw, token_type_ids and so on.
         """
         mode = Mode(mode)
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        full = PrunedInputs(input_ids, attention_mask, labels)
+        inputs |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        full = self._whole(input_ids, attention_mask, labels, inputs)
         has_images = pixel_values is not None
         distill = distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0
-        images = self._encode(pixel_values, image_sizes) if has_images or is_sharded() else None
-        seeds = self._seeds(pixel_values, pruning_seed)
+        pixels = image_inputs(self.vlm, inputs)
+        images = self._encode(pixels) if has_images or is_sharded() else None
+        seeds = self._seeds(pixels, pruning_seed)
 
         teacher_logits = None
         if distill and images is not None:
@@ -167,7 +178,7 @@ class DualSpeedModel(nn.Module):
         if has_images and mode is Mode.FAST:
             logits = self._logits(*self._pruned(full, images, seeds))
         else:
-            logits = self._logits(full, images.features if has_images else None)
+            logits = self._logits(full, images.output if has_images else None)
 
         # At least 1: a step without any supervised token has a loss of 0.
         num_items = torch.as_tensor(len(logits) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
@@ -181,38 +192,48 @@ class DualSpeedModel(nn.Module):
             loss = loss + self.dualspeed.distillation_weight * distillation_loss
         return DualSpeedOutput(loss=loss, ce_loss=ce_loss, distillation_loss=distillation_loss, logits=logits)
 
-    def _encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None) -> EncodedImages:
+    def _whole(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, inputs: dict[str, Tensor | None]
+    ) -> PrunedInputs:
+        """The batch with all of its tokens, and what the language model wants to know about each."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        images = image_inputs(self.vlm, inputs)
+        by_token = {name: inputs[name] for name in TOKEN_INPUTS if inputs.get(name) is not None}
+        if has_3d_positions(self.vlm):
+            by_token.pop("mm_token_type_ids", None)
+            if images:
+                by_token["position_ids"] = position_ids_3d(self.vlm, input_ids, attention_mask, images)
+        return PrunedInputs(input_ids, attention_mask, labels, by_token)
+
+    def _encode(self, images: dict[str, Tensor]) -> EncodedImages:
         """Encode the batch's images, or a blank one where it has none but other ranks may."""
-        if pixel_values is None:
-            pixel_values, image_sizes = blank_image(self.vlm)
         return encode_images(
             self.vlm,
-            pixel_values,
-            image_sizes,
+            images or blank_image(self.vlm),
             needs=self.pruner.needs,
             with_tiles=self.dualspeed.prune_budget == "tile",
         )
 
-    def _seeds(self, pixel_values: Tensor | None, pruning_seed: int) -> Tensor | None:
-        """(images,) seeds where the pruner draws; reading every pixel for others would be a waste."""
-        if pixel_values is None or "seeds" not in self.pruner.needs:
+    def _seeds(self, images: dict[str, Tensor], pruning_seed: int) -> Tensor | None:
+        """(units,) seeds where the pruner draws; reading every pixel for others would be a waste."""
+        if "pixel_values" not in images or "seeds" not in self.pruner.needs:
             return None
-        return image_seeds(pixel_values, pruning_seed)
+        return image_seeds(self.vlm, images, pruning_seed)
 
-    def _logits(self, inputs: PrunedInputs, features: list[Tensor] | None) -> Tensor:
+    def _logits(self, inputs: PrunedInputs, images: ModelOutput | None) -> Tensor:
         """(M, V) logits at the positions that predict a supervised token; others are never computed."""
-        images = {} if features is None else {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return self.vlm(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=images,
+            mm_encoder_outputs={} if images is None else {"image": images},
             logits_to_keep=supervised_positions(inputs.labels),
             use_cache=False,
+            **inputs.by_token,
         ).logits
 
     def _pruned(
         self, inputs: PrunedInputs, images: EncodedImages, seeds: Tensor | None, padding_side: str = "right"
-    ) -> tuple[PrunedInputs, list[Tensor]]:
+    ) -> tuple[PrunedInputs, ModelOutput]:
         """The batch as fast mode sees it: compacted inputs and, for each unit, isolator and kept features."""
         features = torch.cat(images.features)
         units, unit_seeds = pruning_units(images, seeds)
@@ -228,8 +249,8 @@ class DualSpeedModel(nn.Module):
         num_copies[torch.stack([unit[0] for unit in kept])] += self.dualspeed.num_virtual_tokens
         isolator = [] if self.mode_isolator is None else [self.mode_isolator().to(features.dtype)]
         unit_features = [torch.cat([*isolator, vectors]) for vectors in kept_features]
-        compacted = prune_inputs(*inputs, self.config.image_token_id, num_copies, padding_side)
-        return compacted, unit_features
+        compacted = prune_inputs(inputs, self.config.image_token_id, num_copies, padding_side)
+        return compacted, images.keeping(unit_features, kept, self.dualspeed.num_virtual_tokens)
 
     def _keep(
         self,
@@ -264,7 +285,7 @@ class DualSpeedModel(nn.Module):
         if self.mode_isolator is not None and not (has_images and mode is Mode.FAST):
             idle.append(self.mode_isolator())
         if not has_images:
-            idle += images.features if images is not None else trainable_visual_parameters(self.vlm)
+            idle += images.all_features() if images is not None else trainable_visual_parameters(self.vlm)
         return 0.0 * sum(values.sum() for values in idle)
 
     @torch.no_grad()
@@ -279,20 +300,38 @@ class DualSpeedModel(nn.Module):
     ) -> Tensor:
         """Generate on all tokens (SLOW: the stock model) or on pruned ones behind the isolator (FAST).
 
+        Args:
+            kwargs: further inputs of the VLM, and settings of generation.
+
         Returns:
             (B, L + new) the input_ids as given, followed by the new tokens, in either mode.
+
+        Raises:
+            NotImplementedError: pruned generation with 3-D positions, which stock generation counts on by itself.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        inputs = PrunedInputs(input_ids, attention_mask, None)
-        images = {}
-        if pixel_values is not None and mode is Mode.SLOW:
-            images = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
-        elif pixel_values is not None:
-            encoded = self._encode(pixel_values, image_sizes)
-            inputs, features = self._pruned(inputs, encoded, self._seeds(pixel_values, 0), padding_side="left")
-            images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
-        output = self.vlm.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **images, **kwargs)
-        return torch.cat([input_ids, output[:, inputs.input_ids.shape[1] :]], dim=1)
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        images = {name: values for name, values in images.items() if values is not None}
+        if mode is Mode.SLOW or not images:
+            return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **kwargs)
+        if has_3d_positions(self.vlm):
+            raise NotImplementedError(
+                f"{type(self.vlm).__name__} generates on full tokens only, since stock generation continues its 3-D "
+                "positions from a whole sequence; use mode=Mode.SLOW"
+            )
+        takes = inspect.signature(self.vlm.get_image_features).parameters
+        inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in takes or name in TOKEN_INPUTS} | images
+        pixels = image_inputs(self.vlm, inputs)
+        whole = self._whole(input_ids, attention_mask, None, inputs)
+        pruned, kept = self._pruned(whole, self._encode(pixels), self._seeds(pixels, 0), padding_side="left")
+        output = self.vlm.generate(
+            input_ids=pruned.input_ids,
+            attention_mask=pruned.attention_mask,
+            mm_encoder_outputs={"image": kept},
+            **pruned.by_token,
+            **kwargs,
+        )
+        return torch.cat([input_ids, output[:, pruned.input_ids.shape[1] :]], dim=1)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the stock checkpoint, and beside it the isolator and the settings, which other software ignores.

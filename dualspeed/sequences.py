@@ -1,5 +1,7 @@
 """Sequence surgery: from a batch with every image placeholder to one with those of the kept tokens alone."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,26 +17,24 @@ class PrunedInputs(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor | None
+    by_token: Mapping[str, Tensor] = MappingProxyType({})
+    """(..., B, L) what else belongs to tokens: position_ids, token_type_ids."""
 
 
 def prune_inputs(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor | None,
-    image_token_id: int,
-    num_copies: Tensor,
-    padding_side: str = "right",
+    inputs: PrunedInputs, image_token_id: int, num_copies: Tensor, padding_side: str = "right"
 ) -> PrunedInputs:
     """Compact sequences to the visual tokens that stay.
 
     Args:
-        input_ids, attention_mask, labels: (B, L); images are runs of `image_token_id`.
+        inputs: (B, L) with all tokens; those of images are `image_token_id`.
         num_copies: (P,) how many positions each image placeholder becomes, in reading order: 0 drops it, 1 keeps it,
             1 + l keeps it with room for the isolator before it.
 
     Raises:
         ValueError: placeholders and visual tokens differ in number.
     """
+    input_ids, attention_mask, labels, by_token = inputs
     is_image = (input_ids == image_token_id) & attention_mask.bool()
     num_placeholders = int(is_image.sum())
     if num_placeholders != len(num_copies):
@@ -51,14 +51,16 @@ def prune_inputs(
         column = column + (length - lengths)[row]
 
     def compact(values: Tensor, padding: int) -> Tensor:
-        compacted = values.new_full((len(values), length), padding)
-        compacted[row, column] = values.flatten()[source]
+        compacted = values.new_full((*values.shape[:-1], length), padding)
+        compacted[..., row, column] = values.flatten(-2)[..., source]
         return compacted
 
     return PrunedInputs(
         input_ids=compact(input_ids, 0),
         attention_mask=compact(attention_mask, 0),
         labels=None if labels is None else compact(labels, IGNORE_INDEX),
+        # The isolator's places take over what belongs to the token after them, its position among others.
+        by_token={name: compact(values, 0) for name, values in by_token.items()},
     )
 
 

@@ -1,9 +1,18 @@
 """The two stages of training: which parameters each of them trains."""
 
+from dualspeed.families import language_parameters
 from dualspeed.modeling import DualSpeedModel
 
-# Modules of the VLMs that translate between vision and language; trained in both stages, as is the isolator.
-PROJECTOR_MODULES = ("mode_isolator", "multi_modal_projector", "image_newline")
+# Modules that translate between vision and language, by the names that VLMs give them; trained in both stages, as is
+# the isolator.
+PROJECTOR_MODULES = (
+    "mode_isolator",
+    "multi_modal_projector",
+    "image_newline",
+    ".connector.",
+    ".visual.merger.",
+    ".visual.deepstack_merger_list.",
+)
 
 
 def is_projector(name: str) -> bool:
@@ -13,6 +22,6 @@ def is_projector(name: str) -> bool:
 
 def set_trainable(model: DualSpeedModel, stage: str) -> None:
     """Pretraining trains projector and isolator, finetuning the language model as well; the vision tower is frozen."""
+    language = language_parameters(model.vlm)
     for name, parameter in model.named_parameters():
-        is_language = name.startswith(("vlm.model.language_model.", "vlm.lm_head."))
-        parameter.requires_grad_(is_projector(name) or (stage == "finetune" and is_language))
+        parameter.requires_grad_(is_projector(name) or (stage == "finetune" and parameter in language))

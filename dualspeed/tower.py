@@ -16,6 +16,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 logger = logging.getLogger(__name__)
 
+SELECTING_FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
+"""model_type of those whose features come from a layer that `vision_feature_layer` selects."""
 RECORDED = ("cls_attention", "keys", "pre_projection")
 """Fields of VisualTokens that are read off the tower's run."""
 
@@ -27,10 +29,10 @@ def vision_encoder(vlm: PreTrainedModel) -> nn.Module:
 
 
 def positive_feature_layer(vlm: PreTrainedModel) -> int | list[int]:
-    """The configured `vision_feature_layer` counted from the front; 0 is the embeddings' output."""
+    """The selected layer or layers, counted from the front; 0 is the embeddings' output."""
     num_states = vlm.config.vision_config.num_hidden_layers + 1
     selected = vlm.config.vision_feature_layer
-    return [layer % num_states for layer in selected] if isinstance(selected, list) else selected % num_states
+    return selected % num_states if isinstance(selected, int) else [layer % num_states for layer in selected]
 
 
 def selected_vision_layer(vlm: PreTrainedModel) -> int:
@@ -40,15 +42,22 @@ def selected_vision_layer(vlm: PreTrainedModel) -> int:
 
 
 @contextmanager
-def skip_unused_vision_layers(vlm: PreTrainedModel) -> Iterator[None]:
-    """Leave out the vision layers after the selected one while the context is open; the model itself stays whole."""
+def skip_unused_vision_layers(vlm: PreTrainedModel) -> Iterator[dict[str, int | list[int]]]:
+    """Leave out the vision layers after the selected one while the context is open; the model itself stays whole.
+
+    Yields the argument of `get_image_features` that selects the layer counted from the front, since layers at the end
+    are missing; nothing for models without a choice of layer.
+    """
+    if vlm.config.model_type not in SELECTING_FAMILIES:
+        yield {}
+        return
     encoder = vision_encoder(vlm)
     layers = encoder.layers
     # Installed once for all layers: done while some are missing, those would never be captured afterwards.
     maybe_install_capturing_hooks(vlm.model.vision_tower)
     encoder.layers = layers[: selected_vision_layer(vlm) + 1]
     try:
-        yield
+        yield {"vision_feature_layer": positive_feature_layer(vlm)}
     finally:
         encoder.layers = layers
 
@@ -61,7 +70,7 @@ def record_tower(vlm: PreTrainedModel, needs: Collection[str], record: dict[str,
     attention.
     """
     # As the model does with the features: drops the CLS token's place.
-    first_patch = int(vlm.config.vision_feature_select_strategy == "default")
+    first_patch = int(getattr(vlm.config, "vision_feature_select_strategy", "default") == "default")
 
     @torch.no_grad()
     def before_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:

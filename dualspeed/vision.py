@@ -8,15 +8,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from dualspeed.tower import positive_feature_layer, record_tower, skip_unused_vision_layers
+from dualspeed.families import image_units, language_parameters
+from dualspeed.tower import record_tower, skip_unused_vision_layers
 
 
 @dataclass(frozen=True)
 class EncodedImages:
     """The images of a batch in reading order; image i has N_i tokens, P in all."""
 
+    output: ModelOutput
+    """What the model's `get_image_features` returned."""
     features: list[Tensor]
     """(N_i, D) projected features of each image, LLaVA-NeXT's newlines packed in."""
     described: dict[str, Tensor]
@@ -24,29 +29,46 @@ class EncodedImages:
     tiles: Tensor | None
     """(P,) which tile of its image a token belongs to, -1 for newlines; None unless asked for."""
 
+    def all_features(self) -> list[Tensor]:
+        """Everything that the projector made of the images: what deeper layers add (DeepStack) as well."""
+        deepstack = getattr(self.output, "deepstack_features", None) or []
+        return [*self.features, *(torch.cat(list(layer)) for layer in deepstack)]
+
+    def keeping(self, features: list[Tensor], positions: list[Tensor], num_virtual_tokens: int) -> ModelOutput:
+        """The output with other features, in the form that the model gave it.
+
+        Args:
+            features: (l + K_u, D) isolator and kept features of each unit.
+            positions: (K_u,) which of the P tokens those are.
+            num_virtual_tokens: l.
+        """
+        pooled = self.output.pooler_output
+        changed = {"pooler_output": torch.cat(features) if isinstance(pooled, Tensor) else features}
+        if deepstack := getattr(self.output, "deepstack_features", None):
+            # What deeper layers add to the image's tokens: to the isolator nothing.
+            changed["deepstack_features"] = [
+                [F.pad(torch.cat(list(layer))[kept], (0, 0, num_virtual_tokens, 0)) for kept in positions]
+                for layer in deepstack
+            ]
+        return type(self.output)(**changed)
+
 
 def encode_images(
-    vlm: PreTrainedModel,
-    pixel_values: Tensor,
-    image_sizes: Tensor | None = None,
-    needs: Collection[str] = (),
-    with_tiles: bool = False,
+    vlm: PreTrainedModel, images: dict[str, Tensor], needs: Collection[str] = (), with_tiles: bool = False
 ) -> EncodedImages:
     """Run vision tower and projector once over all images of a batch.
 
     Args:
-        pixel_values: (images, 3, H, W), or (images, tiles, 3, H, W) for LLaVA-NeXT.
-        image_sizes: (images, 2) original heights and widths, for models that take them.
+        images: pixel_values, and what else the model's `get_image_features` takes.
         needs: fields of VisualTokens to describe the tokens by, those of tower.RECORDED.
         with_tiles: whether to say which tile a token belongs to.
     """
-    arguments = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
     record: dict[str, Tensor] = {}
-    # Counted from the front, since layers at the end are left out.
-    arguments["vision_feature_layer"] = positive_feature_layer(vlm)
-    with skip_unused_vision_layers(vlm), record_tower(vlm, needs, record):
-        features = list(vlm.get_image_features(**arguments, return_dict=True).pooler_output)
+    with skip_unused_vision_layers(vlm) as layer_arguments, record_tower(vlm, needs, record):
+        output = vlm.get_image_features(**images, **layer_arguments, return_dict=True)
+    features, image_sizes = image_units(vlm, output.pooler_output), images.get("image_sizes")
     return EncodedImages(
+        output=output,
         features=features,
         described={name: pack(vlm, values, image_sizes, of_newline(name)) for name, values in record.items()},
         tiles=token_tiles(vlm, features, image_sizes) if with_tiles else None,
@@ -69,8 +91,8 @@ def of_newline(name: str) -> float:
 
 
 def has_packed_tiles(vlm: PreTrainedModel) -> bool:
-    """Whether the model cuts images into tiles and packs their tokens with newlines, as LLaVA-NeXT does."""
-    return hasattr(vlm, "pack_image_features")
+    """Whether the model cuts images into tiles and packs their tokens with newlines."""
+    return vlm.config.model_type == "llava_next"
 
 
 def tiles_per_image(vlm: PreTrainedModel, image_sizes: Tensor) -> list[int]:
@@ -116,24 +138,7 @@ def pruning_units(images: EncodedImages, seeds: Tensor | None) -> tuple[list[Ten
     return units, torch.stack(unit_seeds) if unit_seeds else None
 
 
-def image_seeds(pixel_values: Tensor, pruning_seed: int) -> Tensor:
-    """(images,) int64: a checksum of each image's pixels, so that an image is pruned alike in any batch."""
-    bits = torch.int32 if pixel_values.element_size() == 4 else torch.int16
-    return pixel_values.flatten(1).contiguous().view(bits).sum(dim=1, dtype=torch.int64) + pruning_seed
-
-
-def blank_image(vlm: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """pixel_values and image_sizes of one black image in the VLM's layout."""
-    side = vlm.config.vision_config.image_size
-    pixel_values = torch.zeros(1, 3, side, side, dtype=vlm.dtype, device=vlm.device)
-    if not has_packed_tiles(vlm):
-        return pixel_values, None
-    image_sizes = torch.tensor([[side, side]], device=vlm.device)
-    num_tiles = tiles_per_image(vlm, image_sizes)[0]
-    return pixel_values[:, None].expand(-1, num_tiles, -1, -1, -1), image_sizes
-
-
 def trainable_visual_parameters(vlm: PreTrainedModel) -> list[nn.Parameter]:
     """Trainable parameters outside the language model: projector, newline, vision tower."""
-    language = ("model.language_model.", "lm_head.")
-    return [p for name, p in vlm.named_parameters() if p.requires_grad and not name.startswith(language)]
+    language = language_parameters(vlm)
+    return [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.modeling import load_vlm
 from dualspeed.pruners import VisualTokens, get_pruner
+from dualspeed.sequences import PrunedInputs
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = load_file(GOLDEN / "cases.safetensors")
@@ -70,7 +71,7 @@ def test_divprune_keeps_the_published_tokens(pruning_ratio):
 
 def test_projected_features():
     model = golden_model()
-    images = model._encode(ARRAYS["main/pixel_values"], None)
+    images = model._encode({"pixel_values": ARRAYS["main/pixel_values"]})
     torch.testing.assert_close(torch.stack(images.features), ARRAYS["main/projected_features"], atol=1e-5, rtol=1e-5)
 
 
@@ -103,8 +104,10 @@ def test_fast_loss_logits_and_gradients(pruning_ratio):
 def test_compacted_batch(pruning_ratio):
     model = golden_model(pruning_ratio)
     inputs = batch("main")
-    images = model._encode(inputs.pop("pixel_values"), None)
-    compacted, _ = model._pruned((inputs["input_ids"], inputs["attention_mask"], inputs["labels"]), images, None)
+    images = model._encode({"pixel_values": inputs.pop("pixel_values")})
+    compacted, _ = model._pruned(
+        PrunedInputs(inputs["input_ids"], inputs["attention_mask"], inputs["labels"]), images, None
+    )
     mode = f"main/fast_prune{pruning_ratio}"
     assert torch.equal(compacted.labels, ARRAYS[f"{mode}/labels"])
     assert torch.equal(compacted.attention_mask.bool(), ARRAYS[f"{mode}/attention_mask"].bool())

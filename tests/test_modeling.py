@@ -23,6 +23,10 @@ def mixed_batch(family: str, padding_side: str = "right") -> dict[str, torch.Ten
     return collate([sample(family, seed, count) for seed, count in enumerate((1, 0, 2, 1))], padding_side)
 
 
+def image_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+
+
 def dualspeed(family: str, **settings) -> DualSpeedModel:
     torch.manual_seed(0)
     return DualSpeedModel(MODELS[family](), DualSpeedConfig(**settings))
@@ -86,7 +90,7 @@ def test_merged_vectors_teach_the_projector_what_was_merged(pruner):
     """Gradients of the projector equal those of the same weighted sums taken by hand."""
     model = dualspeed("llava", pruner=pruner, pruning_ratio=0.75)
     batch = collate([sample("llava", 0, 1)])
-    images = model._encode(batch["pixel_values"], None)
+    images = model._encode(image_part(batch))
     features = torch.cat(images.features)
     units, _ = pruning_units(images, None)
     described = {name: values[None] for name, values in images.described.items()}
@@ -116,9 +120,10 @@ def test_fast_sequence_has_isolator_then_kept_tokens():
     """576 -> 57 in the paper; here 16 -> 4 tokens behind an isolator of 3."""
     model = dualspeed("llava", pruning_ratio=0.75, num_virtual_tokens=3)
     batch = collate([sample("llava", 0, 1)])
-    images = encode_images(model.vlm, batch["pixel_values"])
-    inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
-    compacted, features = model._pruned(inputs, images, None)
+    images = encode_images(model.vlm, image_part(batch))
+    inputs = PrunedInputs(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    compacted, output = model._pruned(inputs, images, None)
+    features = output.pooler_output
     is_image = batch["input_ids"][0] == IMAGE_TOKEN
     assert compacted.input_ids[0].tolist() == (
         batch["input_ids"][0][:5].tolist()
@@ -137,8 +142,9 @@ def test_tile_budget_is_the_published_setting():
     assert (num_tiles, num_tokens) == (5, 16 + 64 + 8)
     pixel_values = torch.randn(1, num_tiles, 3, 28, 28)
     ids = torch.tensor([[1, *[IMAGE_TOKEN] * num_tokens, 6]])
-    images = model._encode(pixel_values, size)
-    compacted, features = model._pruned((ids, torch.ones_like(ids), None), images, torch.tensor([0]))
+    images = model._encode({"pixel_values": pixel_values, "image_sizes": size})
+    compacted, output = model._pruned(PrunedInputs(ids, torch.ones_like(ids), None), images, torch.tensor([0]))
+    features = output.pooler_output
     assert [len(unit) for unit in features] == [2 + 4] * 5
     assert (compacted.input_ids == IMAGE_TOKEN).sum() == 5 * (2 + 4)
     newline = model.vlm.model.image_newline
@@ -150,7 +156,7 @@ def test_cls_attention_is_the_eager_towers(family):
     """From one layer's q and k, equal to what the tower would return if it ran without fused attention."""
     vlm = MODELS[family]()
     batch = collate([sample(family, seed, 1) for seed in range(3)])
-    images = encode_images(vlm, batch["pixel_values"], batch.get("image_sizes"), needs=("cls_attention",))
+    images = encode_images(vlm, image_part(batch), needs=("cls_attention",))
     tower = vlm.model.vision_tower
     tower.set_attn_implementation("eager")
     pixels = batch["pixel_values"]
@@ -174,7 +180,7 @@ def test_tower_without_cls_token_scores_by_received_attention(caplog):
     pixel_values = collate([sample("llava", seed, 1) for seed in range(3)])["pixel_values"]
     note_missing_cls_token.cache_clear()
     for _ in range(2):
-        images = encode_images(vlm, pixel_values, needs=("cls_attention",))
+        images = encode_images(vlm, {"pixel_values": pixel_values}, needs=("cls_attention",))
     assert [record.message for record in caplog.records if "no CLS token" in record.message] == [
         "SiglipVisionModel has no CLS token: pruners score tokens by the mean attention they receive instead"
     ]
@@ -197,9 +203,7 @@ def test_keys_and_pre_projection_belong_to_their_tokens(family):
     """Projected again, the features before the projector are the features; keys are those of the selected layer."""
     vlm = MODELS[family]()
     batch = collate([sample(family, seed, 1) for seed in range(3)])
-    images = encode_images(
-        vlm, batch["pixel_values"], batch.get("image_sizes"), needs=("keys", "pre_projection", "cls_attention")
-    )
+    images = encode_images(vlm, image_part(batch), needs=("keys", "pre_projection", "cls_attention"))
     features, described = torch.cat(images.features), images.described
     is_patch = described["cls_attention"] > -torch.inf
     projected = vlm.model.multi_modal_projector(described["pre_projection"])
@@ -217,7 +221,7 @@ def test_relevance_is_mean_similarity_to_the_prompt_alone():
     vlm = tiny.llava()
     samples = [sample("llava", seed, 1) for seed in range(2)]
     batch = collate([samples[0], sample("llava", 5, 0), samples[1]])
-    features = torch.cat(encode_images(vlm, batch["pixel_values"]).features)
+    features = torch.cat(encode_images(vlm, image_part(batch)).features)
     inputs = PrunedInputs(batch["input_ids"], batch["attention_mask"], batch["labels"])
     relevance = text_relevance(inputs, features, vlm.get_input_embeddings(), IMAGE_TOKEN)
     for one, vectors, scores in zip(samples, features.split(16), relevance.split(16), strict=True):
@@ -232,7 +236,7 @@ def test_unused_vision_layers_are_skipped_and_come_back():
     calls = []
     for index, layer in enumerate(vlm.model.vision_tower.encoder.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
-    encode_images(vlm, torch.randn(1, 3, 28, 28))
+    encode_images(vlm, {"pixel_values": torch.randn(1, 3, 28, 28)})
     assert calls == [0, 1]
     assert len(vlm.model.vision_tower.encoder.layers) == 3
     states = vlm.model.vision_tower(torch.randn(1, 3, 28, 28), output_hidden_states=True).hidden_states
@@ -287,8 +291,8 @@ def test_prune_inputs_keeps_the_side_that_is_asked_for():
     ids = torch.tensor([[9, 4, 4, 4, 8], [7, 6, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     copies = torch.tensor([0, 3, 1])
-    right = prune_inputs(ids, mask, ids, 4, copies)
-    left = prune_inputs(ids, mask, None, 4, copies, padding_side="left")
+    right = prune_inputs(PrunedInputs(ids, mask, ids), 4, copies)
+    left = prune_inputs(PrunedInputs(ids, mask, None), 4, copies, padding_side="left")
     assert right.input_ids.tolist() == [[9, 4, 4, 4, 4, 8], [7, 6, 0, 0, 0, 0]]
     assert right.labels[1].tolist() == [7, 6, -100, -100, -100, -100]
     assert left.input_ids.tolist() == [[9, 4, 4, 4, 4, 8], [0, 0, 0, 0, 7, 6]]
