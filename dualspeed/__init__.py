@@ -12,7 +12,7 @@ _MODULE_OF_NAME = {
     "DualSpeedModel": "dualspeed.modeling",
     "DualSpeedTrainer": "dualspeed.trainer",
     "Mode": "dualspeed.modes",
-    "ModeIsolator": "dualspeed.modeling",
+    "ModeIsolator": "dualspeed.isolator",
 }
 
 __all__ = sorted(_MODULE_OF_NAME)

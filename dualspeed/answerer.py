@@ -11,7 +11,8 @@ from transformers import AutoProcessor
 from dualspeed.benchmarks import Question
 from dualspeed.config import DualSpeedConfig
 from dualspeed.data.collator import generation_inputs
-from dualspeed.modeling import CONFIG_FILE, ISOLATOR_FILE, DualSpeedModel, load_vlm
+from dualspeed.isolator import ISOLATOR_FILE
+from dualspeed.modeling import CONFIG_FILE, DualSpeedModel, load_vlm
 from dualspeed.modes import Mode
 
 

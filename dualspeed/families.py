@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dualspeed.sequences import Sequences
 from dualspeed.tower import RECORDED
 
 TOWER_FAMILIES = ("llava", "llava_next", "vipllava")
@@ -86,17 +87,33 @@ def has_3d_positions(vlm: PreTrainedModel) -> bool:
     return hasattr(vlm.model, "compute_3d_position_ids")
 
 
-def position_ids_3d(vlm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, images: dict) -> Tensor:
-    """(3, B, L) positions of the whole sequence; the tokens that stay keep theirs."""
-    return vlm.model.compute_3d_position_ids(
-        input_ids=input_ids,
+def token_inputs(
+    vlm: PreTrainedModel, sequences: Sequences, inputs: dict[str, Tensor | None], images: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the language model wants to know about each token, (..., B, L): token types, 3-D positions.
+
+    Args:
+        sequences: the batch with all of its tokens.
+        inputs: what the processor gave, TOKEN_INPUTS among it.
+        images: as from `image_inputs`.
+    """
+    by_token = {name: inputs[name] for name in TOKEN_INPUTS if inputs.get(name) is not None}
+    if not has_3d_positions(vlm):
+        return by_token
+    # The model needs the types for nothing else, and computes 1-D positions of a text alone itself.
+    by_token.pop("mm_token_type_ids", None)
+    if not images:
+        return by_token
+    positions = vlm.model.compute_3d_position_ids(
+        input_ids=sequences.input_ids,
         inputs_embeds=None,
         image_grid_thw=images["image_grid_thw"],
         video_grid_thw=None,
-        attention_mask=attention_mask,
+        attention_mask=sequences.attention_mask,
         past_key_values=None,
-        mm_token_type_ids=(input_ids == vlm.config.image_token_id).int(),
+        mm_token_type_ids=(sequences.input_ids == vlm.config.image_token_id).int(),
     )
+    return by_token | {"position_ids": positions}
 
 
 def blank_image(vlm: PreTrainedModel) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ M supervised tokens, D width of the language model, l length of the isolator, V 
 import inspect
 import json
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -34,13 +32,14 @@ from dualspeed.families import (
     has_3d_positions,
     image_inputs,
     image_seeds,
-    position_ids_3d,
+    token_inputs,
 )
 from dualspeed.files import write_json
+from dualspeed.isolator import ISOLATOR_FILE, ModeIsolator
 from dualspeed.losses import IGNORE_INDEX, cross_entropy, distillation, supervised_labels, supervised_positions
 from dualspeed.modes import Mode
 from dualspeed.pruners import MergedTokens, VisualTokens, get_pruner, num_tokens_to_keep
-from dualspeed.sequences import PrunedInputs, prune_inputs, text_relevance
+from dualspeed.sequences import Sequences, prune_inputs, text_relevance
 from dualspeed.vision import (
     EncodedImages,
     encode_images,
@@ -50,7 +49,6 @@ from dualspeed.vision import (
 
 logger = logging.getLogger(__name__)
 
-ISOLATOR_FILE = "mode_isolator.safetensors"
 CONFIG_FILE = "dualspeed.json"
 
 
@@ -61,20 +59,6 @@ def load_vlm(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if wrong:
         raise ValueError(f"{path}: the weights don't fit {type(vlm).__name__}: {wrong}")
     return vlm
-
-
-class ModeIsolator(nn.Module):
-    """l learnable embeddings that stand before the kept tokens of an image and mark the sequence as pruned."""
-
-    def __init__(self, num_virtual_tokens: int, hidden_size: int, dtype: torch.dtype | None = None) -> None:
-        """Initialised U(-1/sqrt(D), 1/sqrt(D)) as published: at the scale of the features it stands beside."""
-        super().__init__()
-        bound = 1 / math.sqrt(hidden_size)
-        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, hidden_size, dtype=dtype).uniform_(-bound, bound))
-
-    def forward(self) -> Tensor:
-        """(l, D). A lookup rather than the weight itself, which sharding empties once the module has run."""
-        return F.embedding(torch.arange(len(self.weight), device=self.weight.device), self.weight)
 
 
 @dataclass
@@ -163,11 +147,12 @@ class DualSpeedModel(nn.Module):
         """
         mode = Mode(mode)
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-        inputs |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
-        full = self._whole(input_ids, attention_mask, labels, inputs)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pixels = image_inputs(self.vlm, inputs | {"pixel_values": pixel_values, "image_sizes": image_sizes})
+        full = Sequences(input_ids, attention_mask, labels)
+        full = full._replace(by_token=token_inputs(self.vlm, full, inputs, pixels))
         has_images = pixel_values is not None
         distill = distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0
-        pixels = image_inputs(self.vlm, inputs)
         images = self._encode(pixels) if has_images or is_sharded() else None
         seeds = self._seeds(pixels, pruning_seed)
 
@@ -192,19 +177,6 @@ class DualSpeedModel(nn.Module):
             loss = loss + self.dualspeed.distillation_weight * distillation_loss
         return DualSpeedOutput(loss=loss, ce_loss=ce_loss, distillation_loss=distillation_loss, logits=logits)
 
-    def _whole(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, inputs: dict[str, Tensor | None]
-    ) -> PrunedInputs:
-        """The batch with all of its tokens, and what the language model wants to know about each."""
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        images = image_inputs(self.vlm, inputs)
-        by_token = {name: inputs[name] for name in TOKEN_INPUTS if inputs.get(name) is not None}
-        if has_3d_positions(self.vlm):
-            by_token.pop("mm_token_type_ids", None)
-            if images:
-                by_token["position_ids"] = position_ids_3d(self.vlm, input_ids, attention_mask, images)
-        return PrunedInputs(input_ids, attention_mask, labels, by_token)
-
     def _encode(self, images: dict[str, Tensor]) -> EncodedImages:
         """Encode the batch's images, or a blank one where it has none but other ranks may."""
         return encode_images(
@@ -220,7 +192,7 @@ class DualSpeedModel(nn.Module):
             return None
         return image_seeds(self.vlm, images, pruning_seed)
 
-    def _logits(self, inputs: PrunedInputs, images: ModelOutput | None) -> Tensor:
+    def _logits(self, inputs: Sequences, images: ModelOutput | None) -> Tensor:
         """(M, V) logits at the positions that predict a supervised token; others are never computed."""
         return self.vlm(
             input_ids=inputs.input_ids,
@@ -232,8 +204,8 @@ class DualSpeedModel(nn.Module):
         ).logits
 
     def _pruned(
-        self, inputs: PrunedInputs, images: EncodedImages, seeds: Tensor | None, padding_side: str = "right"
-    ) -> tuple[PrunedInputs, ModelOutput]:
+        self, inputs: Sequences, images: EncodedImages, seeds: Tensor | None, padding_side: str = "right"
+    ) -> tuple[Sequences, ModelOutput]:
         """The batch as fast mode sees it: compacted inputs and, for each unit, isolator and kept features."""
         features = torch.cat(images.features)
         units, unit_seeds = pruning_units(images, seeds)
@@ -320,9 +292,10 @@ class DualSpeedModel(nn.Module):
                 "positions from a whole sequence; use mode=Mode.SLOW"
             )
         takes = inspect.signature(self.vlm.get_image_features).parameters
-        inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in takes or name in TOKEN_INPUTS} | images
-        pixels = image_inputs(self.vlm, inputs)
-        whole = self._whole(input_ids, attention_mask, None, inputs)
+        inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in takes or name in TOKEN_INPUTS}
+        pixels = image_inputs(self.vlm, inputs | images)
+        whole = Sequences(input_ids, attention_mask, None)
+        whole = whole._replace(by_token=token_inputs(self.vlm, whole, inputs, pixels))
         pruned, kept = self._pruned(whole, self._encode(pixels), self._seeds(pixels, 0), padding_side="left")
         output = self.vlm.generate(
             input_ids=pruned.input_ids,

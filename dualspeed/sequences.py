@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from dualspeed.losses import IGNORE_INDEX
 
 
-class PrunedInputs(NamedTuple):
-    """A compacted batch, padded to its longest sample."""
+class Sequences(NamedTuple):
+    """A batch of samples as token sequences, padded to the longest."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -21,9 +21,7 @@ class PrunedInputs(NamedTuple):
     """(..., B, L) what else belongs to tokens: position_ids, token_type_ids."""
 
 
-def prune_inputs(
-    inputs: PrunedInputs, image_token_id: int, num_copies: Tensor, padding_side: str = "right"
-) -> PrunedInputs:
+def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, padding_side: str = "right") -> Sequences:
     """Compact sequences to the visual tokens that stay.
 
     Args:
@@ -55,7 +53,7 @@ def prune_inputs(
         compacted[..., row, column] = values.flatten(-2)[..., source]
         return compacted
 
-    return PrunedInputs(
+    return Sequences(
         input_ids=compact(input_ids, 0),
         attention_mask=compact(attention_mask, 0),
         labels=None if labels is None else compact(labels, IGNORE_INDEX),
@@ -65,7 +63,7 @@ def prune_inputs(
 
 
 @torch.no_grad()
-def text_relevance(inputs: PrunedInputs, features: Tensor, embed: nn.Module, image_token_id: int) -> Tensor:
+def text_relevance(inputs: Sequences, features: Tensor, embed: nn.Module, image_token_id: int) -> Tensor:
     """How near each visual token is to its sample's question, in the language model's own embedding space.
 
     The mean cosine similarity to the tokens of the prompt: what is attended to, is no image and isn't supervised.

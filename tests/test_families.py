@@ -14,8 +14,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
-from dualspeed.families import has_3d_positions, image_inputs
+from dualspeed.families import has_3d_positions, image_inputs, token_inputs
 from dualspeed.pruners import PRUNERS, num_tokens_to_keep
+from dualspeed.sequences import Sequences
 from dualspeed.stages import is_projector, set_trainable
 from dualspeed.tower import RECORDED
 from dualspeed.vision import encode_images
@@ -97,10 +98,12 @@ def test_kept_tokens_take_what_belongs_to_them_along(family):
     inputs = batch(family, [2])
     # Each token is known by its place, so that the pruned sequence says which ones it took.
     is_image = inputs["input_ids"] == IMAGE
-    whole = model._whole(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], image_side(inputs))
+    whole = Sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
     places = torch.arange(is_image.shape[1])[None]
-    whole = whole._replace(by_token={**whole.by_token, "places": places})
-    images = model._encode(image_inputs(model.vlm, image_side(inputs)))
+    pixels = image_inputs(model.vlm, image_side(inputs))
+    by_token_inputs = token_inputs(model.vlm, whole, image_side(inputs), pixels)
+    whole = whole._replace(by_token=by_token_inputs | {"places": places})
+    images = model._encode(pixels)
     pruned, output = model._pruned(whole, images, None)
     kept = pruned.by_token["places"][0]
     assert set(kept.tolist()) >= set(places[~is_image].tolist())

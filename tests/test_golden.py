@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.modeling import load_vlm
 from dualspeed.pruners import VisualTokens, get_pruner
-from dualspeed.sequences import PrunedInputs
+from dualspeed.sequences import Sequences
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = load_file(GOLDEN / "cases.safetensors")
@@ -106,7 +106,7 @@ def test_compacted_batch(pruning_ratio):
     inputs = batch("main")
     images = model._encode({"pixel_values": inputs.pop("pixel_values")})
     compacted, _ = model._pruned(
-        PrunedInputs(inputs["input_ids"], inputs["attention_mask"], inputs["labels"]), images, None
+        Sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"]), images, None
     )
     mode = f"main/fast_prune{pruning_ratio}"
     assert torch.equal(compacted.labels, ARRAYS[f"{mode}/labels"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode, ModeIsolator
 from dualspeed.modeling import load_vlm
 from dualspeed.pruners import PRUNERS, VisualTokens
-from dualspeed.sequences import PrunedInputs, prune_inputs, text_relevance
+from dualspeed.sequences import Sequences, prune_inputs, text_relevance
 from dualspeed.tower import note_missing_cls_token
 from dualspeed.vision import encode_images, pruning_units
 
@@ -121,7 +121,7 @@ def test_fast_sequence_has_isolator_then_kept_tokens():
     model = dualspeed("llava", pruning_ratio=0.75, num_virtual_tokens=3)
     batch = collate([sample("llava", 0, 1)])
     images = encode_images(model.vlm, image_part(batch))
-    inputs = PrunedInputs(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    inputs = Sequences(batch["input_ids"], batch["attention_mask"], batch["labels"])
     compacted, output = model._pruned(inputs, images, None)
     features = output.pooler_output
     is_image = batch["input_ids"][0] == IMAGE_TOKEN
@@ -143,7 +143,7 @@ def test_tile_budget_is_the_published_setting():
     pixel_values = torch.randn(1, num_tiles, 3, 28, 28)
     ids = torch.tensor([[1, *[IMAGE_TOKEN] * num_tokens, 6]])
     images = model._encode({"pixel_values": pixel_values, "image_sizes": size})
-    compacted, output = model._pruned(PrunedInputs(ids, torch.ones_like(ids), None), images, torch.tensor([0]))
+    compacted, output = model._pruned(Sequences(ids, torch.ones_like(ids), None), images, torch.tensor([0]))
     features = output.pooler_output
     assert [len(unit) for unit in features] == [2 + 4] * 5
     assert (compacted.input_ids == IMAGE_TOKEN).sum() == 5 * (2 + 4)
@@ -222,7 +222,7 @@ def test_relevance_is_mean_similarity_to_the_prompt_alone():
     samples = [sample("llava", seed, 1) for seed in range(2)]
     batch = collate([samples[0], sample("llava", 5, 0), samples[1]])
     features = torch.cat(encode_images(vlm, image_part(batch)).features)
-    inputs = PrunedInputs(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    inputs = Sequences(batch["input_ids"], batch["attention_mask"], batch["labels"])
     relevance = text_relevance(inputs, features, vlm.get_input_embeddings(), IMAGE_TOKEN)
     for one, vectors, scores in zip(samples, features.split(16), relevance.split(16), strict=True):
         words = [word for word, label in zip(one["ids"], one["labels"], strict=True) if label == -100]
@@ -291,8 +291,8 @@ def test_prune_inputs_keeps_the_side_that_is_asked_for():
     ids = torch.tensor([[9, 4, 4, 4, 8], [7, 6, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     copies = torch.tensor([0, 3, 1])
-    right = prune_inputs(PrunedInputs(ids, mask, ids), 4, copies)
-    left = prune_inputs(PrunedInputs(ids, mask, None), 4, copies, padding_side="left")
+    right = prune_inputs(Sequences(ids, mask, ids), 4, copies)
+    left = prune_inputs(Sequences(ids, mask, None), 4, copies, padding_side="left")
     assert right.input_ids.tolist() == [[9, 4, 4, 4, 4, 8], [7, 6, 0, 0, 0, 0]]
     assert right.labels[1].tolist() == [7, 6, -100, -100, -100, -100]
     assert left.input_ids.tolist() == [[9, 4, 4, 4, 4, 8], [0, 0, 0, 0, 7, 6]]
