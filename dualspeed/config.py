@@ -244,6 +244,8 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, STAGES)
+        if self.stage == "pretrain" and self.recipe.lora is not None:
+            raise ConfigError("stages.pretrain.lora: the language model isn't trained here; valid: in stages.finetune")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -105,6 +105,11 @@ class DualSpeedModel(nn.Module):
         return "ForCausalLM"
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether the VLM is trained by LoRA (dualspeed.adapters)."""
+        return hasattr(self.vlm, "peft_config")
+
+    @property
     def _no_split_modules(self):
         return self.vlm._no_split_modules
 
@@ -315,7 +320,13 @@ class DualSpeedModel(nn.Module):
         state_dict = self.state_dict() if state_dict is None else state_dict
         prefix = "vlm."
         weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        self.vlm.save_pretrained(folder, state_dict=weights)
+        if self.has_adapters:
+            from dualspeed import adapters  # needs peft
+
+            adapters.save_adapters(self.vlm, weights, Path(folder) / adapters.ADAPTER_FOLDER)
+            adapters.save_merged(self.vlm, weights, folder)
+        else:
+            self.vlm.save_pretrained(folder, state_dict=weights)
         if self.mode_isolator is not None:
             isolator = state_dict["mode_isolator.weight"].detach().contiguous().cpu()
             save_file({"mode_isolator.weight": isolator}, Path(folder) / ISOLATOR_FILE, metadata={"format": "pt"})

@@ -31,6 +31,25 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraRecipe:
+    """Adapters on the language model instead of training it in full; the defaults are LLaVA's."""
+
+    rank: int = 128
+    """Rank of the adapters."""
+    alpha: int = 256
+    """Their product is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on their input."""
+    quantize: bool = False
+    """QLoRA: hold the model itself in 4 bits."""
+
+    def __post_init__(self) -> None:
+        check_range("lora.rank", self.rank, self.rank > 0, "above 0")
+        check_range("lora.alpha", self.alpha, self.alpha > 0, "above 0")
+        check_range("lora.dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(DataRecipe):
     """One stage of training: its data and its `transformers.TrainingArguments`."""
 
@@ -40,6 +59,8 @@ class Recipe(DataRecipe):
     """Samples that a device takes at once; null: all of its share of the batch."""
     projector_learning_rate: float | None = None
     """Learning rate of projector and isolator; null: that of everything else."""
+    lora: LoraRecipe | None = None
+    """Finetune adapters; null: the whole language model."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingArguments; batch sizes, seed and folders are set elsewhere."""
 

@@ -21,7 +21,11 @@ def is_projector(name: str) -> bool:
 
 
 def set_trainable(model: DualSpeedModel, stage: str) -> None:
-    """Pretraining trains projector and isolator, finetuning the language model as well; the vision tower is frozen."""
+    """Pretraining trains projector and isolator, finetuning the language model as well; the vision tower is frozen.
+
+    Where the language model carries adapters, they are trained in its stead.
+    """
     language = language_parameters(model.vlm)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_projector(name) or (stage == "finetune" and parameter in language))
+        finetunes = ".lora_" in name if model.has_adapters else parameter in language
+        parameter.requires_grad_(is_projector(name) or (stage == "finetune" and finetunes))

@@ -97,7 +97,13 @@ def fingerprint(folder: Path, *patterns: str) -> str:
 def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, ProcessorMixin]:
     """The checkpoint as its stage trains it, and its processor with the stage's chat template."""
     set_seed(settings.seed)  # an isolator that the checkpoint doesn't have yet starts from the seed
-    model = DualSpeedModel.from_pretrained(folder, settings.dualspeed)
+    if (lora := settings.recipe.lora) is None:
+        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed)
+    else:
+        from dualspeed import adapters  # needs peft
+
+        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **adapters.quantization(lora))
+        adapters.add_adapters(model.vlm, lora)
     set_trainable(model, settings.stage)
     processor = AutoProcessor.from_pretrained(folder)
     use_template(processor, settings.recipe.chat_template)

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,8 +152,13 @@ class DualSpeedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        saved = load_vlm(resume_from_checkpoint, dtype=model.vlm.dtype)
-        model.vlm.load_state_dict(saved.state_dict(), strict=True)
+        if model.has_adapters:
+            from dualspeed import adapters  # needs peft
+
+            adapters.load_adapters(model.vlm, Path(resume_from_checkpoint) / adapters.ADAPTER_FOLDER)
+        else:
+            saved = load_vlm(resume_from_checkpoint, dtype=model.vlm.dtype)
+            model.vlm.load_state_dict(saved.state_dict(), strict=True)
         if model.mode_isolator is not None and not model.load_isolator(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint}: the checkpoint has no mode isolator to resume with")
 
