@@ -7,6 +7,7 @@ metric key (key, timestamp, step, run, value) absorbs what arrives twice.
 """
 
 import json
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ METRICS_FILE, SPEC_FILE, RUN_FILE, LOCK_FILE = "metrics.jsonl", "run_spec.json",
 DELIVERY_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 CLOSE_SECONDS = 30.0
+
+# A process forked in the middle of a delivery would inherit what the delivering thread has locked, Python's import
+# locks among it, and wait for ever: data loading workers start by fork. So a fork waits for the delivery.
+_delivering = threading.RLock()
+os.register_at_fork(before=_delivering.acquire, after_in_parent=_delivering.release, after_in_child=_delivering.release)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ class MetricLog:
         while not is_last:
             is_last = self._closing.wait(wait)
             try:
-                deliver(self.folder, self.tracking)
+                with _delivering:
+                    deliver(self.folder, self.tracking)
                 wait = DELIVERY_SECONDS
             except Exception as error:  # whatever MLflow raises, training goes on
                 wait = RETRY_SECONDS

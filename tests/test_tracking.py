@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -210,3 +211,22 @@ def test_redact_hides_the_password_and_leaves_other_uris_alone():
     assert redact("https://me:pw@host:5000/x") == "https://host:5000/x"
     assert redact("sqlite:///results/mlflow.db") == "sqlite:///results/mlflow.db"
     assert Path(redact("sqlite:////tmp/a.db")).name == "a.db"
+
+
+def test_a_fork_waits_for_a_delivery(tmp_path, monkeypatch):
+    """A data loading worker forked in the middle of one would hold its locks, Python's import locks say, for ever."""
+    held, is_delivering = threading.Lock(), threading.Event()
+
+    def slow_delivery(*_):
+        with held:
+            is_delivering.set()
+            time.sleep(0.5)
+
+    monkeypatch.setattr("dualspeed.tracking.deliver", slow_delivery)
+    target = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "forks"}
+    with MetricLog(tmp_path / "state", target, RunSpec(name="finetune")):
+        assert is_delivering.wait(10)
+        worker = multiprocessing.get_context("fork").Process(target=held.acquire, daemon=True)
+        worker.start()
+        worker.join(10)
+        assert worker.exitcode == 0
