@@ -39,8 +39,9 @@ def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
 
 
 def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
-    """Put an adapter on every linear layer of the language model; afterwards adapters alone are trainable."""
+    """Put an adapter on every linear layer of the language model, which freezes; all else stays trainable or frozen."""
     language, head = language_parameters(vlm), vlm.get_output_embeddings()
+    trainable = [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]
     layers = [
         name
         for name, module in vlm.named_modules()
@@ -50,6 +51,8 @@ def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
     )
     inject_adapter_in_model(config, vlm, NAME)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
 
 
 def adapter_layers(vlm: PreTrainedModel) -> dict[str, LoraLayer]:
