@@ -27,7 +27,7 @@ from dualspeed.modeling import DualSpeedModel
 from dualspeed.modes import Mode
 from dualspeed.recipe import batch_plan
 from dualspeed.stages import set_trainable
-from dualspeed.tracking import MetricLog, ParentRun, RunSpec
+from dualspeed.tracking import METRICS_FILE, MetricLog, ParentRun, RunSpec
 from dualspeed.trainer import DualSpeedTrainer
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def train(
         if metric_log:
             trainer.add_callback(MetricLogCallback(metric_log))
         trainer.train(resume_from_checkpoint=last_checkpoint(state / "checkpoints"))
-        save(trainer, settings, out, clock.seconds())
+        save(trainer, settings, state, out, clock.seconds())
     if trainer.is_world_process_zero():
         shutil.rmtree(state / "checkpoints", ignore_errors=True)  # all that they hold is in `out`
 
@@ -150,14 +150,16 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def save(trainer: DualSpeedTrainer, settings: StageSettings, out: Path, seconds: float) -> None:
-    """Write the stock checkpoint, the isolator and training.json to `out`, whole or not at all."""
+def save(trainer: DualSpeedTrainer, settings: StageSettings, state: Path, out: Path, seconds: float) -> None:
+    """Write the stock checkpoint, the isolator, training.json and the metrics to `out`, whole or not at all."""
     if not trainer.is_world_process_zero():
         trainer.save_model(str(out))  # sharded weights are gathered from every process; only the first writes
         return
     with atomic_folder(out) as folder:
         trainer.save_model(str(folder))
         write_json(folder / "training.json", training_record(trainer, settings, seconds))
+        # Figures read what the workflow declares, and state isn't.
+        shutil.copyfile(state / METRICS_FILE, folder / METRICS_FILE)
 
 
 def training_record(trainer: DualSpeedTrainer, settings: StageSettings, seconds: float) -> dict[str, Any]:

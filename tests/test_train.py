@@ -85,6 +85,7 @@ def test_finetuned_checkpoint_is_stock_and_documented(inputs, tmp_path):
     assert record["train_seconds"] > 0
     metrics = [json.loads(line) for path in tmp_path.glob("state/*/metrics.jsonl") for line in path.open()]
     assert [entry["step"] for entry in metrics if "loss" in entry["metrics"]] == list(range(1, NUM_STEPS + 1))
+    assert [json.loads(line) for line in (out / "metrics.jsonl").open()] == metrics
     assert not list(tmp_path.glob("state/*/checkpoints"))
 
 
