@@ -22,7 +22,7 @@ install: .venv/.installed  ## create .venv with the pinned versions
 	@echo 'Installing the pinned packages into .venv: minutes, once.'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[workflow,slurm,lora,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[workflow,slurm,lora,postgresql,dev]'
 	touch $@
 
 demo: install  ## train and evaluate the demo's main rows, then show Table 1
