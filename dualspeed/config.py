@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dualspeed.data.sources import Source, check_folders
 from dualspeed.demo.settings import BaseModelSettings, SceneSettings
 from dualspeed.files import sha256_of_json
 from dualspeed.labels import PRUNER_LABELS
@@ -169,6 +170,8 @@ class ProjectConfig:
     """Folder of everything that is written."""
     inference: InferenceConfig = InferenceConfig()
     """How benchmarks are answered."""
+    downloads: dict[str, Source] = field(default_factory=dict)
+    """What is downloaded before anything else, by name."""
     data: SceneSettings = field(default_factory=SceneSettings)
     """The demo's data, for models whose source is `demo`."""
     base_model: BaseModelSettings = field(default_factory=BaseModelSettings)
@@ -178,6 +181,9 @@ class ProjectConfig:
         check_name("name", self.name)
         for model in self.models:
             check_name("models", model)
+        for download in self.downloads:
+            check_name("downloads", download)
+        check_folders(self.downloads)
         for benchmark in self.benchmarks:
             check_choice("benchmarks", benchmark, BENCHMARK_NAMES)
         if not self.benchmarks:
