@@ -254,8 +254,10 @@ class StageSettings:
             raise ConfigError("stages.pretrain.lora: the language model isn't trained here; valid: in stages.finetune")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return dataclasses.asdict(self)
+        """JSON form, without the launcher's file: how processes share a model doesn't change what they train."""
+        settings = dataclasses.asdict(self)
+        del settings["recipe"]["accelerate_config"]
+        return settings
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":

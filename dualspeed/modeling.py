@@ -81,6 +81,8 @@ class DualSpeedModel(nn.Module):
     def __init__(self, vlm: PreTrainedModel, config: DualSpeedConfig) -> None:
         super().__init__()
         self.vlm = vlm
+        self.stored_dtype = vlm.dtype
+        """Of the checkpoint; training may hold what it trains in float32."""
         self.dualspeed = config
         self.pruner = get_pruner(config.pruner)
         check_family(vlm, config.pruner, self.pruner.needs, config.prune_budget)
@@ -311,13 +313,21 @@ class DualSpeedModel(nn.Module):
         )
         return torch.cat([input_ids, output[:, pruned.input_ids.shape[1] :]], dim=1)
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Write the stock checkpoint, and beside it the isolator and the settings, which other software ignores.
 
         Args:
             state_dict: this model's whole state where its own is sharded.
+            dtype: of the weights in the files; None: as they are.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
+        if dtype is not None:
+            state_dict = {key: value.to(dtype) for key, value in state_dict.items()}
         prefix = "vlm."
         weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if self.has_adapters:
@@ -330,6 +340,10 @@ class DualSpeedModel(nn.Module):
         if self.mode_isolator is not None:
             isolator = state_dict["mode_isolator.weight"].detach().contiguous().cpu()
             save_file({"mode_isolator.weight": isolator}, Path(folder) / ISOLATOR_FILE, metadata={"format": "pt"})
+        if dtype is not None:
+            # transformers has noted the type that training holds weights in.
+            self.vlm.config.dtype = dtype
+            self.vlm.config.save_pretrained(folder)
         write_json(Path(folder) / CONFIG_FILE, asdict(self.dualspeed))
 
     @classmethod

@@ -8,6 +8,9 @@ from dualspeed.data.templates import TEMPLATE_NAMES
 from dualspeed.training_arguments import check_training_arguments
 from dualspeed.typed import check_choice, check_range
 
+IMAGE_ASPECT_RATIOS = ("anyres", "pad", "square")
+"""LLaVA's names: `square` crops the middle, `pad` adds borders, `anyres` cuts tiles beside a view of the whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
@@ -23,8 +26,12 @@ class DataRecipe:
     """Tokens of a sample, image tokens included; a longer text is cut at its end."""
     max_dropped_share: float = 0.05
     """Preparation fails if a larger share of the samples is unusable."""
+    image_aspect_ratio: str | None = None
+    """How a picture becomes the tower's square, or its squares; null: as the checkpoint's processor has it."""
 
     def __post_init__(self) -> None:
+        if self.image_aspect_ratio is not None:
+            check_choice("image_aspect_ratio", self.image_aspect_ratio, IMAGE_ASPECT_RATIOS)
         check_choice("chat_template", self.chat_template, TEMPLATE_NAMES)
         check_range("max_length", self.max_length, self.max_length > 0, "above 0")
         check_range("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "in [0, 1]")
@@ -59,8 +66,12 @@ class Recipe(DataRecipe):
     """Samples that a device takes at once; null: all of its share of the batch."""
     projector_learning_rate: float | None = None
     """Learning rate of projector and isolator; null: that of everything else."""
+    vision_learning_rate: float | None = None
+    """Learning rate of the vision tower; null: it stays frozen."""
     lora: LoraRecipe | None = None
     """Finetune adapters; null: the whole language model."""
+    accelerate_config: str | None = None
+    """File for `accelerate launch`: how many processes, and how they share the model; null: one process."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingArguments; batch sizes, seed and folders are set elsewhere."""
 
@@ -69,8 +80,9 @@ class Recipe(DataRecipe):
         check_range("global_batch_size", self.global_batch_size, self.global_batch_size > 0, "above 0")
         if self.per_device_batch_size is not None:
             batch_plan(self.global_batch_size, 1, self.per_device_batch_size)
-        rate = self.projector_learning_rate
-        check_range("projector_learning_rate", rate or 0.0, rate is None or rate >= 0, "0 or more, or null")
+        for name in ("projector_learning_rate", "vision_learning_rate"):
+            rate = getattr(self, name)
+            check_range(name, rate or 0.0, rate is None or rate >= 0, "0 or more, or null")
         check_training_arguments(self.training_arguments)
 
     def preparation(self) -> DataRecipe:

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from transformers import AutoProcessor, ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
 
 from dualspeed.callbacks import MetricLogCallback
 from dualspeed.config import StageSettings
 from dualspeed.data.collator import ConversationCollator
-from dualspeed.data.templates import use_template
+from dualspeed.data.processing import load_processor
 from dualspeed.efficiency import machine, peak_memory_bytes
 from dualspeed.environment import environment
 from dualspeed.files import atomic_folder, sha256_of_file, sha256_of_json, write_json
 from dualspeed.modeling import DualSpeedModel
 from dualspeed.modes import Mode
 from dualspeed.recipe import batch_plan
-from dualspeed.stages import set_trainable
+from dualspeed.stages import hold_trained_weights_in_float32, set_trainable
 from dualspeed.tracking import METRICS_FILE, MetricLog, ParentRun, RunSpec
 from dualspeed.trainer import DualSpeedTrainer
 
@@ -104,10 +104,10 @@ def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, P
 
         model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **adapters.quantization(lora))
         adapters.add_adapters(model.vlm, lora)
-    set_trainable(model, settings.stage)
-    processor = AutoProcessor.from_pretrained(folder)
-    use_template(processor, settings.recipe.chat_template)
-    return model, processor
+    set_trainable(model, settings.stage, with_vision=settings.recipe.vision_learning_rate is not None)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # whose optimizer holds float32 weights itself
+        hold_trained_weights_in_float32(model)
+    return model, load_processor(folder, settings.recipe.chat_template, settings.recipe.image_aspect_ratio)
 
 
 def make_trainer(
@@ -136,6 +136,7 @@ def make_trainer(
         data_collator=ConversationCollator(processor, recipe.max_length),
         processing_class=processor,
         projector_learning_rate=recipe.projector_learning_rate,
+        vision_learning_rate=recipe.vision_learning_rate,
     )
 
 
@@ -152,6 +153,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def save(trainer: DualSpeedTrainer, settings: StageSettings, state: Path, out: Path, seconds: float) -> None:
     """Write the stock checkpoint, the isolator, training.json and the metrics to `out`, whole or not at all."""
+    trainer.save_dtype = trainer.accelerator.unwrap_model(trainer.model).stored_dtype
     if not trainer.is_world_process_zero():
         trainer.save_model(str(out))  # sharded weights are gathered from every process; only the first writes
         return

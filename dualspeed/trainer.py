@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from dualspeed.config import DualSpeedConfig
 from dualspeed.modeling import DualSpeedModel, DualSpeedOutput, load_vlm
 from dualspeed.modes import Mode, mode_of_step
-from dualspeed.stages import is_projector
+from dualspeed.stages import is_projector, is_vision
 
 
 class DualSpeedTrainer(Trainer):
@@ -24,6 +24,7 @@ class DualSpeedTrainer(Trainer):
         args: TrainingArguments,
         dualspeed: DualSpeedConfig | None = None,
         projector_learning_rate: float | None = None,
+        vision_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -32,6 +33,7 @@ class DualSpeedTrainer(Trainer):
             model: a stock VLM, or one already wrapped in a DualSpeedModel.
             dualspeed: the method's settings; None: those of a wrapped model, or the paper's.
             projector_learning_rate: of projector and isolator; None: `args.learning_rate`.
+            vision_learning_rate: of the vision tower, where it is trained; None: `args.learning_rate`.
             kwargs: as for `transformers.Trainer`; the data collator gives input_ids, attention_mask, labels and,
                 where a batch has images, pixel_values and what else the VLM takes.
         """
@@ -45,7 +47,9 @@ class DualSpeedTrainer(Trainer):
             args.ddp_find_unused_parameters = False  # every parameter is in the graph of every step
         # The columns are for the collator: the model's signature says nothing about them.
         args.remove_unused_columns = False
-        self.projector_learning_rate = projector_learning_rate
+        self.learning_rates = {"projector": projector_learning_rate, "vision": vision_learning_rate}
+        # Of the weights that are saved; None: as they are trained, which resuming needs.
+        self.save_dtype: torch.dtype | None = None
         self._losses: dict[str, list[Tensor]] = defaultdict(list)
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._logged_at = time.perf_counter()
@@ -120,20 +124,19 @@ class DualSpeedTrainer(Trainer):
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Trainable parameters by learning rate and weight decay; the isolator never decays."""
         decaying = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                decays = name in decaying and "mode_isolator" not in name
-                groups[is_projector(name), decays].append(parameter)
-        projector_rate = self.projector_learning_rate or self.args.learning_rate
+                part = "projector" if is_projector(name) else "vision" if is_vision(name) else "model"
+                groups[part, name in decaying and "mode_isolator" not in name].append(parameter)
         return [
             {
-                "name": f"{'projector' if in_projector else 'model'}{'' if decays else '_no_decay'}",
+                "name": f"{part}{'' if decays else '_no_decay'}",
                 "params": parameters,
-                "lr": projector_rate if in_projector else self.args.learning_rate,
+                "lr": self.learning_rates.get(part) or self.args.learning_rate,
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
-            for (in_projector, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+            for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -141,7 +144,7 @@ class DualSpeedTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict, self.save_dtype)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 
@@ -157,7 +160,8 @@ class DualSpeedTrainer(Trainer):
 
             adapters.load_adapters(model.vlm, Path(resume_from_checkpoint) / adapters.ADAPTER_FOLDER)
         else:
-            saved = load_vlm(resume_from_checkpoint, dtype=model.vlm.dtype)
+            # Trained weights may be held in more bits than frozen ones.
+            saved = load_vlm(resume_from_checkpoint, dtype=torch.promote_types(model.vlm.dtype, torch.float32))
             model.vlm.load_state_dict(saved.state_dict(), strict=True)
         if model.mode_isolator is not None and not model.load_isolator(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint}: the checkpoint has no mode isolator to resume with")

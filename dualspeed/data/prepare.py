@@ -19,13 +19,13 @@ import jinja2
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.conversations import Problem, load_conversations
 from dualspeed.data.images import ImageReport, inspect_image
-from dualspeed.data.templates import use_template
+from dualspeed.data.processing import load_processor
 from dualspeed.files import atomic_folder
 from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
@@ -76,8 +76,7 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
     reports = inspect_images(dict.fromkeys(path for record in records for path in record["images"]), workers)
     records, unusable = split_by_images(records, reports)
     problems += unusable
-    processor = AutoProcessor.from_pretrained(model)
-    use_template(processor, recipe.chat_template)
+    processor = load_processor(model, recipe.chat_template, recipe.image_aspect_ratio)
     rows, num_cut, too_long = count_tokens(processor, records, reports, recipe.max_length)
     problems += too_long
     check_share(recipe, problems, num_total)
