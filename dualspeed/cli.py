@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_settings(add("demo-data", run_demo_data, "out"))
     add_settings(add("base-model", run_base_model, "data", "out"))
+    add_settings(add("assemble", run_assemble, "out"))
     prepare = add_settings(add("prepare", run_prepare, "model", "out"))
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
     add_tracking(add_settings(add("train", run_train, "model", "data", "state", "out")))
@@ -81,6 +82,15 @@ def run_base_model(options: argparse.Namespace) -> None:
     from dualspeed.demo.base_model import make_base_model
 
     make_base_model(options.settings, options.data, options.out)
+
+
+def run_assemble(options: argparse.Namespace) -> None:
+    """Put a base model together from a language model and a vision tower."""
+    from dualspeed.base_model import assemble
+    from dualspeed.model_config import ModelParts
+    from dualspeed.typed import read_dataclass
+
+    assemble(read_dataclass(ModelParts, options.settings, "--settings"), options.out)
 
 
 def run_prepare(options: argparse.Namespace) -> None:

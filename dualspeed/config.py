@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from dualspeed.data.sources import Source, check_folders
+from dualspeed.data.sources import Source, check_folders, sources_of
 from dualspeed.demo.settings import BaseModelSettings, SceneSettings
 from dualspeed.files import sha256_of_json
 from dualspeed.labels import PRUNER_LABELS
+from dualspeed.model_config import PRUNE_BUDGETS, STAGES, ModelConfig
 from dualspeed.modes import MODE_SCHEDULES
 from dualspeed.recipe import Recipe
 from dualspeed.sheet import METHODS, read_sheet, resolve_cells
@@ -25,8 +26,6 @@ from dualspeed.typed import ConfigError, check_choice, check_name, check_range, 
 # Names only: the implementations import torch.
 PRUNER_NAMES = tuple(PRUNER_LABELS)
 BENCHMARK_NAMES = ("gqa", "mme", "pope", "scienceqa")
-PRUNE_BUDGETS = ("image", "tile")
-STAGES = ("pretrain", "finetune")
 
 TABLES = ("table1", "table2", "table3", "figure4", "figure5")
 
@@ -62,31 +61,6 @@ class DualSpeedConfig:
         check_range("distillation_weight", self.distillation_weight, self.distillation_weight >= 0, "0 or more")
         temperature = self.distillation_temperature
         check_range("distillation_temperature", temperature, temperature > 0, "above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stages:
-    """The two stages of training."""
-
-    pretrain: Recipe
-    """Projector and isolator."""
-    finetune: Recipe
-    """Language model, projector and isolator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A base model and how it is trained."""
-
-    source: str
-    """`demo` (made by the workflow) or the folder of a checkpoint."""
-    stages: Stages
-    """Recipe of each stage."""
-    prune_budget: str = "image"
-    """See DualSpeedConfig."""
-
-    def __post_init__(self) -> None:
-        check_choice("prune_budget", self.prune_budget, PRUNE_BUDGETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +153,13 @@ class ProjectConfig:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        for model in self.models:
-            check_name("models", model)
+        for name, model in self.models.items():
+            check_name("models", name)
+            for key, path in model.inputs.items():
+                if not Path(path).exists() and not sources_of(path, self.downloads):
+                    raise ConfigError(
+                        f"models.{name}.{key}: {path!r} does not exist; valid: what exists, or a download"
+                    )
         for download in self.downloads:
             check_name("downloads", download)
         check_folders(self.downloads)
@@ -198,9 +177,6 @@ def load_project(config: Mapping[str, Any] | str | Path, file: str = "config") -
     values = dict(read_value(dict[str, Any], config, file, "top level"))
     sheet_path = Path(read_value(str, values.pop("experiments", None), file, "experiments"))
     models = read_value(dict[str, ModelConfig], values.get("models"), file, "models")
-    for name, model in models.items():
-        if model.source != "demo" and not Path(model.source).is_dir():
-            raise ConfigError(f"{file}: models.{name}.source: no folder {model.source!r}; valid: demo, or a folder")
     data = values.get("data")
     if isinstance(data, Mapping) and "source" in data:
         check_choice(f"{file}: data.source", data["source"], ("demo",))

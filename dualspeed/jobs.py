@@ -10,6 +10,7 @@ from typing import Any
 from dualspeed.config import (
     DualSpeedConfig,
     Experiment,
+    ModelConfig,
     ProjectConfig,
     finetune_settings,
     pretrain_key,
@@ -103,6 +104,11 @@ def demo_data_settings(project: ProjectConfig) -> dict[str, Any]:
 def base_model_settings(project: ProjectConfig) -> dict[str, Any]:
     """How the demo's base model is made."""
     return dataclasses.asdict(project.base_model)
+
+
+def parts_settings(model: ModelConfig) -> dict[str, Any]:
+    """What a base model is put together from."""
+    return dataclasses.asdict(model.parts)
 
 
 def preparation_settings(recipe: Recipe) -> dict[str, Any]:

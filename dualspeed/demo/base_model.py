@@ -6,14 +6,11 @@ folder. Leaves: a checkpoint with its processor, in the Hub's parameter names.
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import (
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -33,16 +30,9 @@ from dualspeed.demo.base_training import (
 from dualspeed.demo.drawing import CELL, GRID
 from dualspeed.demo.settings import BaseModelSettings, settings_from_dict
 from dualspeed.demo.tokenizer import make_tokenizer
-from dualspeed.files import atomic_folder
+from dualspeed.hub_names import save_with_hub_names
 
 IMAGE_SIZE = GRID * CELL
-HUB_PREFIXES = {
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.vision_tower.": "vision_tower.vision_model.",
-}
-"""Parameter prefixes of a fresh LLaVA in transformers 5 -> those of the checkpoints on the Hub."""
 
 
 def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
@@ -114,26 +104,3 @@ def build_model(settings: BaseModelSettings, tokenizer: PreTrainedTokenizerFast)
         image_seq_length=GRID * GRID,
     )
     return LlavaForConditionalGeneration(config)
-
-
-def save_with_hub_names(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Write model and processor to folder `out`.
-
-    transformers saves a LLaVA in the Hub's parameter names only if it was loaded from them: so they are written once
-    by hand, loaded, and saved as any later checkpoint will be.
-    """
-    with tempfile.TemporaryDirectory() as scratch, atomic_folder(out) as folder:
-        weights = {hub_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(scratch)
-        model.generation_config.save_pretrained(scratch)
-        AutoModelForImageTextToText.from_pretrained(scratch).save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-
-def hub_name(name: str) -> str:
-    """Return the Hub's name of a parameter."""
-    for prefix, hub_prefix in HUB_PREFIXES.items():
-        if name.startswith(prefix):
-            return hub_prefix + name.removeprefix(prefix)
-    raise ValueError(f"{name}: no such parameter in a LLaVA checkpoint; valid prefixes: {', '.join(HUB_PREFIXES)}")

@@ -33,6 +33,7 @@ EXPERIMENTS = {experiment.id: experiment for experiment in PROJECT.experiments}
 PRETRAININGS = {pretrain_key(PROJECT, experiment): experiment for experiment in PROJECT.experiments}
 SPEEDS = {jobs.speed_key(PROJECT, one): one for one in PROJECT.experiments if jobs.speed_key(PROJECT, one)}
 DEMO_MODELS = [name for name, model in PROJECT.models.items() if model.source == "demo"]
+ASSEMBLED_MODELS = [name for name, model in PROJECT.models.items() if model.source == "parts"]
 
 
 def one_of(names):
@@ -70,7 +71,7 @@ def as_json(settings):
 def base_model(model):
     """Folder of the checkpoint that a model's training starts from."""
     source = PROJECT.models[model].source
-    return f"{RESULTS}/models/base/{model}" if source == "demo" else source
+    return f"{RESULTS}/models/base/{model}" if source in ("demo", "parts") else source
 
 
 def made_from(path):

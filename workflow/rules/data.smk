@@ -63,6 +63,29 @@ rule make_base_model:
         "exec dualspeed base-model --settings {params.settings:q} --data {input.data} --out {output.model} > {log} 2>&1"
 
 
+rule assemble_base_model:
+    input:
+        parts=lambda wildcards: sorted({made_from(part) for part in PROJECT.models[wildcards.model].parts.inputs}),
+    output:
+        model=directory(f"{RESULTS}/models/base/{{model}}"),
+    log:
+        f"{LOGS}/assemble_base_model/{{model}}.log",
+    benchmark:
+        f"{TIMES}/assemble_base_model/{{model}}.tsv"
+    wildcard_constraints:
+        model=one_of(ASSEMBLED_MODELS),
+    threads: 2
+    resources:
+        mem_mb=80000,
+        runtime=120,
+    params:
+        settings=lambda wildcards: as_json(jobs.parts_settings(PROJECT.models[wildcards.model])),
+    message:
+        "Put the base model {wildcards.model} together (progress: {log})"
+    shell:
+        "dualspeed assemble --settings {params.settings:q} --out {output.model} > {log} 2>&1"
+
+
 rule prepare_data:
     input:
         model=lambda wildcards: base_model(wildcards.model),
