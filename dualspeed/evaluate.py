@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dualspeed.answers import PartialAnswers, read_answers, write_answers
 from dualspeed.benchmarks import Benchmark, BenchmarkError, Question, get_benchmark, unit_ids
 from dualspeed.benchmarks.files import UnknownAnswerError
-from dualspeed.benchmarks.records import PROMPT_VERSION
+from dualspeed.benchmarks.records import PROMPT_VERSION, by_category
 from dualspeed.config import PRUNER_NAMES, BenchmarkConfig
 from dualspeed.data.images import inspect_image
 from dualspeed.files import sha256_of_file, sha256_of_json, write_json
@@ -248,6 +248,7 @@ def score(benchmark: str, data: str | Path, answers: str | Path, out: str | Path
         "num_questions": len(records),
         "num_missing": sum(record.is_missing for record in records),
         "metrics": metrics,
+        "by_category": by_category(records),
         "per_question": {record.question_id: record.score for record in records},
         "statistics": chosen.statistics(records).tolist(),
         "unit_ids": unit_ids(records),

@@ -1,4 +1,4 @@
-"""Names as papers write them. Whoever adds a pruner adds its line here."""
+"""Names as papers write them. Whoever adds a pruner or a benchmark adds its line here."""
 
 METHOD_LABELS = {"baseline": "Baseline", "naive_prune": "NaivePrune", "dualspeed": "DualSpeed"}
 PRUNER_LABELS = {
@@ -14,4 +14,16 @@ PRUNER_LABELS = {
     "visionzip": "VisionZip",
     "vispruner": "VisPruner",
 }
-BENCHMARK_LABELS = {"pope": "POPE", "gqa": "GQA", "scienceqa": "SQA", "mme": "MME"}
+# In the order of the paper's columns, which is that of ours.
+BENCHMARK_LABELS = {
+    "vqav2": "VQAv2",
+    "gqa": "GQA",
+    "scienceqa": "SQA",
+    "textvqa": "TextVQA",
+    "pope": "POPE",
+    "mme": "MME",
+    "mmbench": "MMBench",
+    "mmbench_cn": "MMBench-CN",
+    "seedbench": "SEED",
+    "vizwiz": "VizWiz",
+}

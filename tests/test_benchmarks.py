@@ -127,6 +127,10 @@ def test_metrics_file_holds_what_tables_need(tmp_path):
     assert result["checksum"] == sha256_of_file(folder / "llava_mme.jsonl")
     assert result["unit_ids"][:3] == ["existence/0000", "existence/0001", "existence/0002"]
     assert result["statistics"][:3] == [[1, 2], [1, 2], [0, 2]]
+    kinds = result["by_category"]
+    assert sum(kind["num_questions"] for kind in kinds.values()) == result["num_questions"]
+    right = sum(result["per_question"][key] for key in result["per_question"] if key.startswith("existence/"))
+    assert kinds["existence"]["accuracy"] == pytest.approx(100 * right / kinds["existence"]["num_questions"])
 
 
 def test_files_may_lie_as_in_llavas_evaluation_folder(tmp_path):

@@ -102,6 +102,13 @@ def accuracy(records: Sequence[Record]) -> float:
     return 100 * sum(record.score for record in records) / max(1, len(records))
 
 
+def by_category(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """{category: {"accuracy" in percent, "num_questions"}} in order of appearance."""
+    categories = dict.fromkeys(record.category for record in records)
+    chosen = {name: [record for record in records if record.category == name] for name in categories}
+    return {name: {"accuracy": accuracy(part), "num_questions": len(part)} for name, part in chosen.items()}
+
+
 def accuracy_statistics(records: Sequence[Record]) -> np.ndarray:
     """Right answers and questions per unit: (units, 2)."""
     return sum_by_unit(records, [(record.score, 1) for record in records])
