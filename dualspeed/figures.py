@@ -20,7 +20,7 @@ from dualspeed.files import write_atomic
 from dualspeed.labels import METHOD_LABELS, PRUNER_LABELS
 from dualspeed.relative import Cell
 from dualspeed.results import Results
-from dualspeed.summary import summarise, varied_settings
+from dualspeed.summary import is_reference, summarise, varied_settings
 from dualspeed.table_format import format_number
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; each method has a marker of its own as well.
@@ -186,11 +186,6 @@ def name_rows(rows: pd.DataFrame) -> list[str]:
             parts.append(row.model)
         names.append(", ".join(parts))
     return names
-
-
-def is_reference(row: Any) -> bool:
-    """Whether a row of a summary is a Baseline."""
-    return row.method == "baseline"
 
 
 def empty_figure(text: str) -> Figure:

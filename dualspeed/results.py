@@ -27,7 +27,7 @@ SPEED_COLUMNS = [
 ]
 COST_COLUMNS = [
     *["experiment", "pretrain", "pretrain_seconds", "finetune_seconds", "train_hours"],
-    *["samples_per_second", "peak_memory_bytes", "pruner_share"],
+    *["samples_per_second", "peak_memory_bytes", "pruner_share", "fast_flops_share", "gpu_hours"],
 ]
 
 
@@ -187,13 +187,18 @@ def _cost_row(root: Path, experiment: dict[str, Any]) -> dict[str, Any]:
             continue
         training = read_json(path)
         row[f"{stage}_seconds"] = training["train_seconds"]
+        if training.get("device", "cpu") != "cpu":
+            row[f"{stage}_gpu_hours"] = training["train_seconds"] * training["num_processes"] / 3600
         if stage == "finetune":
             row["samples_per_second"] = training["samples_per_second"]
             row["peak_memory_bytes"] = training["peak_memory_bytes"]
     seconds = [row.get(f"{stage}_seconds") for stage in ("pretrain", "finetune")]
     if seconds[1] is not None and (seconds[0] is not None or not experiment["pretrain_key"]):
         row["train_hours"] = sum(filter(None, seconds)) / 3600
+        if "finetune_gpu_hours" in row:
+            row["gpu_hours"] = row.get("pretrain_gpu_hours", 0.0) + row["finetune_gpu_hours"]
     times = _read_times(root, experiment)
     if times:
         row["pruner_share"] = times["pruner_seconds"] / times["fast_step_seconds"]
+        row["fast_flops_share"] = times["theory_u"]
     return row

@@ -5,13 +5,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dualspeed.labels import averaged
 from dualspeed.relative import Cell, relative
 from dualspeed.results import Results
 
 METHODS = ("baseline", "naive_prune", "dualspeed")  # in the paper's order
 PRUNERS = ("divprune", "fastervlm", "cdpruner")  # likewise; others follow by name
 SETTINGS = ["pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"]
-MEANS = ["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"]
+MEANS = [
+    *["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"],
+    *["fast_step_seconds", "slow_step_seconds", "baseline_step_seconds", "fast_flops_share"],
+    *["samples_per_second", "peak_memory_bytes", "gpu_hours"],
+]
 
 
 def summarise(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], table: str) -> pd.DataFrame:
@@ -60,6 +65,11 @@ def is_baseline(experiment: dict[str, Any]) -> bool:
     return experiment["method"] == "baseline"
 
 
+def is_reference(row: Any) -> bool:
+    """Whether a row of a summary is a Baseline."""
+    return row.method == "baseline"
+
+
 def _groups(settings: dict[str, Any], table: str) -> list[list[dict[str, Any]]]:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for experiment in settings["experiments"]:
@@ -91,8 +101,9 @@ def _mean_scores(
     table = np.array(
         [[scores.get((member["id"], inference, name), missing)[0] for name in benchmarks] for member in members]
     )
+    mean = table[:, [name in averaged(benchmarks) for name in benchmarks]].mean(axis=1)
     row = {}
-    for name, values in zip([*benchmarks, "mean"], [*table.T, table.mean(axis=1)], strict=True):
+    for name, values in zip([*benchmarks, "mean"], [*table.T, mean], strict=True):
         row |= _mean_and_std(name, values)
     absent = [
         f"{member['id']}: {name}"
@@ -110,7 +121,7 @@ def _mean_relative(
     benchmarks: list[str],
     scores: dict[Cell, np.ndarray],
 ) -> dict[str, float]:
-    found = relative(scores, baseline_pairs(settings, members), inference, benchmarks)
+    found = relative(scores, baseline_pairs(settings, members), inference, averaged(benchmarks))
     if found is None:
         return {}
     low, high = np.percentile(found.mean(axis=0)[1:], [2.5, 97.5])

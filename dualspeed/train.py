@@ -179,6 +179,7 @@ def training_record(trainer: DualSpeedTrainer, settings: StageSettings, seconds:
         "num_samples": num_samples,
         "samples_per_second": num_samples / seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "device": trainer.args.device.type,
         "num_processes": trainer.accelerator.num_processes,
         "final": losses,
         "machine": machine(),

@@ -7,7 +7,7 @@ TABLES, FIGURES = (
 TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "speed", "costs"])
 TABLE_FILES = expand(
     f"{TABLES}/{{name}}.{{kind}}",
-    name=["table1", "table2", "table3"],
+    name=["table1", "table2", "table3", "table_speed"],
     kind=["csv", "md", "tex"],
 )
 FIGURE_FILES = expand(
