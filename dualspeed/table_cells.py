@@ -56,11 +56,13 @@ def format_relative(row: Any) -> str:
     return f"{format_mean(row.rel, row.rel_std)} [{row.rel_low:.1f}, {row.rel_high:.1f}]"
 
 
-def pruning_cells(rows: pd.DataFrame, column: str, scale: float = 1.0, digits: int = 3, unit: str = "") -> list[str]:
-    """A number that only models have which prune in training."""
+def pruning_cells(
+    rows: pd.DataFrame, column: str, scale: float = 1.0, digits: int = 3, unit: str = "", never: str = ""
+) -> list[str]:
+    """A number that only models have which prune in training, those of the method `never` excepted."""
     return [
-        NOT_APPLICABLE if is_reference(row) else format_number(scale * getattr(row, column), digits, unit)
-        for row in rows.itertuples()
+        NOT_APPLICABLE if row.method in ("baseline", never) else format_number(scale * row[column], digits, unit)
+        for _, row in rows.iterrows()
     ]
 
 

@@ -18,7 +18,7 @@ from dualspeed.labels import PRUNER_LABELS, in_paper_order
 from dualspeed.relative import RESAMPLES, Cell, resample_scores
 from dualspeed.results import Results, read_results, write_frames
 from dualspeed.row_runs import log_results
-from dualspeed.summary import is_reference, summarise
+from dualspeed.summary import SETTINGS, is_reference, summarise, summarise_all
 from dualspeed.table_cells import (
     best_scores,
     paper_cells,
@@ -106,7 +106,7 @@ def table2(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
         REL_NOTE.replace("the Baseline of", "full-token inference of the Baseline of"),
     )
     # Every model against itself: what it answers better on.
-    settings_of_model = list(rows.loc[:, "model":"inference"].columns[:-1])
+    settings_of_model = ["model", "method", *SETTINGS]
     best = best_scores(rows, settings["benchmarks"], lambda row: tuple(row[settings_of_model].map(str)))
     title = "Table 2. Training-inference mismatch: the same models on full and on pruned tokens"
     return Table("table2", title, rows, pd.DataFrame(cells), notes, best)
@@ -139,14 +139,13 @@ def table3(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
 
 def table_speed(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
     """Where the time goes: seconds of a step, speedup against its limit, stages, memory, GPU hours; of every row."""
-    shown = [one | {"tables": ["table_speed"]} for one in settings["experiments"]]
-    rows = summarise(settings | {"experiments": shown}, results, scores, "table_speed")
+    rows = summarise_all(settings, results, scores)
     rows = rows[rows["inference"] == "full"].reset_index(drop=True)
     rows = rows.assign(share_of_limit=rows["speedup_measured"] / rows["speedup_theory"])
     unit, seconds = time_unit(rows["train_hours"] * 3600)
     cells = setting_cells(rows) | {
         "Fast step (s)": pruning_cells(rows, "fast_step_seconds"),
-        "Slow step (s)": pruning_cells(rows, "slow_step_seconds"),
+        "Slow step (s)": pruning_cells(rows, "slow_step_seconds", never="naive_prune"),
         "Baseline step (s)": pruning_cells(rows, "baseline_step_seconds"),
         "u": pruning_cells(rows, "fast_flops_share"),
         "Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]],

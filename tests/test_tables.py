@@ -16,9 +16,11 @@ from results_tree import QUESTIONS, experiment, make_tree, write, write_score
 
 from dualspeed import paper
 from dualspeed.labels import in_paper_order
+from dualspeed.learning_curves import read_curve
+from dualspeed.question_types import accuracy_by_type
 from dualspeed.relative import relative, resample_scores
 from dualspeed.results import read_results
-from dualspeed.summary import summarise
+from dualspeed.summary import members_of, summarise, typical_rows
 from dualspeed.table_format import escape
 from dualspeed.tables import write_tables
 
@@ -276,7 +278,9 @@ def test_broken_score_file_is_named(settings, tmp_path):
 
 def test_figures_are_written_and_the_same_for_the_same_numbers(settings, written, tmp_path):
     folder = written.parent.parent / "figures/demo"
-    names = {f"{name}.{kind}" for name in ("figure4", "figure5", "figure_mismatch") for kind in ("png", "svg")}
+    more = ("mismatch", "speedup", "question_types", "learning_curves")
+    drawn = ["figure4", "figure5", *(f"figure_{name}" for name in more)]
+    names = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     assert {path.name for path in folder.iterdir()} == names
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
@@ -284,6 +288,35 @@ def test_figures_are_written_and_the_same_for_the_same_numbers(settings, written
     write_tables(settings, tmp_path / "tables/again", tmp_path / "figures/again")
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "figures/again" / name).read_bytes()
+
+
+def test_learning_curve_counts_the_time_that_was_trained(settings, tmp_path):
+    folder = tmp_path / "results/models/ds-0"
+    curve = read_curve(folder)
+    assert list(curve["step"]) == list(range(1, 11))
+    assert curve["seconds"].iloc[-1] == pytest.approx(120) and curve["seconds"].iloc[0] == pytest.approx(12)
+    assert list(curve["fast/ce_loss"]) == [0.5**step for step in range(1, 11)] and curve["slow/ce_loss"].isna().all()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "ti')
+    pd.testing.assert_frame_equal(read_curve(folder), curve)
+    assert read_curve(tmp_path / "results/models/ds-p0.75").empty
+
+
+def test_accuracy_by_type_is_the_mean_over_seeds(settings):
+    results = read_results(settings)
+    rows = summarise(settings, results, resample_scores(results.statistics), "table1")
+    table = accuracy_by_type(settings, results, typical_rows(rows))
+    assert list(table.index) == ["GQA: open", "GQA: binary", "SQA: open", "SQA: binary"]
+    assert table.loc["GQA: binary"].to_dict() == {"baseline": 70, "naive_prune": 0, "dualspeed": 62}
+
+
+def test_typical_rows_have_the_settings_that_most_experiments_share(settings):
+    results = read_results(settings)
+    rows = summarise(settings, results, {}, "table1")
+    typical = typical_rows(rows[rows["inference"] == "full"])
+    assert list(typical["method"]) == ["baseline", "naive_prune", "dualspeed"]
+    assert list(typical["pruning_ratio"])[1:] == [0.9, 0.9]
+    assert [one["id"] for one in members_of(settings, typical)] == ["ds-0", "ds-1", "naive-0", "base-0", "base-1"]
 
 
 def test_nothing_run_yet_gives_tables_and_figures_that_say_so(settings, tmp_path):
