@@ -44,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(add("assemble", run_assemble, "out"))
     prepare = add_settings(add("prepare", run_prepare, "model", "out"))
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
-    add_tracking(add_settings(add("train", run_train, "model", "data", "state", "out")))
+    train = add_settings(add("train", run_train, "model", "data", "state", "out"))
+    train.add_argument("--time-limit", type=float, help="minutes that the job has: it ends in time, with a checkpoint")
+    add_tracking(train)
     add_tracking(add_settings(add("answer", run_answer, "model", "state", "out")))
     score = add("score", run_score, "data", "answers", "out")
     score.add_argument("benchmark", help="name of the benchmark")
@@ -116,6 +118,7 @@ def run_train(options: argparse.Namespace) -> None:
         out=options.out,
         tracking=options.tracking,
         parent=options.parent,
+        time_limit=options.time_limit,
     )
 
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed import DualSpeedConfig
+from dualspeed.checkpoints import last_checkpoint
 from dualspeed.config import StageSettings
 from dualspeed.recipe import Recipe
-from dualspeed.train import last_checkpoint, open_state, train
+from dualspeed.train import open_state, train
 
 NUM_STEPS = 12
 
@@ -124,7 +125,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
     (tmp_path / "checkpoint-6").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert last_checkpoint(tmp_path / "none") is None
 
 
