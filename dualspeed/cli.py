@@ -11,12 +11,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dualspeed.gpus import take_gpus
+from dualspeed.launch import launch, must_launch
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a wrong setting or file is one line on stderr and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
+    options.arguments = arguments
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        if "gpus" in options:
+            take_gpus(options.gpus)
         options.run(options)
     except Exception as error:
         # Our own errors say what to change; any other is a surprise, and its traceback is what helps.
@@ -46,11 +53,16 @@ def make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
     train = add_settings(add("train", run_train, "model", "data", "state", "out"))
     train.add_argument("--time-limit", type=float, help="minutes that the job has: it ends in time, with a checkpoint")
+    train.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job that train together")
+    train.add_argument("--processes", type=int, default=1, help="training processes on each node")
+    train.add_argument("--accelerate-config", help="file for `accelerate launch`: how processes share the model")
+    train.add_argument("--cpus", type=int, default=1, help="CPU cores on each node, shared by its processes")
+    add_gpus(train)
     add_tracking(train)
-    add_tracking(add_settings(add("answer", run_answer, "model", "state", "out")))
+    add_tracking(add_gpus(add_settings(add("answer", run_answer, "model", "state", "out"))))
     score = add("score", run_score, "data", "answers", "out")
     score.add_argument("benchmark", help="name of the benchmark")
-    add_settings(add("speed", run_speed, "model", "data", "out"))
+    add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
     add("track", run_track).add_argument("action", choices=["init", "sync"])
@@ -63,6 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
 def add_settings(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its settings."""
     command.add_argument("--settings", type=json.loads, required=True, help="JSON, as the workflow makes it")
+    return command
+
+
+def add_gpus(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Give a command its share of this machine's GPUs, where a profile shares them out."""
+    command.add_argument("--gpus", type=int, default=0, help="GPUs to take, where DUALSPEED_NUM_GPUS are shared out")
     return command
 
 
@@ -107,6 +125,8 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage; resumes from its state."""
+    if must_launch(options.nodes, options.processes, options.accelerate_config):
+        launch(options.arguments, options.nodes, options.processes, options.cpus, options.accelerate_config)
     from dualspeed.config import StageSettings
     from dualspeed.train import train
 

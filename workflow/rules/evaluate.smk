@@ -19,9 +19,7 @@ rule generate_answers:
         f"{TIMES}/generate_answers/{{experiment}}/{{inference}}.tsv"
     threads: 1
     resources:
-        gpu=lambda wildcards: gpus_of(EXPERIMENTS[wildcards.experiment].model),
-        mem_mb=8000,
-        runtime=720,
+        **scheduled(lambda wildcards: EXPERIMENTS[wildcards.experiment].model, "answer"),
     params:
         settings=lambda wildcards: as_json(
             jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
@@ -32,7 +30,8 @@ rule generate_answers:
         "Answer the benchmarks with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
     shell:
         "exec dualspeed answer --settings {params.settings:q} --model {input.model} --state {STATE}"
-        " --out {params.folder} --tracking {TRACKING:q} --parent {params.parent:q} > {log} 2>&1"
+        " --out {params.folder} --tracking {TRACKING:q} --parent {params.parent:q}"
+        " --gpus {resources.gpu} > {log} 2>&1"
 
 
 rule score:
@@ -48,7 +47,7 @@ rule score:
     threads: 1
     resources:
         mem_mb=2000,
-        runtime=30,
+        runtime=growing(30),
     params:
         benchmarks=list(PROJECT.benchmarks),
         folders=[benchmark.folder for benchmark in PROJECT.benchmarks.values()],

@@ -52,7 +52,7 @@ rule tables:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=30,
+        runtime=growing(30),
     params:
         settings=as_json(jobs.table_settings(PROJECT)),
         tables=TABLES,
