@@ -65,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
+    add("end-jobs", run_end_jobs)
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
     track.add_argument("--tracking", type=json.loads, required=True, help="JSON: MLflow uri and experiment")
@@ -174,6 +175,13 @@ def run_tables(options: argparse.Namespace) -> None:
     from dualspeed.tables import write_tables
 
     write_tables(options.settings, out=options.out, figures=options.figures, tracking=options.tracking)
+
+
+def run_end_jobs(options: argparse.Namespace) -> None:
+    """End the Slurm jobs that a killed snakemake left over in this folder."""
+    from dualspeed.leftovers import end_jobs
+
+    end_jobs(Path.cwd())
 
 
 def run_track(options: argparse.Namespace) -> None:
