@@ -77,7 +77,7 @@ rule assemble_base_model:
     threads: 2
     resources:
         mem_mb=80000,
-        runtime=120,
+        runtime=growing(120),
     params:
         settings=lambda wildcards: as_json(jobs.parts_settings(PROJECT.models[wildcards.model])),
     message:
