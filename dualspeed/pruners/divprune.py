@@ -14,7 +14,11 @@ def divprune(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     nearest pick. Unlike the repository's code, picked tokens are masked, so that identical tokens never repeat.
     """
     valid = tokens.valid()
-    picked = greedy_max_min(1 - cosine_similarity(tokens.features), valid, int(num_keep.max()))
+    distances = cosine_similarity(tokens.features).neg_().add_(1)
+    if tokens.mask is not None:
+        # Padding is nobody's nearest neighbour.
+        distances.masked_fill_(~valid[:, None, :], torch.inf)
+    picked = greedy_max_min(distances, valid, int(num_keep.max()))
     return ascending(picked, num_keep)
 
 
@@ -22,10 +26,10 @@ divprune.needs = ()
 
 
 def greedy_max_min(distances: Tensor, valid: Tensor, num_picks: int) -> Tensor:
-    """(B, N, N) distances -> (B, num_picks) tokens in order of choice; invalid ones come last."""
-    # Distances to padding are infinite, so that padding is nobody's nearest neighbour.
-    identity = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    to_nearest = distances.masked_fill(~valid[:, None, :] | identity, torch.inf).amin(dim=-1)
+    """(B, N, N) distances, changed in place -> (B, num_picks) tokens in order of choice; invalid ones come last."""
+    # No token is its own neighbour; as a pick it is masked, so that its distance to itself counts nowhere else.
+    distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    to_nearest = distances.amin(dim=-1)
     # A single valid token has no neighbour: keep it ahead of padding all the same.
     to_nearest = to_nearest.masked_fill(~valid, -torch.inf)
 
