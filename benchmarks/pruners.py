@@ -1,9 +1,10 @@
 """What each pruner costs: time, peak memory, and its share of a fast training step of a 7B model.
 
-    python benchmarks/pruners.py [--device cpu] [--shapes 16x576x4096 4x2880x4096] [--repeats 3]
+    python benchmarks/pruners.py [--device cpu] [--shapes 16x576x4096 4x2880x4096] [--repeats 9]
 
-Ours prunes the batch at once; beside it stands the published algorithm, image by image (benchmarks/published.py). Each
-runs in a process of its own, for memory's sake; times are medians after one run to warm up. Needs no weights: features
+Ours prunes the batch at once; beside it stands the published algorithm, image by image (benchmarks/published.py). Both
+are timed in turns, so that what else the machine does slows both alike, and times are medians after one turn to warm
+up; peak memory is that of one call in a process of its own. Needs no weights: features
 are random, and the fast step is what its FLOPs take at the rate of a large bfloat16 (CPU: float32) matrix product on
 the same device, which no real step reaches, so that shares are upper bounds.
 """
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", default=["16x576x4096", "4x2880x4096"], help="images x tokens x width")
     parser.add_argument("--pruners", nargs="+", default=sorted(PRUNERS), choices=sorted(PRUNERS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     print(f"{device_name(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     for text in options.shapes:
@@ -51,8 +52,8 @@ def main() -> None:
 
 def row(name: str, shape: tuple[int, int, int], device: str, repeats: int, step: float) -> dict[str, str]:
     """One line of the table."""
-    batched, memory = measured("batched", name, shape, device, repeats)
-    loop, loop_memory = measured("loop", name, shape, device, repeats)
+    memory, loop_memory = (in_own_process(peak_of_one_call, form, name, shape, device) for form in FORMS)
+    batched, loop = in_own_process(seconds_in_turns, name, shape, device, repeats)
     return {
         "pruner": PRUNER_LABELS[name],
         "ms": f"{batched * 1e3:.1f}",
@@ -64,21 +65,26 @@ def row(name: str, shape: tuple[int, int, int], device: str, repeats: int, step:
     }
 
 
-def measured(form: str, name: str, shape: tuple[int, int, int], device: str, repeats: int) -> tuple[float, float]:
-    """Median seconds and peak bytes beyond the inputs, in a fresh process."""
+def in_own_process(function: Callable, *arguments: object) -> object:
+    """What `function` returns in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (form, name, shape, device, repeats))
+        return pool.apply(function, arguments)
 
 
-def measure(form: str, name: str, shape: tuple[int, int, int], device: str, repeats: int) -> tuple[float, float]:
-    """As `measured`, in this process."""
+def peak_of_one_call(form: str, name: str, shape: tuple[int, int, int], device: str) -> float:
+    """Peak bytes beyond the inputs."""
     tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
-    prune = batched_form if form == "batched" else loop_form
-    call = partial(prune, name, tokens, num_keep)
     before = peak_memory(device)
-    call()
-    seconds = [timed(call, device) for _ in range(repeats)]
-    return statistics.median(seconds), peak_memory(device) - before
+    FORMS[form](name, tokens, num_keep)
+    return peak_memory(device) - before
+
+
+def seconds_in_turns(name: str, shape: tuple[int, int, int], device: str, repeats: int) -> list[float]:
+    """Median seconds of each form."""
+    tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
+    calls = [partial(prune, name, tokens, num_keep) for prune in FORMS.values()]
+    turns = [[timed(call, device) for call in calls] for _ in range(repeats + 1)]
+    return [statistics.median(seconds) for seconds in zip(*turns[1:], strict=True)]
 
 
 @torch.no_grad()
@@ -95,6 +101,9 @@ def loop_form(name: str, tokens: VisualTokens, num_keep: int) -> None:
     names = [fields.get(argument, argument) for argument in inspect.signature(function).parameters][:-1]
     for image in zip(*(getattr(tokens, field) for field in names), strict=True):
         function(*image, num_keep)
+
+
+FORMS = {"batched": batched_form, "loop": loop_form}
 
 
 def random_tokens(batch_size: int, num_tokens: int, width: int, device: str) -> VisualTokens:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 STRIP = 128
 """Rows of similarities computed at once: large enough for a fast matrix product."""
 
@@ -88,10 +87,10 @@ def inner_products(vectors: Tensor) -> Tensor:
     return products
 
 
-def cosines(products: Tensor) -> Tensor:
-    """Turn inner products (B, N, N) into cosine similarities, in place; a zero vector is at 0 from all others."""
-    scale = products.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(products.dtype).tiny).rsqrt()
-    return products.mul_(scale[:, :, None]).mul_(scale[:, None])
+def inverse_lengths(products: Tensor) -> Tensor:
+    """(B, N, N) inner products -> (B, N) 1 / length of each vector, 0 for a zero vector."""
+    squares = products.diagonal(dim1=1, dim2=2)
+    return torch.where(squares > 0, squares.rsqrt(), 0.0)
 
 
 def cosine_similarity(vectors: Tensor) -> Tensor:
@@ -99,7 +98,16 @@ def cosine_similarity(vectors: Tensor) -> Tensor:
 
     Lengths are read off the products: a normalised copy of the features would be the largest tensor of a pruner.
     """
-    return cosines(inner_products(vectors))
+    products = inner_products(vectors)
+    scale = inverse_lengths(products)
+    return products.mul_(scale[:, :, None]).mul_(scale[:, None])
+
+
+def pairs(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, R, C): the entries of each (B, N, N) matrix at its `rows` (B, R) and `columns` (B, C)."""
+    # Whole rows first, which lie in one piece: much faster than picking entries.
+    picked = matrix[torch.arange(len(matrix), device=matrix.device)[:, None], rows]
+    return picked.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
 def by_score(scores: Tensor) -> Tensor:

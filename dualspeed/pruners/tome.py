@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dualspeed.visual_tokens import (
     MergedTokens,
@@ -10,8 +9,11 @@ from dualspeed.visual_tokens import (
     averages,
     by_score,
     first,
+    inner_products,
+    inverse_lengths,
     members,
     merge,
+    pairs,
     positions_of,
 )
 
@@ -36,29 +38,39 @@ def clusters(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K) tokens that take others in, and (B, K, N) weights of their means."""
     alive = tokens.valid()
     num_keep = num_keep.to(alive.device)
-    sums = tokens.features.float() * alive[..., None]
-    sizes = alive.float()
-    owners = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+    everyone = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+    owners = everyone
+    # Means have the cosines of sums, and inner products of sums are sums of inner products: no round takes up the
+    # vectors themselves.
+    products = inner_products(tokens.features)
     # Halving: as many rounds as it takes to come from N to the smallest budget.
     while (alive.sum(dim=1) > num_keep).any():
-        target = merge_targets(alive, sums / sizes.clamp(min=1)[..., None], num_keep)
-        stays = target == torch.arange(alive.shape[1], device=alive.device)
-        # One sum over all tokens: those that stay are their own target.
-        sums = torch.zeros_like(sums).scatter_add(1, target[..., None].expand_as(sums), sums)
-        sizes = torch.zeros_like(sizes).scatter_add(1, target, sizes)
+        target = merge_targets(alive, products, num_keep)
+        products = add_rows(add_rows(products, target).transpose(1, 2).contiguous(), target)
         owners = target.gather(1, owners)
-        alive = alive & stays
+        alive = alive & (target == everyone)
     indices = positions_of(alive)[:, : int(num_keep.max())]
     indices = indices.masked_fill(~first(num_keep, indices), -1)
     return indices, averages(members(indices, owners.masked_fill(~tokens.valid(), -1)))
 
 
-def merge_targets(alive: Tensor, means: Tensor, num_keep: Tensor) -> Tensor:
+def add_rows(products: Tensor, target: Tensor) -> Tensor:
+    """Add row n of each (B, N, N) matrix to its row `target` (B, N), in place; rows that are their own target stay."""
+    batch_size, num_tokens = target.shape
+    places = torch.arange(batch_size * num_tokens, device=target.device)
+    flat_target = (target + places.view(batch_size, num_tokens)[:, :1]).flatten()
+    moved = (flat_target != places).nonzero()[:, 0]
+    rows = products.flatten(0, 1)
+    rows.index_add_(0, flat_target[moved], rows[moved])
+    return products
+
+
+def merge_targets(alive: Tensor, products: Tensor, num_keep: Tensor) -> Tensor:
     """One round: (B, N) the token that each token goes to, most to themselves.
 
     Args:
         alive: (B, N) tokens that are left.
-        means: (B, N, D) their vectors.
+        products: (B, N, N) inner products of their vectors.
         num_keep: (B,) how many are to be left in the end.
     """
     num_alive = alive.sum(dim=1)
@@ -67,11 +79,9 @@ def merge_targets(alive: Tensor, means: Tensor, num_keep: Tensor) -> Tensor:
     is_left = first(num_alive, order)
     sources, targets = order[:, ::2], order[:, 1::2]
 
-    unit = F.normalize(means, dim=-1)
-    source_vectors, target_vectors = (
-        unit.gather(1, tokens[..., None].expand(-1, -1, unit.shape[2])) for tokens in (sources, targets)
-    )
-    similarity = source_vectors @ target_vectors.transpose(1, 2)
+    scale = inverse_lengths(products)
+    similarity = pairs(products, sources, targets)
+    similarity *= scale.gather(1, sources)[:, :, None] * scale.gather(1, targets)[:, None]
     similarity = similarity.masked_fill(~is_left[:, None, 1::2], -torch.inf)
     nearest = similarity.argmax(dim=-1, keepdim=True)
     closeness = similarity.gather(2, nearest)[..., 0].masked_fill(~is_left[:, ::2], -torch.inf)

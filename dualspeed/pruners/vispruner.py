@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, ascending, by_score, cosine_similarity, first
+from dualspeed.visual_tokens import VisualTokens, ascending, by_score, cosine_similarity, first, pairs
 
 MOST_PER_ROUND = 8
 
@@ -54,9 +54,7 @@ def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_w
         order = order[:, : int(num_left.max())]
         is_left = first(num_left, order)
         evens, odds = order[:, ::2], order[:, 1::2]
-        rows = similarity.gather(1, evens[..., None].expand(-1, -1, similarity.shape[2]))
-        to_odds = rows.gather(2, odds[:, None].expand(-1, evens.shape[1], -1))
-        to_odds = to_odds.masked_fill(~is_left[:, None, 1::2], -torch.inf)
+        to_odds = pairs(similarity, evens, odds).masked_fill_(~is_left[:, None, 1::2], -torch.inf)
         closeness = to_odds.amax(dim=-1).masked_fill(~is_left[:, ::2], -torch.inf)
 
         num_evens = (num_left + 1) // 2
