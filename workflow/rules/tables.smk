@@ -4,19 +4,14 @@ TABLES, FIGURES = (
     f"{RESULTS}/tables/{PROJECT.sheet}",
     f"{RESULTS}/figures/{PROJECT.sheet}",
 )
-TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "scores_by_type", "speed", "costs"])
+TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "speed", "costs"])
 TABLE_FILES = expand(
     f"{TABLES}/{{name}}.{{kind}}",
-    name=["table1", "table2", "table3", "table_speed"],
+    name=["table1", "table2", "table3"],
     kind=["csv", "md", "tex"],
 )
 FIGURE_FILES = expand(
-    f"{FIGURES}/{{name}}.{{kind}}",
-    name=[
-        *["figure4", "figure5"],
-        *["figure_mismatch", "figure_speedup", "figure_question_types", "figure_learning_curves"],
-    ],
-    kind=["png", "svg"],
+    f"{FIGURES}/{{name}}.{{kind}}", name=["figure4", "figure5", "figure_mismatch"], kind=["png", "svg"]
 )
 
 
@@ -52,7 +47,7 @@ rule tables:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=growing(30),
+        runtime=30,
     params:
         settings=as_json(jobs.table_settings(PROJECT)),
         tables=TABLES,
