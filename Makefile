@@ -3,6 +3,9 @@ PYTHON ?= python3
 # The sheet that `make report` shows.
 SHEET ?= config/demo/experiments.tsv
 PORT ?= 5000
+# What `make resume` starts again, and with which further options.
+PROFILE ?= profiles/slurm
+ARGS ?=
 BIN := .venv/bin
 
 # snakefmt looks for shfmt there.
@@ -10,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Spinning OpenMP threads make a step ten times slower where cores are busy.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo demo-full show report ui test test-all lint clean
+.PHONY: help install demo demo-full resume show report ui test test-all lint clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +35,11 @@ demo: install  ## train and evaluate the demo's main rows, then show Table 1
 demo-full: install  ## the demo with all pruners, seeds, ratios and ablations
 	$(BIN)/snakemake --quiet host reason --config experiments=config/demo/experiments-full.tsv
 	@$(MAKE) --no-print-directory show TABLES=results/tables/demo-full
+
+resume:  ## go on after a killed snakemake: end its Slurm jobs, unlock, start again (PROFILE=..., ARGS=...)
+	$(BIN)/dualspeed end-jobs
+	$(BIN)/snakemake --profile $(PROFILE) $(ARGS) --unlock
+	$(BIN)/snakemake --profile $(PROFILE) $(ARGS)
 
 show:
 	@echo; cat $(TABLES)/table1.md

@@ -2,7 +2,14 @@
 
 from snakemake.utils import min_version
 
+from dualspeed.frozen import freeze, read_frozen
+
 min_version("9.27")
+
+# A job that a cluster runs later takes the settings that its DAG was built from, whatever became of the files.
+if not workflow.is_main_process and (frozen := read_frozen()):
+    config.clear()
+    config.update(frozen)
 
 
 # Another configuration (--configfile) replaces the demo's; Snakemake would merge the two.
@@ -18,6 +25,10 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/tables.smk"
 
 
+onstart:
+    freeze(config, SHEET_TEXT, Path(STATE) / "frozen")
+
+
 rule all:
     default_target: True
     input:
@@ -25,6 +36,5 @@ rule all:
         FIGURE_FILES,
         CHECKPOINTS,
         SCORES,
-        SUBMISSIONS,
     message:
         "All of the sheet {PROJECT.sheet} is there"

@@ -11,12 +11,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dualspeed.gpus import take_gpus
+from dualspeed.launch import launch, must_launch
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a wrong setting or file is one line on stderr and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
+    options.arguments = arguments
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        if "gpus" in options:
+            take_gpus(options.gpus)
         options.run(options)
     except Exception as error:
         # Our own errors say what to change; any other is a surprise, and its traceback is what helps.
@@ -44,17 +51,21 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(add("assemble", run_assemble, "out"))
     prepare = add_settings(add("prepare", run_prepare, "model", "out"))
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
-    add_tracking(add_settings(add("train", run_train, "model", "data", "state", "out")))
-    answer = add_settings(add("answer", run_answer, "model", "state", "out"))
-    answer.add_argument("--shard", type=read_shard, metavar="K/N", help="answer the K-th of N parts; then run without")
-    add_tracking(answer)
+    train = add_settings(add("train", run_train, "model", "data", "state", "out"))
+    train.add_argument("--time-limit", type=float, help="minutes that the job has: it ends in time, with a checkpoint")
+    train.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job that train together")
+    train.add_argument("--processes", type=int, default=1, help="training processes on each node")
+    train.add_argument("--accelerate-config", help="file for `accelerate launch`: how processes share the model")
+    train.add_argument("--cpus", type=int, default=1, help="CPU cores on each node, shared by its processes")
+    add_gpus(train)
+    add_tracking(train)
+    add_tracking(add_gpus(add_settings(add("answer", run_answer, "model", "state", "out"))))
     score = add("score", run_score, "data", "answers", "out")
     score.add_argument("benchmark", help="name of the benchmark")
-    submit = add("submit", run_submit, "data", "answers", "out")
-    submit.add_argument("benchmark", help="name of the test split")
-    add_settings(add("speed", run_speed, "model", "data", "out"))
+    add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
+    add("end-jobs", run_end_jobs)
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
     track.add_argument("--tracking", type=json.loads, required=True, help="JSON: MLflow uri and experiment")
@@ -68,12 +79,10 @@ def add_settings(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return command
 
 
-def read_shard(text: str) -> tuple[int, int]:
-    """(1, 2) of 1/2."""
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-        raise argparse.ArgumentTypeError(f"{text!r}; valid: K/N with K from 1 to N, 1/2 say")
-    return int(number), int(total)
+def add_gpus(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Give a command its share of this machine's GPUs, where a profile shares them out."""
+    command.add_argument("--gpus", type=int, default=0, help="GPUs to take, where DUALSPEED_NUM_GPUS are shared out")
+    return command
 
 
 def add_tracking(command: argparse.ArgumentParser) -> None:
@@ -117,6 +126,8 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage; resumes from its state."""
+    if must_launch(options.nodes, options.processes, options.accelerate_config):
+        launch(options.arguments, options.nodes, options.processes, options.cpus, options.accelerate_config)
     from dualspeed.config import StageSettings
     from dualspeed.train import train
 
@@ -128,6 +139,7 @@ def run_train(options: argparse.Namespace) -> None:
         out=options.out,
         tracking=options.tracking,
         parent=options.parent,
+        time_limit=options.time_limit,
     )
 
 
@@ -136,13 +148,7 @@ def run_answer(options: argparse.Namespace) -> None:
     from dualspeed.evaluate import generate_answers
 
     generate_answers(
-        options.settings,
-        options.model,
-        options.state,
-        options.out,
-        tracking=options.tracking,
-        parent=options.parent,
-        shard=options.shard,
+        options.settings, options.model, options.state, options.out, tracking=options.tracking, parent=options.parent
     )
 
 
@@ -151,13 +157,6 @@ def run_score(options: argparse.Namespace) -> None:
     from dualspeed.evaluate import score
 
     score(options.benchmark, options.data, options.answers, options.out)
-
-
-def run_submit(options: argparse.Namespace) -> None:
-    """Write the file of answers that a test split's server takes."""
-    from dualspeed.evaluate import submit
-
-    submit(options.benchmark, options.data, options.answers, options.out)
 
 
 def run_speed(options: argparse.Namespace) -> None:
@@ -176,6 +175,13 @@ def run_tables(options: argparse.Namespace) -> None:
     from dualspeed.tables import write_tables
 
     write_tables(options.settings, out=options.out, figures=options.figures, tracking=options.tracking)
+
+
+def run_end_jobs(options: argparse.Namespace) -> None:
+    """End the Slurm jobs that a killed snakemake left over in this folder."""
+    from dualspeed.leftovers import end_jobs
+
+    end_jobs(Path.cwd())
 
 
 def run_track(options: argparse.Namespace) -> None:

@@ -1,65 +1,45 @@
-"""The paper's figures from the same summaries as the tables: training time, speed against performance, and mismatch.
+"""The paper's figures, and more, from the same summaries as the tables.
 
-Each is written as png and svg, the same bytes for the same numbers. What has not run is left out; a figure without
-anything to show says so.
+What has not run is left out; a figure without anything to show says so. The kept tokens are drawn apart
+(dualspeed.kept_tokens), for that takes a model.
 """
 
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dualspeed.files import write_atomic
 from dualspeed.labels import METHOD_LABELS, PRUNER_LABELS
+from dualspeed.learning_curves import draw_learning_curves
+from dualspeed.plot_style import COLORS, DARK, GREY, LIGHT, MARKERS, ORANGE, empty_figure, styled, write_figure
+from dualspeed.question_types import draw_question_types
 from dualspeed.relative import Cell
 from dualspeed.results import Results
-from dualspeed.summary import summarise, varied_settings
+from dualspeed.summary import is_reference, summarise, summarise_all, typical_rows, usual_settings, varied_settings
 from dualspeed.table_format import format_number
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart; each method has a marker of its own as well.
-COLORS = {"baseline": "#4D4D4D", "naive_prune": "#D55E00", "dualspeed": "#0072B2"}
-MARKERS = {"baseline": "*", "naive_prune": "s", "dualspeed": "o"}
-LIGHT, DARK, ORANGE = "#9CCBEB", "#0072B2", "#E69F00"
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "dualspeed",  # else ids in the svg differ from run to run
-}
 
 
 def write_figures(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], out: Path) -> None:
-    """Write figure4, figure5 and figure_mismatch as .png and .svg under `out`."""
-    drawn = {
-        "figure4": (draw_training_time, "figure4"),
-        "figure5": (draw_trade_off, "figure5"),
-        "figure_mismatch": (draw_mismatch, "table2"),
-    }
-    for name, (draw, table) in drawn.items():
-        write_figure(draw, summarise(settings, results, scores, table), Path(out) / name)
+    """Write every figure of a sheet as .png and .svg under `out`."""
 
+    def rows_of(table: str) -> pd.DataFrame:
+        return summarise(settings, results, scores, table)
 
-def write_figure(draw: Callable[[pd.DataFrame], Figure], rows: pd.DataFrame, path: Path) -> None:
-    """Draw `rows` and write `path` with the suffixes .png and .svg."""
-    with matplotlib.rc_context(STYLE):
-        figure = draw(rows)
-        for suffix, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
-            content = io.BytesIO()
-            figure.savefig(content, format=suffix, dpi=200, metadata=metadata)
-            write_atomic(path.with_suffix(f".{suffix}"), content.getvalue())
+    with styled():
+        drawn = {
+            "figure4": draw_training_time(rows_of("figure4")),
+            "figure5": draw_trade_off(rows_of("figure5")),
+            "figure_mismatch": draw_mismatch(rows_of("table2")),
+            "figure_speedup": draw_speedup(summarise_all(settings, results, scores)),
+            "figure_question_types": draw_question_types(settings, results, typical_rows(rows_of("table1"))),
+            "figure_learning_curves": draw_learning_curves(settings, typical_rows(rows_of("table1"))),
+        }
+        for name, figure in drawn.items():
+            write_figure(figure, Path(out) / name)
 
 
 def draw_training_time(rows: pd.DataFrame) -> Figure:
@@ -104,9 +84,8 @@ def draw_trade_off(rows: pd.DataFrame) -> Figure:
 
 
 def draw_panels(left: Axes, right: Axes, rows: pd.DataFrame, prefix: str) -> None:
-    """The two panels of one model; what is usual is what most of its DualSpeed rows share."""
-    dualspeed = rows[rows["method"] == "dualspeed"]
-    usual = {name: dualspeed[name].mode().iloc[-1] for name in ("pruner", "pruning_ratio", "slow_mode_ratio")}
+    """The two panels of one model: each varies one setting and has the usual ones else."""
+    usual = usual_settings(rows)
     is_baseline, same_pruner = rows["method"] == "baseline", rows["pruner"] == usual["pruner"]
     same_p, same_r = (rows[name] == usual[name] for name in ("pruning_ratio", "slow_mode_ratio"))
     is_naive = rows["method"] == "naive_prune"
@@ -119,7 +98,7 @@ def draw_panels(left: Axes, right: Axes, rows: pd.DataFrame, prefix: str) -> Non
 
 def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> None:
     """One panel of Figure 5: points labelled with the setting, DualSpeed's joined in its order."""
-    axes.axhline(100, color="#BBBBBB", linewidth=0.8, zorder=0)
+    axes.axhline(100, color=GREY, linewidth=0.8, zorder=0)
     for method, group in rows.sort_values(setting).groupby("method", sort=False):
         errors = [group["rel"] - group["rel_low"], group["rel_high"] - group["rel"]]
         axes.errorbar(
@@ -147,6 +126,33 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> Non
                 )
                 text.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])
     axes.margins(x=0.14, y=0.14)
+
+
+def draw_speedup(rows: pd.DataFrame) -> Figure:
+    """Measured speedup of a step against the limit that FLOPs set, of every way of training that prunes."""
+    rows = rows[(rows["inference"] == "full") & rows["speedup_theory"].notna() & (rows["method"] != "baseline")]
+    if rows.empty:
+        return empty_figure("Measured and theoretical speedup: not run")
+    places = np.arange(len(rows))
+    figure = Figure(figsize=(7.2, 1.5 + 0.34 * len(rows)))
+    axes = figure.subplots()
+    for method in rows["method"].unique():
+        mine = rows["method"] == method
+        label = f"{METHOD_LABELS[method]}, measured"
+        axes.barh(places[mine], rows["speedup_measured"][mine], 0.62, color=COLORS[method], label=label)
+    axes.vlines(rows["speedup_theory"], places - 0.42, places + 0.42, colors="black", label="limit by FLOPs")
+    for place, row in zip(places, rows.itertuples(), strict=True):
+        share = row.speedup_measured / row.speedup_theory
+        end = max(row.speedup_measured, row.speedup_theory)
+        axes.text(end, place, f"  {row.speedup_measured:.2f}x, {share:.0%} of the limit", va="center", fontsize=9)
+    axes.axvline(1, color=GREY, linewidth=0.8, zorder=0)
+    axes.set_yticks(places, name_rows(rows))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.6 * rows[["speedup_measured", "speedup_theory"]].max(axis=None))
+    axes.set_xlabel("Speedup of a training step (Baseline = 1)")
+    axes.set_title("Measured speedup against what the FLOPs allow")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def draw_mismatch(rows: pd.DataFrame) -> Figure:
@@ -186,15 +192,3 @@ def name_rows(rows: pd.DataFrame) -> list[str]:
             parts.append(row.model)
         names.append(", ".join(parts))
     return names
-
-
-def is_reference(row: Any) -> bool:
-    """Whether a row of a summary is a Baseline."""
-    return row.method == "baseline"
-
-
-def empty_figure(text: str) -> Figure:
-    """A figure that says what is missing."""
-    figure = Figure(figsize=(5, 1.5))
-    figure.text(0.5, 0.5, text, ha="center", va="center")
-    return figure

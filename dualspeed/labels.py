@@ -1,5 +1,7 @@
 """Names as papers write them. Whoever adds a pruner or a benchmark adds its line here."""
 
+from collections.abc import Iterable
+
 METHOD_LABELS = {"baseline": "Baseline", "naive_prune": "NaivePrune", "dualspeed": "DualSpeed"}
 PRUNER_LABELS = {
     "cdpruner": "CDPruner",
@@ -27,3 +29,15 @@ BENCHMARK_LABELS = {
     "seedbench": "SEED",
     "vizwiz": "VizWiz",
 }
+
+
+def in_paper_order(benchmarks: Iterable[str]) -> list[str]:
+    """Benchmarks in the order of the paper's columns; those that it doesn't have follow as they stand."""
+    order = list(BENCHMARK_LABELS)
+    return sorted(benchmarks, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def averaged(benchmarks: Iterable[str]) -> list[str]:
+    """Those of the benchmarks that means and Rel. are taken over: the paper's don't hold VizWiz."""
+    benchmarks = list(benchmarks)
+    return [name for name in benchmarks if name != "vizwiz"] or benchmarks

@@ -1,8 +1,9 @@
 """A base model and how it is trained, as a configuration says it; no torch, so that it can be checked at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dualspeed.recipe import Recipe
+from dualspeed.recipe import Recipe, batch_plan
+from dualspeed.resources import JobResources, ModelResources
 from dualspeed.typed import ConfigError, check_choice
 
 PRUNE_BUDGETS = ("image", "tile")
@@ -67,11 +68,26 @@ class ModelConfig:
     """What a model of source `parts` is put together from."""
     prune_budget: str = "image"
     """See DualSpeedConfig."""
+    resources: ModelResources = field(default_factory=ModelResources)
+    """What its jobs ask a scheduler for."""
 
     def __post_init__(self) -> None:
         check_choice("prune_budget", self.prune_budget, PRUNE_BUDGETS)
+        for stage in STAGES:
+            recipe, wanted = getattr(self.stages, stage), self.resources_of(stage)
+            num_processes = wanted.nodes * wanted.processes
+            try:
+                batch_plan(recipe.global_batch_size, num_processes, recipe.per_device_batch_size or 1)
+            except ConfigError as error:
+                raise ConfigError(f"stages.{stage}.{error} (resources.{stage})") from None
         if (self.source == "parts") != (self.parts is not None):
             raise ConfigError(f"parts: with source {self.source!r}; valid: with source 'parts', and only there")
+
+    def resources_of(self, job: str) -> JobResources:
+        """What a job of this kind (a field of ModelResources) asks for, with the recipe's defaults."""
+        stage = "pretrain" if job == "pretrain" else "finetune"
+        use_cpu = bool(getattr(self.stages, stage).training_arguments.get("use_cpu"))
+        return getattr(self.resources, job).resolved(use_cpu)
 
     @property
     def inputs(self) -> dict[str, str]:

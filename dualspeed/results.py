@@ -2,8 +2,8 @@
 
 Enters: the sheet's settings and what has been written so far of results/scores (METRICS.json of each experiment,
 inference and benchmark), results/speed, and `training.json` of each checkpoint. Leaves: one row per experiment,
-inference and benchmark (`scores`), per metric of those (`detail`), and per experiment (`speed`, `costs`). What has not
-run is absent from `scores` and `detail`, and empty in the other two.
+inference and benchmark (`scores`), per metric of those (`detail`), per type of question (`types`), and per experiment
+(`speed`, `costs`). What has not run is absent from the first three, and empty in the other two.
 """
 
 import json
@@ -20,6 +20,7 @@ IDENTITY = ["experiment", "model", "method", "pruner", "pruning_ratio", "slow_mo
 INFERENCE = ["inference", "inference_pruner", "inference_pruning_ratio"]
 SCORE_COLUMNS = [*IDENTITY, *INFERENCE, "benchmark", "metric", "score", "num_questions"]
 DETAIL_COLUMNS = ["experiment", "inference", "benchmark", "metric", "value"]
+TYPE_COLUMNS = ["experiment", "inference", "benchmark", "question_type", "accuracy", "num_questions"]
 STEP_COLUMNS = ["fast_step_seconds", "slow_step_seconds", "baseline_step_seconds"]
 SPEED_COLUMNS = [
     *["experiment", "method", "pruner", "pruning_ratio", "slow_mode_ratio", "seed", "train_seconds"],
@@ -27,7 +28,7 @@ SPEED_COLUMNS = [
 ]
 COST_COLUMNS = [
     *["experiment", "pretrain", "pretrain_seconds", "finetune_seconds", "train_hours"],
-    *["samples_per_second", "peak_memory_bytes", "pruner_share"],
+    *["samples_per_second", "peak_memory_bytes", "pruner_share", "fast_flops_share", "gpu_hours"],
 ]
 
 
@@ -37,6 +38,7 @@ class Results:
 
     scores: pd.DataFrame
     detail: pd.DataFrame
+    types: pd.DataFrame
     speed: pd.DataFrame
     costs: pd.DataFrame
     statistics: dict[tuple[str, str, str], np.ndarray]
@@ -46,7 +48,7 @@ class Results:
 def read_results(settings: dict[str, Any]) -> Results:
     """Read what there is of a sheet. Raises ValueError naming a file that is broken or scored on other questions."""
     root = Path(settings["results"])
-    scores, detail, statistics, checksums = [], [], {}, {}
+    scores, detail, types, statistics, checksums = [], [], [], {}, {}
     for experiment, inference, benchmark in _cells(settings):
         path = score_path(root, experiment["id"], inference, benchmark)
         if not path.exists():
@@ -57,10 +59,13 @@ def read_results(settings: dict[str, Any]) -> Results:
         key = (experiment["id"], inference, benchmark)
         scores.append(_score_row(settings, experiment, inference, benchmark, content))
         detail += [(*key, metric, value) for metric, value in _all_metrics(content).items()]
+        kinds = content.get("by_category", {}).items()
+        types += [(*key, kind, values["accuracy"], values["num_questions"]) for kind, values in kinds]
         statistics[key] = np.asarray(content["statistics"], dtype=float)
     return Results(
         scores=pd.DataFrame(scores, columns=SCORE_COLUMNS),
         detail=pd.DataFrame(detail, columns=DETAIL_COLUMNS),
+        types=pd.DataFrame(types, columns=TYPE_COLUMNS),
         speed=pd.DataFrame([_speed_row(root, one) for one in settings["experiments"]], columns=SPEED_COLUMNS),
         costs=pd.DataFrame([_cost_row(root, one) for one in settings["experiments"]], columns=COST_COLUMNS),
         statistics=statistics,
@@ -68,8 +73,9 @@ def read_results(settings: dict[str, Any]) -> Results:
 
 
 def write_frames(results: Results, out: Path) -> None:
-    """Write scores.csv, scores_detail.csv, speed.csv and costs.csv under `out`."""
-    frames = {"scores": results.scores, "scores_detail": results.detail, "speed": results.speed, "costs": results.costs}
+    """Write scores.csv, scores_detail.csv, scores_by_type.csv, speed.csv and costs.csv under `out`."""
+    frames = {"scores": results.scores, "scores_detail": results.detail, "scores_by_type": results.types}
+    frames |= {"speed": results.speed, "costs": results.costs}
     for name, frame in frames.items():
         write_atomic(Path(out) / f"{name}.csv", to_csv(frame))
 
@@ -187,13 +193,18 @@ def _cost_row(root: Path, experiment: dict[str, Any]) -> dict[str, Any]:
             continue
         training = read_json(path)
         row[f"{stage}_seconds"] = training["train_seconds"]
+        if training.get("device", "cpu") != "cpu":
+            row[f"{stage}_gpu_hours"] = training["train_seconds"] * training["num_processes"] / 3600
         if stage == "finetune":
             row["samples_per_second"] = training["samples_per_second"]
             row["peak_memory_bytes"] = training["peak_memory_bytes"]
     seconds = [row.get(f"{stage}_seconds") for stage in ("pretrain", "finetune")]
     if seconds[1] is not None and (seconds[0] is not None or not experiment["pretrain_key"]):
         row["train_hours"] = sum(filter(None, seconds)) / 3600
+        if "finetune_gpu_hours" in row:
+            row["gpu_hours"] = row.get("pretrain_gpu_hours", 0.0) + row["finetune_gpu_hours"]
     times = _read_times(root, experiment)
     if times:
         row["pruner_share"] = times["pruner_seconds"] / times["fast_step_seconds"]
+        row["fast_flops_share"] = times["theory_u"]
     return row

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dualspeed.labels import averaged
 from dualspeed.mlflow_store import (
     LOCK_SECONDS,
     Store,
@@ -83,14 +84,15 @@ def row_metrics(
     settings: dict[str, Any], experiment: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]
 ) -> dict[str, float]:
     """score/<benchmark>, score_pruned/<benchmark>, their means, Rel. with its interval, and speed and cost of a row."""
-    metrics = {}
+    metrics, benchmarks = {}, averaged(settings["benchmarks"])
     mine = results.scores[results.scores["experiment"] == experiment["id"]]
     for inference, rows in mine.groupby("inference"):
         prefix = "score" if inference == "full" else f"score_{inference}"
         metrics |= {f"{prefix}/{row.benchmark}": row.score for row in rows.itertuples()}
-        if len(rows) == len(settings["benchmarks"]):
+        rows = rows[rows["benchmark"].isin(benchmarks)]
+        if len(rows) == len(benchmarks):
             metrics[f"{prefix}/mean"] = rows["score"].mean()
-    rel = relative(scores, baseline_pairs(settings, [experiment]), "full", list(settings["benchmarks"]))
+    rel = relative(scores, baseline_pairs(settings, [experiment]), "full", benchmarks)
     if rel is not None:
         low, high = np.percentile(rel[0, 1:], [2.5, 97.5])
         metrics |= {"rel": rel[0, 0], "rel_low": low, "rel_high": high}

@@ -5,19 +5,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dualspeed.labels import averaged
+from dualspeed.paper import DEFAULTS
 from dualspeed.relative import Cell, relative
 from dualspeed.results import Results
 
 METHODS = ("baseline", "naive_prune", "dualspeed")  # in the paper's order
 PRUNERS = ("divprune", "fastervlm", "cdpruner")  # likewise; others follow by name
 SETTINGS = ["pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"]
-MEANS = ["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"]
+MEANS = [
+    *["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"],
+    *["fast_step_seconds", "slow_step_seconds", "baseline_step_seconds", "fast_flops_share"],
+    *["samples_per_second", "peak_memory_bytes", "gpu_hours"],
+]
 
 
 def summarise(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], table: str) -> pd.DataFrame:
     """One row per group of experiments shown in `table` and per inference, in the paper's order.
 
-    Columns: model, method, SETTINGS (pruner and ratio empty for a Baseline), inference, num_seeds; mean and `_std` over
+    Columns: model, method, SETTINGS (pruner and ratio empty for a Baseline), inference, num_seeds and the ids of the
+    `experiments`; mean and `_std` over
     the seeds of each benchmark, of their `mean` and of `rel`; `rel_low` and `rel_high`; MEANS; and `not_run`, which
     lists what is missing. What has not run is NaN. `scores` come from `resample_scores`.
     """
@@ -28,6 +35,7 @@ def summarise(settings: dict[str, Any], results: Results, scores: dict[Cell, np.
         for inference in ("full", "pruned"):
             if any(inference in member["inferences"] for member in members):
                 row = _describe(members[0]) | {"inference": inference, "num_seeds": len(members)}
+                row["experiments"] = "; ".join(member["id"] for member in members)
                 row |= _mean_scores(members, inference, benchmarks, scores)
                 row |= _mean_relative(settings, members, inference, benchmarks, scores)
                 row |= costs.loc[[member["id"] for member in members], MEANS].astype(float).mean().to_dict()
@@ -35,10 +43,47 @@ def summarise(settings: dict[str, Any], results: Results, scores: dict[Cell, np.
     return pd.DataFrame(rows, columns=summary_columns(benchmarks))
 
 
+def summarise_all(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> pd.DataFrame:
+    """`summarise` of every experiment of the sheet, whatever tables show it."""
+    shown = [one | {"tables": ["all"]} for one in settings["experiments"]]
+    return summarise(settings | {"experiments": shown}, results, scores, "all")
+
+
+def usual_settings(rows: pd.DataFrame) -> dict[str, Any]:
+    """Value of each of SETTINGS that most DualSpeed experiments of a summary have; the paper's where that is a tie."""
+    dualspeed = rows[(rows["method"] == "dualspeed") & (rows["inference"] == "full")]
+    usual = {}
+    for name in SETTINGS:
+        counts = dualspeed.groupby(name)["num_seeds"].sum()
+        most = list(counts.index[counts == counts.max()])
+        usual[name] = DEFAULTS[name] if DEFAULTS[name] in most else most[-1]
+    return usual
+
+
+def typical_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the rows of a summary, one of each method: those of the first model with the usual settings."""
+    rows = rows[rows["model"] == rows["model"].iloc[0]] if len(rows) else rows
+    usual = usual_settings(rows) if (rows["method"] == "dualspeed").any() else {}
+    keep = rows["method"] == "baseline"
+    for method, names in {"naive_prune": SETTINGS[:2], "dualspeed": SETTINGS}.items():
+        matches = rows["method"] == method
+        for name in names if usual else ():
+            matches &= rows[name] == usual[name]
+        keep |= matches
+    return rows[keep]
+
+
+def members_of(settings: dict[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The experiments that rows of a summary are means of."""
+    names = {name for names in rows["experiments"] for name in names.split("; ")}
+    return [one for one in settings["experiments"] if one["id"] in names]
+
+
 def summary_columns(benchmarks: list[str]) -> list[str]:
     """Columns of a summary, in order."""
     scores = [column for name in [*benchmarks, "mean", "rel"] for column in (name, f"{name}_std")]
-    return ["model", "method", *SETTINGS, "inference", "num_seeds", *scores, "rel_low", "rel_high", *MEANS, "not_run"]
+    identity = ["model", "method", *SETTINGS, "inference", "num_seeds", "experiments"]
+    return [*identity, *scores, "rel_low", "rel_high", *MEANS, "not_run"]
 
 
 def baseline_pairs(settings: dict[str, Any], members: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -58,6 +103,11 @@ def varied_settings(rows: pd.DataFrame) -> dict[str, str]:
 def is_baseline(experiment: dict[str, Any]) -> bool:
     """Whether an experiment was trained on full tokens alone."""
     return experiment["method"] == "baseline"
+
+
+def is_reference(row: Any) -> bool:
+    """Whether a row of a summary is a Baseline."""
+    return row.method == "baseline"
 
 
 def _groups(settings: dict[str, Any], table: str) -> list[list[dict[str, Any]]]:
@@ -91,8 +141,9 @@ def _mean_scores(
     table = np.array(
         [[scores.get((member["id"], inference, name), missing)[0] for name in benchmarks] for member in members]
     )
+    mean = table[:, [name in averaged(benchmarks) for name in benchmarks]].mean(axis=1)
     row = {}
-    for name, values in zip([*benchmarks, "mean"], [*table.T, table.mean(axis=1)], strict=True):
+    for name, values in zip([*benchmarks, "mean"], [*table.T, mean], strict=True):
         row |= _mean_and_std(name, values)
     absent = [
         f"{member['id']}: {name}"
@@ -110,7 +161,7 @@ def _mean_relative(
     benchmarks: list[str],
     scores: dict[Cell, np.ndarray],
 ) -> dict[str, float]:
-    found = relative(scores, baseline_pairs(settings, members), inference, benchmarks)
+    found = relative(scores, baseline_pairs(settings, members), inference, averaged(benchmarks))
     if found is None:
         return {}
     low, high = np.percentile(found.mean(axis=0)[1:], [2.5, 97.5])

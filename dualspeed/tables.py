@@ -1,8 +1,8 @@
 """The paper's tables, filled with what a sheet's experiments have given so far.
 
 Table 1: methods and pruners on all benchmarks, with Rel., speed and cost. Table 2: the same models on full tokens and
-on pruned ones, where training and inference do not match. Table 3: what each part of DualSpeed adds. A cell whose job
-has not run says so, and is empty in the csv.
+on pruned ones, where training and inference do not match. Table 3: what each part of DualSpeed adds. One more says
+where the time goes. A cell whose job has not run says so, and is empty in the csv.
 """
 
 from pathlib import Path
@@ -11,28 +11,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dualspeed import paper
+from dualspeed.ablation import STEPS, ablation_rows, gains, keep_common_seeds
 from dualspeed.figures import write_figures
-from dualspeed.labels import BENCHMARK_LABELS, METHOD_LABELS, PRUNER_LABELS
+from dualspeed.labels import PRUNER_LABELS, in_paper_order
 from dualspeed.relative import RESAMPLES, Cell, resample_scores
 from dualspeed.results import Results, read_results, write_frames
 from dualspeed.row_runs import log_results
-from dualspeed.summary import summarise, summary_columns, varied_settings
-from dualspeed.table_format import (
-    NOT_APPLICABLE,
-    NOT_RUN,
-    Table,
-    format_mean,
-    format_number,
-    format_setting,
-    write_table,
+from dualspeed.summary import SETTINGS, is_reference, summarise, summarise_all
+from dualspeed.table_cells import (
+    best_scores,
+    paper_cells,
+    pruning_cells,
+    score_cells,
+    setting_cells,
+    time_unit,
 )
+from dualspeed.table_format import NOT_APPLICABLE, NOT_RUN, Table, format_number, write_table
 
-# Rel. of each line of the paper's ablation on LLaVA-1.5, as a public digest of it reports them.
-PAPER_ABLATION = (95.89, 98.88, 99.32, 99.61)
-ABLATION = ("NaivePrune", "+ fast and slow modes", "+ mode isolator", "+ self-distillation")
 REL_NOTE = (
     "Rel.: mean over the benchmarks of the score relative to the Baseline of the same seed, in percent; in brackets "
     f"the 95 % interval of a paired bootstrap over questions ({RESAMPLES} draws); ±: standard deviation over seeds."
+)
+PAPER_SUMMARY = (
+    "The paper's own figures at p = 0.9: 2.1x on LLaVA-1.5 and 4.0x on LLaVA-NeXT (abstract); Rel. with DivPrune "
+    "99.61 and 99.04 (second-hand, medium certainty)."
 )
 
 
@@ -52,36 +55,43 @@ def write_tables(settings: dict[str, Any], out: Path, figures: Path, tracking: d
     results = read_results(settings)
     scores = resample_scores(results.statistics)
     write_frames(results, out)
-    for make_table in (table1, table2, table3):
-        write_table(make_table(settings, results, scores), out)
+    for table in make_tables(settings, results, scores):
+        write_table(table, out)
     write_figures(settings, results, scores, figures)
     if tracking:
         log_results(settings, results, scores, tracking, out, figures)
 
 
+def make_tables(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> list[Table]:
+    """All tables of a sheet, columns in the paper's order; `scores` come from `resample_scores`."""
+    settings = settings | {"benchmarks": in_paper_order(settings["benchmarks"])}
+    return [make_table(settings, results, scores) for make_table in (table1, table2, table3, table_speed)]
+
+
 def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
     """Methods x pruners x benchmarks on full tokens, with speed and cost."""
     rows = summarise(settings, results, scores, "table1")
-    rows = rows[rows["inference"] == "full"]
+    rows = paper.add_paper_values(rows[rows["inference"] == "full"].reset_index(drop=True))
     unit, seconds = time_unit(rows["train_hours"] * 3600)
     cells = setting_cells(rows) | {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, settings["benchmarks"])
+    cells |= paper_cells(rows, "rel", "Rel. % (paper)")
+    cells |= {"Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]]}
+    cells |= paper_cells(rows, "speedup", "Speedup (paper)")
     cells |= {
-        "Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]],
         "Limit": [format_number(value, 2, "x") for value in rows["speedup_theory"]],
         f"Train ({unit})": [format_number(3600 * value / seconds) for value in rows["train_hours"]],
-        "In pruner": [
-            NOT_APPLICABLE if row.method == "baseline" else format_number(100 * row.pruner_share, 1, " %")
-            for row in rows.itertuples()
-        ],
+        "In pruner": pruning_cells(rows, "pruner_share", 100, 1, " %"),
     }
+    grey = tuple(column for column in cells if column.endswith("(paper)"))
     notes = (
         REL_NOTE,
         "Speedup: measured time of a step, Baseline over method. Limit: the same in FLOPs. Train: pretraining and "
         "finetuning, wall clock. In pruner: share of a fast step.",
-        "The paper's own figures at p = 0.9: 2.1x on LLaVA-1.5 and 4.0x on LLaVA-NeXT (abstract); Rel. with DivPrune "
-        "99.61 and 99.04 (second-hand, medium certainty).",
+        paper.NOTE if grey else PAPER_SUMMARY,
     )
-    return Table("table1", "Table 1. Full-token inference after each way of training", rows, pd.DataFrame(cells), notes)
+    best = best_scores(rows, settings["benchmarks"], lambda row: None if is_reference(row) else row["model"])
+    title = "Table 1. Full-token inference after each way of training"
+    return Table("table1", title, rows, pd.DataFrame(cells), notes, best, grey)
 
 
 def table2(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
@@ -95,97 +105,65 @@ def table2(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
         f"Pruned inference uses the pruner and p of training; the Baseline's uses {baseline}.",
         REL_NOTE.replace("the Baseline of", "full-token inference of the Baseline of"),
     )
+    # Every model against itself: what it answers better on.
+    settings_of_model = ["model", "method", *SETTINGS]
+    best = best_scores(rows, settings["benchmarks"], lambda row: tuple(row[settings_of_model].map(str)))
     title = "Table 2. Training-inference mismatch: the same models on full and on pruned tokens"
-    return Table("table2", title, rows, pd.DataFrame(cells), notes)
+    return Table("table2", title, rows, pd.DataFrame(cells), notes, best)
 
 
 def table3(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
     """What fast and slow modes, the isolator and distillation add to NaivePrune, one after another."""
     rows = summarise(keep_common_seeds(settings), results, scores, "table3")
     rows = ablation_rows(rows[rows["inference"] == "full"], list(settings["benchmarks"]))
-    gain = [
-        "" if row.step == 0 else format_gain(row.rel, rows["rel"][rows["step"] == row.step - 1])
-        for row in rows.itertuples()
-    ]
-    cells = {"Training": [ABLATION[step] for step in rows["step"]]} | setting_cells(rows, leave_out=["Method"])
+    cells = {"Training": [STEPS[step] for step in rows["step"]]} | setting_cells(rows, leave_out=["Method"])
     cells |= {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, settings["benchmarks"])
-    cells |= {"Change": gain, "Rel. % (paper's)": [f"{PAPER_ABLATION[step]:.2f}" for step in rows["step"]]}
+    cells |= {
+        "Change": ["" if gain is None else NOT_RUN if pd.isna(gain) else f"{gain:+.2f}" for gain in gains(rows)],
+        "Rel. % (paper)": [str(paper.ABLATION[step]) for step in rows["step"]],
+    }
     notes = (
         REL_NOTE,
         "Change: in Rel., from the line above. Of the seeds, those that every line has. The last column is the paper's "
-        "ablation on LLaVA-1.5, second-hand and of medium certainty: another model, on other benchmarks.",
+        "ablation on LLaVA-1.5, second-hand and of medium certainty; anywhere else it is another model, on other "
+        "benchmarks.",
     )
-    rows = rows.assign(rel_paper_second_hand=[PAPER_ABLATION[step] for step in rows["step"]])
-    return Table("table3", "Table 3. Ablation: what each part of DualSpeed adds", rows, pd.DataFrame(cells), notes)
+    rows = rows.assign(
+        rel_paper=[paper.ABLATION[step].value for step in rows["step"]],
+        rel_paper_certainty=[paper.ABLATION[step].certainty for step in rows["step"]],
+    )
+    best = best_scores(rows, settings["benchmarks"], lambda row: row["model"])
+    title = "Table 3. Ablation: what each part of DualSpeed adds"
+    return Table("table3", title, rows, pd.DataFrame(cells), notes, best, ("Rel. % (paper)",))
 
 
-def ablation_step(method: str, num_virtual_tokens: int, distillation_weight: float) -> int | None:
-    """Line of ABLATION that these settings are, None if they are none of them."""
-    if method != "dualspeed":
-        return 0 if method == "naive_prune" else None
-    parts = (num_virtual_tokens > 0, distillation_weight > 0)
-    return {(False, False): 1, (True, False): 2, (True, True): 3}.get(parts)
-
-
-def keep_common_seeds(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with Table 3 cut down to the seeds that all of its lines have: a seed can matter more than a part."""
-    steps = {}
-    for one in settings["experiments"]:
-        config = one["dualspeed"]
-        step = ablation_step(one["method"], config["num_virtual_tokens"], config["distillation_weight"])
-        if "table3" in one["tables"] and step is not None:
-            steps.setdefault(step, set()).add(one["seed"])
-    common = set.intersection(*steps.values()) if steps else set()
-    kept = [one if one["seed"] in common else one | {"tables": []} for one in settings["experiments"]]
-    return settings | {"experiments": kept if common else settings["experiments"]}
-
-
-def ablation_rows(rows: pd.DataFrame, benchmarks: list[str]) -> pd.DataFrame:
-    """Rows of a summary that are steps of the ablation, by `step`; a step that no experiment makes is an empty row."""
-    parts = []
-    for step in range(len(ABLATION)):
-        found = [
-            row | {"step": step}
-            for row in rows.to_dict("records")
-            if ablation_step(row["method"], row["num_virtual_tokens"], row["distillation_weight"]) == step
-        ]
-        parts += found or [{"num_seeds": 0, "step": step}]
-    return pd.DataFrame(parts, columns=[*summary_columns(benchmarks), "step"])
-
-
-def format_gain(rel: float, before: pd.Series) -> str:
-    """Change of Rel. against the step before, where both are known and the step before is one row."""
-    known = len(before) == 1 and not pd.isna(rel) and not before.isna().any()
-    return f"{rel - before.iloc[0]:+.2f}" if known else NOT_RUN
-
-
-def setting_cells(rows: pd.DataFrame, leave_out: list[str] | None = None) -> dict[str, list[str]]:
-    """Columns that say what was trained; model, r, l and alpha only where they vary."""
-    cells = {"Model": rows["model"].map(format_setting)} if rows["model"].nunique() > 1 else {}
-    cells["Method"] = rows["method"].map(METHOD_LABELS).map(format_setting)
-    cells["Pruner"] = rows["pruner"].map(lambda name: format_setting(PRUNER_LABELS.get(name, name)))
-    cells["p"] = rows["pruning_ratio"].map(format_setting)
-    cells |= {symbol: rows[column].map(format_setting) for symbol, column in varied_settings(rows).items()}
-    return {label: list(column) for label, column in cells.items() if label not in (leave_out or [])}
-
-
-def score_cells(rows: pd.DataFrame, benchmarks: list[str]) -> dict[str, list[str]]:
-    """Columns of scores, their mean and Rel. with its interval."""
-    labels = {name: BENCHMARK_LABELS.get(name, name) for name in benchmarks} | {"mean": "Mean"}
-    cells = {
-        label: [format_mean(mean, std) for mean, std in zip(rows[name], rows[f"{name}_std"], strict=True)]
-        for name, label in labels.items()
+def table_speed(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
+    """Where the time goes: seconds of a step, speedup against its limit, stages, memory, GPU hours; of every row."""
+    rows = summarise_all(settings, results, scores)
+    rows = rows[rows["inference"] == "full"].reset_index(drop=True)
+    rows = rows.assign(share_of_limit=rows["speedup_measured"] / rows["speedup_theory"])
+    unit, seconds = time_unit(rows["train_hours"] * 3600)
+    cells = setting_cells(rows) | {
+        "Fast step (s)": pruning_cells(rows, "fast_step_seconds"),
+        "Slow step (s)": pruning_cells(rows, "slow_step_seconds", never="naive_prune"),
+        "Baseline step (s)": pruning_cells(rows, "baseline_step_seconds"),
+        "u": pruning_cells(rows, "fast_flops_share"),
+        "Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]],
+        "Limit": [format_number(value, 2, "x") for value in rows["speedup_theory"]],
+        "Of limit": pruning_cells(rows, "share_of_limit", 100, 0, " %"),
+        "In pruner": pruning_cells(rows, "pruner_share", 100, 1, " %"),
+        f"Pretrain ({unit})": [format_number(value / seconds) for value in rows["pretrain_seconds"]],
+        f"Finetune ({unit})": [format_number(value / seconds) for value in rows["finetune_seconds"]],
+        "Samples/s": [format_number(value) for value in rows["samples_per_second"]],
+        "Memory (GB)": [format_number(value / 1e9) for value in rows["peak_memory_bytes"]],
+        "GPU hours": [NOT_APPLICABLE if pd.isna(value) else f"{value:.1f}" for value in rows["gpu_hours"]],
     }
-    return cells | {"Rel. %": [format_relative(row) for row in rows.itertuples()]}
-
-
-def format_relative(row: Any) -> str:
-    """Rel. of a summary's row with its interval; the Baseline's is 100 by definition and has none."""
-    if pd.isna(row.rel) or (row.method, row.inference) == ("baseline", "full"):
-        return format_number(row.rel)
-    return f"{format_mean(row.rel, row.rel_std)} [{row.rel_low:.1f}, {row.rel_high:.1f}]"
-
-
-def time_unit(seconds: pd.Series) -> tuple[str, float]:
-    """Hours if anything takes one, else minutes, with the unit's seconds."""
-    return ("h", 3600.0) if seconds.max() >= 3600 else ("min", 60.0)
+    notes = (
+        "Steps: median seconds on one batch in memory, each mode in turn, Baseline's too. "
+        "u: FLOPs of a fast step over a Baseline's. Limit: 1 / ((1 - r) u + r (1 + u/3)), u/3 only where a teacher "
+        "runs. Of limit: measured speedup over it.",
+        "Stages: wall clock with loading, over all resumes, beside whatever else the machine did; samples per second "
+        "and peak memory of the finetuning.",
+    )
+    title = "Speed and cost of each way of training"
+    return Table("table_speed", title, rows, pd.DataFrame(cells), notes)

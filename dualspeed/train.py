@@ -4,7 +4,6 @@ Everything that a killed job needs to go on lies in a state folder, named by a h
 settings, input weights, data. State of other settings is therefore never resumed.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from transformers import ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProcessorMixin, TrainingArguments, set_seed
 
-from dualspeed.callbacks import MetricLogCallback
+from dualspeed.callbacks import MetricLogCallback, StopInTime
+from dualspeed.checkpoints import ResumableTrainer, check_num_processes, last_checkpoint, read_progress
 from dualspeed.config import StageSettings
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.processing import load_processor
@@ -26,13 +26,15 @@ from dualspeed.files import atomic_folder, sha256_of_file, sha256_of_json, write
 from dualspeed.modeling import DualSpeedModel
 from dualspeed.modes import Mode
 from dualspeed.recipe import batch_plan
+from dualspeed.run_lock import run_lock
 from dualspeed.stages import hold_trained_weights_in_float32, set_trainable
 from dualspeed.tracking import METRICS_FILE, MetricLog, ParentRun, RunSpec
-from dualspeed.trainer import DualSpeedTrainer
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE = "trainer_state.json"
+
+class InterruptedTrainingError(RuntimeError):
+    """Training stopped before its last step, with a checkpoint that the next job goes on from."""
 
 
 def train(
@@ -43,6 +45,7 @@ def train(
     out: Path,
     tracking: dict[str, str] | None = None,
     parent: dict[str, str] | None = None,
+    time_limit: float | None = None,
 ) -> None:
     """Run a stage from the checkpoint in `model_folder` on the prepared data in `data_folder`, and write it to `out`.
 
@@ -50,28 +53,52 @@ def train(
         state_root: holds the state folders; a stage that was killed goes on where its last whole checkpoint is.
         tracking: MLflow's `uri` and `experiment`; None logs to the state folder alone.
         parent: `row` and `settings_hash` of the experiment that the run belongs to; None for a shared pretraining.
+        time_limit: minutes that this job has; training stops with a checkpoint in time. None: no limit.
+
+    Raises:
+        InterruptedTrainingError: the time was over, or SIGTERM came.
+        RunIsLiveError: another job trains this very run.
+        WorldSizeError: the run was started on another number of processes.
     """
-    clock = Clock(state := open_state(state_root, settings, model_folder, data_folder))
+    started = time.monotonic()
+    state = open_state(state_root, settings, model_folder, data_folder)
     logger.info("state of this run: %s", state)
-    model, processor = load_model(settings, model_folder)
-    dataset = load_from_disk(data_folder)
-    logger.info("%s on %d samples", settings.stage, len(dataset))
-    spec = RunSpec(
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    with StopInTime(time_limit) as stop, run_lock(state) if is_first_process else nullcontext():
+        checkpoint = last_checkpoint(state / "checkpoints")
+        check_num_processes(checkpoint, world_size())
+        model, processor = load_model(settings, model_folder)
+        dataset = load_from_disk(data_folder)
+        logger.info("%s on %d samples", settings.stage, len(dataset))
+        spec = run_spec(settings, out, parent)
+        with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
+            started -= read_progress(checkpoint).get("seconds", 0.0)
+            trainer = make_trainer(settings, model, processor, dataset, state / "checkpoints", started)
+            trainer.add_callback(stop)
+            if metric_log:
+                trainer.add_callback(MetricLogCallback(metric_log))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.reason:
+                steps = f"{trainer.state.global_step} of {trainer.state.max_steps} steps"
+                raise InterruptedTrainingError(f"{stop.reason}: {steps} are done and kept; start it again to go on")
+            save(trainer, settings, state, out)
+        if is_first_process:
+            shutil.rmtree(state / "checkpoints", ignore_errors=True)  # all that they hold is in `out`
+
+
+def world_size() -> int:
+    """Processes that train together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_spec(settings: StageSettings, out: Path, parent: dict[str, str] | None) -> RunSpec:
+    """What the stage's run is called, set to and tagged with."""
+    return RunSpec(
         name=f"{settings.stage} {out.name}",
         parent=ParentRun(**parent) if parent else None,
         params=settings.to_dict(),
         tags={"stage": settings.stage} | ({"pretrain_key": out.name} if settings.stage == "pretrain" else {}),
     )
-    is_first_process = os.environ.get("RANK", "0") == "0"
-    with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
-        trainer = make_trainer(settings, model, processor, dataset, state)
-        trainer.add_callback(clock)
-        if metric_log:
-            trainer.add_callback(MetricLogCallback(metric_log))
-        trainer.train(resume_from_checkpoint=last_checkpoint(state / "checkpoints"))
-        save(trainer, settings, state, out, clock.seconds())
-    if trainer.is_world_process_zero():
-        shutil.rmtree(state / "checkpoints", ignore_errors=True)  # all that they hold is in `out`
 
 
 def open_state(state_root: Path, settings: StageSettings, model_folder: Path, data_folder: Path) -> Path:
@@ -111,25 +138,29 @@ def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, P
 
 
 def make_trainer(
-    settings: StageSettings, model: DualSpeedModel, processor: ProcessorMixin, dataset: Dataset, state: Path
-) -> DualSpeedTrainer:
-    """The trainer of a stage; its checkpoints lie in the state folder."""
-    recipe = settings.recipe
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: StageSettings,
+    model: DualSpeedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    checkpoints: Path,
+    started: float,
+) -> ResumableTrainer:
+    """The trainer of a stage, which `started` at this `time.monotonic()` if it never was interrupted."""
+    recipe, num_processes = settings.recipe, world_size()
     per_device_batch_size = recipe.per_device_batch_size or recipe.global_batch_size // num_processes
     arguments = TrainingArguments(
         **{
-            "output_dir": str(state / "checkpoints"),
+            "output_dir": str(checkpoints),
             "seed": settings.seed,
             "per_device_train_batch_size": per_device_batch_size,
             "gradient_accumulation_steps": batch_plan(recipe.global_batch_size, num_processes, per_device_batch_size),
             "logging_nan_inf_filter": False,
             "length_column_name": "num_tokens",
-            "save_total_limit": 2,
             **recipe.training_arguments,
         }
     )
-    return DualSpeedTrainer(
+    return ResumableTrainer(
+        started=started,
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -140,18 +171,7 @@ def make_trainer(
     )
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint. The trainer's state is written last, so one that can be read ends a whole one."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((checkpoint / TRAINER_STATE).read_text())
-            return str(checkpoint)
-        except (FileNotFoundError, json.JSONDecodeError):
-            logger.warning("%s was cut off while it was written; an older one serves", checkpoint)
-    return None
-
-
-def save(trainer: DualSpeedTrainer, settings: StageSettings, state: Path, out: Path, seconds: float) -> None:
+def save(trainer: ResumableTrainer, settings: StageSettings, state: Path, out: Path) -> None:
     """Write the stock checkpoint, the isolator, training.json and the metrics to `out`, whole or not at all."""
     trainer.save_dtype = trainer.accelerator.unwrap_model(trainer.model).stored_dtype
     if not trainer.is_world_process_zero():
@@ -159,14 +179,14 @@ def save(trainer: DualSpeedTrainer, settings: StageSettings, state: Path, out: P
         return
     with atomic_folder(out) as folder:
         trainer.save_model(str(folder))
-        write_json(folder / "training.json", training_record(trainer, settings, seconds))
+        write_json(folder / "training.json", training_record(trainer, settings))
         # Figures read what the workflow declares, and state isn't.
         shutil.copyfile(state / METRICS_FILE, folder / METRICS_FILE)
 
 
-def training_record(trainer: DualSpeedTrainer, settings: StageSettings, seconds: float) -> dict[str, Any]:
+def training_record(trainer: ResumableTrainer, settings: StageSettings) -> dict[str, Any]:
     """What a stage was and what it cost; `train_seconds` is its wall clock with loading, over all its resumes."""
-    num_steps = trainer.state.global_step
+    num_steps, seconds = trainer.state.global_step, trainer.seconds()
     num_samples = num_steps * settings.recipe.global_batch_size
     losses = {key: value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key}
     return {
@@ -179,27 +199,9 @@ def training_record(trainer: DualSpeedTrainer, settings: StageSettings, seconds:
         "num_samples": num_samples,
         "samples_per_second": num_samples / seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "device": trainer.args.device.type,
         "num_processes": trainer.accelerator.num_processes,
         "final": losses,
         "machine": machine(),
         **environment(),
     }
-
-
-class Clock(TrainerCallback):
-    """Wall clock of a stage over all the jobs that it took: each checkpoint carries what went before it."""
-
-    def __init__(self, state: Path) -> None:
-        self.started = time.monotonic()
-        checkpoint = last_checkpoint(state / "checkpoints")
-        file = Path(checkpoint) / "seconds.json" if checkpoint else None
-        self.before = json.loads(file.read_text()) if file and file.exists() else 0.0
-
-    def seconds(self) -> float:
-        """Seconds that the stage has taken so far."""
-        return self.before + time.monotonic() - self.started
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        """Note the time in the checkpoint that was just written."""
-        if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "seconds.json", self.seconds())

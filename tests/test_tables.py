@@ -3,17 +3,25 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 from results_tree import QUESTIONS, experiment, make_tree, write, write_score
 
+from dualspeed import paper
+from dualspeed.labels import in_paper_order
+from dualspeed.learning_curves import read_curve
+from dualspeed.question_types import accuracy_by_type
 from dualspeed.relative import relative, resample_scores
 from dualspeed.results import read_results
+from dualspeed.summary import members_of, summarise, typical_rows
+from dualspeed.table_format import escape
 from dualspeed.tables import write_tables
 
 SCORE_COLUMNS = (
@@ -137,17 +145,104 @@ def test_table3_finds_its_steps_by_their_settings_and_compares_equal_seeds(setti
     write_tables(settings, tmp_path / "tables", tmp_path / "figures")
     rows = rows_of(tmp_path / "tables/table3.csv")
     assert [row["rel"][:5] for row in rows] == ["50", "85", "", "92.5"]
-    assert [float(row["rel_paper_second_hand"]) for row in rows] == [95.89, 98.88, 99.32, 99.61]
+    assert [float(row["rel_paper"]) for row in rows] == [95.89, 98.88, 99.32, 99.61]
+    assert {row["rel_paper_certainty"] for row in rows} == {"medium"}
     shown = markdown_rows(tmp_path / "tables/table3.md")
     assert [row["Training"] for row in shown][2:] == ["+ mode isolator", "+ self-distillation"]
     assert [row["Change"] for row in shown] == ["", "+35.00", "not run", "not run"] and shown[2]["Mean"] == "not run"
     assert "second-hand" in (tmp_path / "tables/table3.md").read_text()
 
 
+def test_columns_stand_in_the_papers_order_whatever_the_configuration_says(settings, tmp_path):
+    settings["benchmarks"] = ["scienceqa", "gqa"]
+    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    columns = list(markdown_rows(tmp_path / "tables/table1.md")[0])
+    assert columns.index("GQA") < columns.index("SQA") < columns.index("Mean")
+    assert in_paper_order(["x", "vizwiz", "mme", "pope", "vqav2"]) == ["vqav2", "pope", "mme", "vizwiz", "x"]
+
+
+def test_vizwiz_is_shown_but_not_in_the_papers_mean(settings, tmp_path):
+    settings["benchmarks"] = ["vizwiz", "gqa", "scienceqa"]
+    results = read_results(settings)
+    scores = resample_scores(results.statistics)
+    without = summarise(settings | {"benchmarks": ["gqa", "scienceqa"]}, results, scores, "table1")
+    scores |= {("base-0", "full", "vizwiz"): np.zeros(2001)}
+    rows = summarise(settings, results, scores, "table1")
+    assert rows["vizwiz"][0] == 0
+    pd.testing.assert_frame_equal(rows[["mean", "rel"]], without[["mean", "rel"]])
+
+
+def test_the_papers_numbers_stand_beside_its_own_models_and_settings_alone(settings, tmp_path):
+    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    assert "(paper)" not in (tmp_path / "tables/table1.md").read_text().split("Rel.:")[0]
+    for one in settings["experiments"]:
+        one["model"] = "llava-1.5-7b"
+    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    shown = markdown_rows(tmp_path / "tables/table1.md")
+    assert [row["Rel. % (paper)"] for row in shown] == ["", "", "", "99.61 (medium)"]
+    assert [row["Speedup (paper)"] for row in shown] == ["", "", "", "2.1 (certain)"]
+    row = rows_of(tmp_path / "tables/table1.csv")[3]
+    assert (row["speedup_paper"], row["rel_paper_certainty"]) == ("2.1", "medium")
+    assert "\\textcolor{gray}{99.61 (medium)}" in (tmp_path / "tables/table1.tex").read_text()
+    assert paper.NOTE in (tmp_path / "tables/table1.md").read_text()
+
+
+def test_speed_table_says_how_near_the_limit_a_run_is_and_what_it_costs(settings, tmp_path):
+    for folder in ("models/ds-0", "pretrain/fast-0"):
+        path = tmp_path / "results" / folder / "training.json"
+        write(path, json.loads(path.read_text()) | {"device": "cuda", "num_processes": 8})
+    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    rows = rows_of(tmp_path / "tables/table_speed.csv")
+    (row,) = [row for row in rows if row["method"] == "dualspeed" and row["pruning_ratio"] == "0.9"]
+    measured, limit = 1 / (0.9 * 0.25 + 0.1 * 1.1), 1 / (0.9 * 0.2 + 0.1 * (1 + 0.2 / 3))
+    assert float(row["share_of_limit"]) == pytest.approx(measured / limit)
+    assert float(row["gpu_hours"]) == pytest.approx(8 * (120 + 30) / 3600)
+    shown = markdown_rows(tmp_path / "tables/table_speed.md")
+    assert [row["u"] for row in shown] == ["-", "0.200", "not run", "0.200"]
+    assert [row["GPU hours"] for row in shown] == ["-", "-", "-", "0.3"]
+
+
+def test_best_of_each_column_is_bold_and_what_it_is_compared_with_is_not(written):
+    text = (written / "table1.tex").read_text()
+    (dualspeed,) = [line for line in text.splitlines() if "81.0" in line]
+    assert "\\textbf{81.0 $\\pm$ 12.7}" in dualspeed and "\\textbf{93.8" in dualspeed
+    (baseline,) = [line for line in text.splitlines() if line.startswith("Baseline")]
+    assert "textbf" not in baseline and "\\textcolor{gray}{not run}" in text
+    naive = [line for line in (written / "table2.tex").read_text().splitlines() if line.startswith("NaivePrune")]
+    assert ["\\textbf{76.0}" in line for line in naive] == [False, True]
+
+
 def test_latex_is_escaped_and_complete(written):
     text = (written / "table1.tex").read_text()
     assert text.count("\\begin{") == text.count("\\end{") == 2
     assert "Rel. \\%" in text and "$\\pm$" in text and "±" not in text
+    assert escape("50 % & a_b #1 {x} ~ ^ \\ $") == (
+        "50 \\% \\& a\\_b \\#1 \\{x\\} \\textasciitilde{} \\textasciicircum{} \\textbackslash{} \\$"
+    )
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex: tables were not compiled")
+def test_latex_tables_compile_in_a_small_document(settings, tmp_path):
+    settings["experiments"] += [one | {"model": "llava-1.5-7b"} for one in settings["experiments"]]
+    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    inputs = "\n".join(f"\\input{{tables/{path.stem}}}" for path in sorted(tmp_path.glob("tables/*.tex")))
+    packages = "\\usepackage{booktabs,graphicx,xcolor}"
+    document = f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
+    (tmp_path / "all.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "all.pdf").stat().st_size > 10_000
+    assert "Overfull" not in done.stdout and "Missing character" not in done.stdout
+
+
+def test_markdown_renders_as_tables(written):
+    for path in sorted(written.glob("*.md")):
+        html = MarkdownIt("commonmark").enable("table").render(path.read_text())
+        cells = [html.count(f"<{tag}") for tag in ("table", "th ", "td ")]
+        shown = markdown_rows(path)
+        assert cells == [1, len(shown[0]), len(shown) * len(shown[0])], path.name
+        assert html.startswith("<p><strong>") and html.count("<p>") >= 2 and "|" not in html
 
 
 def test_bootstrap_draws_the_same_questions_for_both_models():
@@ -183,7 +278,9 @@ def test_broken_score_file_is_named(settings, tmp_path):
 
 def test_figures_are_written_and_the_same_for_the_same_numbers(settings, written, tmp_path):
     folder = written.parent.parent / "figures/demo"
-    names = {f"{name}.{kind}" for name in ("figure4", "figure5", "figure_mismatch") for kind in ("png", "svg")}
+    more = ("mismatch", "speedup", "question_types", "learning_curves")
+    drawn = ["figure4", "figure5", *(f"figure_{name}" for name in more)]
+    names = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     assert {path.name for path in folder.iterdir()} == names
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
@@ -191,6 +288,35 @@ def test_figures_are_written_and_the_same_for_the_same_numbers(settings, written
     write_tables(settings, tmp_path / "tables/again", tmp_path / "figures/again")
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "figures/again" / name).read_bytes()
+
+
+def test_learning_curve_counts_the_time_that_was_trained(settings, tmp_path):
+    folder = tmp_path / "results/models/ds-0"
+    curve = read_curve(folder)
+    assert list(curve["step"]) == list(range(1, 11))
+    assert curve["seconds"].iloc[-1] == pytest.approx(120) and curve["seconds"].iloc[0] == pytest.approx(12)
+    assert list(curve["fast/ce_loss"]) == [0.5**step for step in range(1, 11)] and curve["slow/ce_loss"].isna().all()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "ti')
+    pd.testing.assert_frame_equal(read_curve(folder), curve)
+    assert read_curve(tmp_path / "results/models/ds-p0.75").empty
+
+
+def test_accuracy_by_type_is_the_mean_over_seeds(settings):
+    results = read_results(settings)
+    rows = summarise(settings, results, resample_scores(results.statistics), "table1")
+    table = accuracy_by_type(settings, results, typical_rows(rows))
+    assert list(table.index) == ["GQA: open", "GQA: binary", "SQA: open", "SQA: binary"]
+    assert table.loc["GQA: binary"].to_dict() == {"baseline": 70, "naive_prune": 0, "dualspeed": 62}
+
+
+def test_typical_rows_have_the_settings_that_most_experiments_share(settings):
+    results = read_results(settings)
+    rows = summarise(settings, results, {}, "table1")
+    typical = typical_rows(rows[rows["inference"] == "full"])
+    assert list(typical["method"]) == ["baseline", "naive_prune", "dualspeed"]
+    assert list(typical["pruning_ratio"])[1:] == [0.9, 0.9]
+    assert [one["id"] for one in members_of(settings, typical)] == ["ds-0", "ds-1", "naive-0", "base-0", "base-1"]
 
 
 def test_nothing_run_yet_gives_tables_and_figures_that_say_so(settings, tmp_path):

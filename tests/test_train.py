@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import kill
 import pytest
 import tiny
 import torch
@@ -17,9 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed import DualSpeedConfig
+from dualspeed.checkpoints import WorldSizeError, last_checkpoint, list_checkpoints
 from dualspeed.config import StageSettings
 from dualspeed.recipe import Recipe
-from dualspeed.train import last_checkpoint, open_state, train
+from dualspeed.run_lock import RunIsLiveError, run_lock
+from dualspeed.train import InterruptedTrainingError, open_state, train
 
 NUM_STEPS = 12
 
@@ -124,31 +128,143 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
     (tmp_path / "checkpoint-6").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert last_checkpoint(tmp_path / "none") is None
 
 
-def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
-    """SIGKILL once a checkpoint is there; the second job goes on, and no step is logged twice."""
-    whole = run(inputs, tmp_path / "whole", settings())
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", json.dumps(settings().to_dict())]
+def command_of(inputs: Path, folder: Path, chosen: StageSettings) -> list[str]:
+    """`dualspeed train` as a rule calls it."""
+    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", json.dumps(chosen.to_dict())]
     command += ["--model", str(inputs / "base"), "--data", str(inputs / "data")]
-    command += ["--state", str(folder / "state"), "--out", str(folder / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("state/*/checkpoints/checkpoint-4/trainer_state.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "out").exists()
+    return [*command, "--state", str(folder / "state"), "--out", str(folder / "out")]
 
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
-    for name, value in load_file(whole / "model.safetensors").items():
-        assert torch.equal(load_file(folder / "out" / "model.safetensors")[name], value), name
+
+def start(command: list[str], until: Callable[[], object]) -> subprocess.Popen:
+    """A process in a group of its own, once `until` holds while it runs."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    return process
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in ("model.safetensors", "mode_isolator.safetensors"):
+        left, right = load_file(one / name), load_file(other / name)
+        assert all(torch.equal(left[key], right[key]) for key in right)
+
+
+def logged_steps(folder: Path) -> list[int]:
     metrics = [json.loads(line) for path in folder.glob("state/*/metrics.jsonl") for line in path.open()]
-    steps = [entry["step"] for entry in metrics if "loss" in entry["metrics"]]
-    assert steps == sorted(set(steps)) == list(range(1, NUM_STEPS + 1))
+    return [entry["step"] for entry in metrics if "loss" in entry["metrics"]]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """What a training makes that nothing happens to; its last step is in the middle of an epoch."""
+    return run(inputs, tmp_path_factory.mktemp("whole"), interruptible())
+
+
+def interruptible() -> StageSettings:
+    chosen = settings()
+    chosen.recipe.training_arguments.update(max_steps=NUM_STEPS + 1, dataloader_num_workers=1)
+    return chosen
+
+
+def test_killed_and_resumed_equals_uninterrupted(inputs, whole, tmp_path):
+    """SIGKILL once a checkpoint is there; the second job goes on, and no step is logged twice."""
+    command = command_of(inputs, tmp_path, interruptible())
+    process = start(command, lambda: list(tmp_path.glob("state/*/checkpoints/checkpoint-4")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+
+    run(inputs, tmp_path, interruptible())
+    assert_same_weights(tmp_path / "out", whole)
+    assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
+
+
+def test_sigterm_to_all_processes_of_a_job_leaves_a_checkpoint_of_the_step(inputs, whole, tmp_path):
+    """As scancel does it: data loading workers get the signal too."""
+    process = start(command_of(inputs, tmp_path, interruptible()), lambda: len(logged_steps(tmp_path)) >= 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    message = process.communicate(timeout=30)[1].strip().splitlines()[-1]
+    assert process.returncode == 1
+    steps = logged_steps(tmp_path)
+    assert message.startswith(f"dualspeed train: SIGTERM: {len(steps)} of {NUM_STEPS + 1} steps are done and kept")
+    checkpoints = next(tmp_path.glob("state/*/checkpoints"))
+    assert last_checkpoint(checkpoints).name == f"checkpoint-{len(steps)}"
+    assert len(list_checkpoints(checkpoints)) == 2
+
+    run(inputs, tmp_path, interruptible())
+    assert_same_weights(tmp_path / "out", whole)
+    assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
+
+
+def test_training_stops_in_time_and_goes_on(inputs, whole, tmp_path):
+    chosen, out = interruptible(), tmp_path / "out"
+    arguments = (chosen, inputs / "base", inputs / "data", tmp_path / "state", out)
+    handler = signal.getsignal(signal.SIGTERM)
+    for step in (1, 2):
+        with pytest.raises(InterruptedTrainingError, match=f"time is nearly over: {step} of {NUM_STEPS + 1} steps"):
+            train(*arguments, time_limit=1e-6)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert not out.exists()
+    train(*arguments, time_limit=60)
+    assert_same_weights(out, whole)
+    assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
+    record = json.loads((out / "training.json").read_text())
+    assert record["train_seconds"] > json.loads((whole / "training.json").read_text())["train_seconds"]
+
+
+def test_a_job_that_ends_between_last_step_and_result_trains_no_step_more(inputs, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("dualspeed.train.save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(inputs, tmp_path, interruptible())
+    run(inputs, tmp_path, interruptible())
+    assert_same_weights(tmp_path / "out", whole)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["num_steps"] == NUM_STEPS + 1
+
+
+def test_another_number_of_processes_is_refused(inputs, tmp_path):
+    arguments = (interruptible(), inputs / "base", inputs / "data", tmp_path / "state", tmp_path / "out")
+    with pytest.raises(InterruptedTrainingError):
+        train(*arguments, time_limit=1e-6)
+    progress = next(tmp_path.glob("state/*/checkpoints/checkpoint-1/progress.json"))
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"num_processes": 2}))
+    with pytest.raises(WorldSizeError, match="started on 2 processes and this job has 1"):
+        train(*arguments)
+
+
+HOLD_LOCK = """
+import pathlib, sys, time
+from dualspeed.run_lock import run_lock
+with run_lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_job_of_a_run_is_refused_until_the_first_has_ended(inputs, tmp_path):
+    state = open_state(tmp_path / "state", settings(), inputs / "base", inputs / "data")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(state)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunIsLiveError, match=rf"{state.name}: process {holder.pid} on .* trains this run; wait for it"):
+        run(inputs, tmp_path, settings())
+    assert not list(state.glob("*.jsonl"))
+    holder.kill()
+    holder.communicate()
+    with run_lock(state):
+        pass
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_lose_nothing(tmp_path):
+    """benchmarks/kill.py does thirty."""
+    kills, problems = kill.kill_and_compare(tmp_path, num_kills=5, seed=1)
+    assert kills["writing a checkpoint"]
+    assert problems == []

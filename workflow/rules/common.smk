@@ -1,6 +1,7 @@
 """The checked configuration, the sheet's rows, and the paths that rules share; no rule is here."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from dualspeed import jobs
-from dualspeed.config import SERVER_FILES, finetune_settings, load_project, pretrain_key, pretrain_settings
+from dualspeed.config import finetune_settings, load_project, pretrain_key, pretrain_settings
+from dualspeed.gpus import NUM_GPUS
 from dualspeed.sheet import read_sheet
 from dualspeed.typed import ConfigError
 
@@ -17,9 +19,14 @@ try:
 except ConfigError as error:
     raise WorkflowError(error) from None
 
+SHEET_TEXT = Path(config["experiments"]).read_text(encoding="utf-8")
 validate(config, "../schemas/config.schema.yaml")
 for row in read_sheet(Path(config["experiments"])):
     validate({column: cell for column, cell in row.items() if cell is not None}, "../schemas/experiments.schema.yaml")
+
+# The GPUs of a profile that shares them out; a scheduler does that itself.
+if "gpu" in workflow.global_resources:
+    os.environ[NUM_GPUS] = str(workflow.global_resources["gpu"].value)
 
 # Jobs find `dualspeed` beside this Python, activated or not. OpenMP's spinning makes busy cores ten times slower.
 shell.prefix(f"export PATH='{Path(sys.executable).parent}':\"$PATH\" OMP_WAIT_POLICY=PASSIVE; ")
@@ -59,12 +66,7 @@ SCORES = [
     f"{RESULTS}/scores/{one.id}/{inference}/{benchmark}.json"
     for one in PROJECT.experiments
     for inference in one.inferences
-    for benchmark in PROJECT.scored
-]
-SUBMISSIONS = [
-    f"{RESULTS}/submissions/{one.id}/{name}.{SERVER_FILES[name]}"
-    for one in PROJECT.experiments
-    for name in PROJECT.submitted
+    for benchmark in PROJECT.benchmarks
 ]
 
 
@@ -89,6 +91,19 @@ def recipe_of(model, stage):
     return getattr(PROJECT.models[model].stages, stage)
 
 
-def gpus_of(model):
-    """GPUs that a job with this model asks the scheduler for."""
-    return 0 if recipe_of(model, "finetune").training_arguments.get("use_cpu") else 1
+def wanted(model, job):
+    """What a job of this kind (a field of ModelResources) asks a scheduler for."""
+    return PROJECT.models[model].resources_of(job)
+
+
+def scheduled(model_of, job):
+    """These resources of a job whose model is `model_of` its wildcards; one that no model names is left to the profile."""
+    named = {name for model in PROJECT.models for name in wanted(model, job).asked()}
+    return {
+        name: lambda wildcards, name=name: wanted(model_of(wildcards), job).asked().get(name) for name in sorted(named)
+    }
+
+
+def growing(minutes):
+    """Runtime of a job that a retry starts anew: every attempt has as much more."""
+    return lambda wildcards, attempt: attempt * minutes

@@ -12,7 +12,7 @@ rule init_tracking:
     threads: 1
     resources:
         mem_mb=2000,
-        runtime=10,
+        runtime=growing(10),
     params:
         store=TRACKING,
     message:
@@ -31,7 +31,7 @@ rule make_demo_data:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=30,
+        runtime=growing(30),
     params:
         settings=as_json(jobs.demo_data_settings(PROJECT)),
     message:
@@ -54,7 +54,7 @@ rule make_base_model:
     threads: 2
     resources:
         mem_mb=4000,
-        runtime=60,
+        runtime=growing(60),
     params:
         settings=as_json(jobs.base_model_settings(PROJECT)),
     message:
@@ -77,7 +77,7 @@ rule assemble_base_model:
     threads: 2
     resources:
         mem_mb=80000,
-        runtime=120,
+        runtime=growing(120),
     params:
         settings=lambda wildcards: as_json(jobs.parts_settings(PROJECT.models[wildcards.model])),
     message:
@@ -99,7 +99,7 @@ rule prepare_data:
     threads: 1
     resources:
         mem_mb=8000,
-        runtime=240,
+        runtime=growing(240),
     params:
         settings=lambda wildcards: as_json(jobs.preparation_settings(recipe_of(wildcards.model, wildcards.stage))),
     message:

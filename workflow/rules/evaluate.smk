@@ -1,62 +1,25 @@
 """Answers, then scores. Jobs are few and fat: one for a row and a way of inference answers all benchmarks."""
 
-ANSWERS = f"{RESULTS}/answers/{{experiment}}/{{inference}}"
-# Where a row's questions are divided, shards leave their answers in the state folder, and generate_answers merges them.
-SHARDS = PROJECT.inference.shards
-
-
-def all_answers(name, benchmarks):
-    """A file of each benchmark beside a row's answers."""
-    return [f"{ANSWERS}/{name.format(benchmark=benchmark)}" for benchmark in benchmarks]
-
-
-rule answer_shard:
-    input:
-        model=f"{RESULTS}/models/{{experiment}}",
-        questions=sorted({made_from(benchmark.folder) for benchmark in PROJECT.benchmarks.values()}),
-    output:
-        touch(f"{ANSWERS}/shard{{shard}}of{SHARDS}.done"),
-    log:
-        f"{LOGS}/answer_shard/{{experiment}}/{{inference}}/{{shard}}.log",
-    benchmark:
-        f"{TIMES}/answer_shard/{{experiment}}/{{inference}}/{{shard}}.tsv"
-    wildcard_constraints:
-        shard="[0-9]+",
-    threads: 1
-    resources:
-        gpu=lambda wildcards: gpus_of(EXPERIMENTS[wildcards.experiment].model),
-        mem_mb=8000,
-        runtime=720,
-    params:
-        settings=lambda wildcards: as_json(
-            jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
-        ),
-        folder=ANSWERS,
-    message:
-        "Answer part {wildcards.shard} of {SHARDS} with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
-    shell:
-        "exec dualspeed answer --settings {params.settings:q} --model {input.model} --state {STATE}"
-        " --out {params.folder} --shard {wildcards.shard}/{SHARDS} > {log} 2>&1"
-
 
 rule generate_answers:
     input:
         model=f"{RESULTS}/models/{{experiment}}",
-        questions=rules.answer_shard.input.questions,
-        shards=[f"{ANSWERS}/shard{number}of{SHARDS}.done" for number in range(1, SHARDS + 1) if SHARDS > 1],
+        questions=sorted({made_from(benchmark.folder) for benchmark in PROJECT.benchmarks.values()}),
         store=ancient(TRACKING_READY),
     output:
-        answers=all_answers("{benchmark}.jsonl", PROJECT.benchmarks),
-        throughput=all_answers("{benchmark}.throughput.json", PROJECT.benchmarks),
+        answers=expand(
+            f"{RESULTS}/answers/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.jsonl", name=PROJECT.benchmarks
+        ),
+        throughput=expand(
+            f"{RESULTS}/answers/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.throughput.json", name=PROJECT.benchmarks
+        ),
     log:
         f"{LOGS}/generate_answers/{{experiment}}/{{inference}}.log",
     benchmark:
         f"{TIMES}/generate_answers/{{experiment}}/{{inference}}.tsv"
     threads: 1
     resources:
-        gpu=lambda wildcards: gpus_of(EXPERIMENTS[wildcards.experiment].model) if SHARDS == 1 else 0,
-        mem_mb=8000,
-        runtime=720,
+        **scheduled(lambda wildcards: EXPERIMENTS[wildcards.experiment].model, "answer"),
     params:
         settings=lambda wildcards: as_json(
             jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
@@ -67,15 +30,16 @@ rule generate_answers:
         "Answer the benchmarks with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
     shell:
         "exec dualspeed answer --settings {params.settings:q} --model {input.model} --state {STATE}"
-        " --out {params.folder} --tracking {TRACKING:q} --parent {params.parent:q} > {log} 2>&1"
+        " --out {params.folder} --tracking {TRACKING:q} --parent {params.parent:q}"
+        " --gpus {resources.gpu} > {log} 2>&1"
 
 
 rule score:
     input:
-        answers=all_answers("{benchmark}.jsonl", PROJECT.scored),
+        answers=rules.generate_answers.output.answers,
         questions=rules.generate_answers.input.questions,
     output:
-        scores=expand(f"{RESULTS}/scores/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.json", name=PROJECT.scored),
+        scores=expand(f"{RESULTS}/scores/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.json", name=PROJECT.benchmarks),
     log:
         f"{LOGS}/score/{{experiment}}/{{inference}}.log",
     benchmark:
@@ -83,10 +47,10 @@ rule score:
     threads: 1
     resources:
         mem_mb=2000,
-        runtime=30,
+        runtime=growing(30),
     params:
-        benchmarks=PROJECT.scored,
-        folders=[PROJECT.benchmarks[name].folder for name in PROJECT.scored],
+        benchmarks=list(PROJECT.benchmarks),
+        folders=[benchmark.folder for benchmark in PROJECT.benchmarks.values()],
     message:
         "Score {wildcards.experiment}, {wildcards.inference} tokens"
     shell:
@@ -98,29 +62,3 @@ rule score:
             dualspeed score "${{benchmarks[i]}}" --data "${{folders[i]}}" --answers "${{answers[i]}}" --out "${{scores[i]}}"
         done
         """
-
-
-rule submission:
-    input:
-        answers=f"{RESULTS}/answers/{{experiment}}/full/{{name}}.jsonl",
-        questions=lambda wildcards: made_from(PROJECT.benchmarks[wildcards.name].folder),
-    output:
-        f"{RESULTS}/submissions/{{experiment}}/{{name}}.{{kind}}",
-    log:
-        f"{LOGS}/submission/{{experiment}}/{{name}}.{{kind}}.log",
-    benchmark:
-        f"{TIMES}/submission/{{experiment}}/{{name}}.{{kind}}.tsv"
-    wildcard_constraints:
-        name=one_of(PROJECT.submitted),
-        kind="json|xlsx",
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
-    params:
-        folder=lambda wildcards: PROJECT.benchmarks[wildcards.name].folder,
-    message:
-        "Write what the server of {wildcards.name} takes from {wildcards.experiment}"
-    shell:
-        "dualspeed submit {wildcards.name} --data {params.folder:q} --answers {input.answers} --out {output}"
-        " > {log} 2>&1"

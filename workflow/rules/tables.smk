@@ -4,14 +4,19 @@ TABLES, FIGURES = (
     f"{RESULTS}/tables/{PROJECT.sheet}",
     f"{RESULTS}/figures/{PROJECT.sheet}",
 )
-TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "speed", "costs"])
+TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "scores_by_type", "speed", "costs"])
 TABLE_FILES = expand(
     f"{TABLES}/{{name}}.{{kind}}",
-    name=["table1", "table2", "table3"],
+    name=["table1", "table2", "table3", "table_speed"],
     kind=["csv", "md", "tex"],
 )
 FIGURE_FILES = expand(
-    f"{FIGURES}/{{name}}.{{kind}}", name=["figure4", "figure5", "figure_mismatch"], kind=["png", "svg"]
+    f"{FIGURES}/{{name}}.{{kind}}",
+    name=[
+        *["figure4", "figure5"],
+        *["figure_mismatch", "figure_speedup", "figure_question_types", "figure_learning_curves"],
+    ],
+    kind=["png", "svg"],
 )
 
 
@@ -47,7 +52,7 @@ rule tables:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=30,
+        runtime=growing(30),
     params:
         settings=as_json(jobs.table_settings(PROJECT)),
         tables=TABLES,

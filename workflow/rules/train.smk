@@ -1,7 +1,23 @@
 """The two stages of training. State to resume from lies under results/state, for Snakemake deletes declared outputs.
 
-`exec`: Snakemake passes SIGTERM on to the job's shell, which would die of it before the training it started.
+`exec`: Snakemake passes SIGTERM on to the job's shell, which would die of it before the training it started. A retry
+goes on where the last job ended, so its time doesn't grow, and its log follows the other's.
 """
+
+
+def model_of_pretraining(wildcards):
+    """Model that a pretraining trains."""
+    return PRETRAININGS[wildcards.pretraining].model
+
+
+def model_of_experiment(wildcards):
+    """Model that a row trains."""
+    return EXPERIMENTS[wildcards.experiment].model
+
+
+def launch(model, stage):
+    """Options of `dualspeed train` for its processes."""
+    return wanted(model, stage).launch_options(recipe_of(model, stage).accelerate_config)
 
 
 rule pretrain:
@@ -15,18 +31,18 @@ rule pretrain:
         f"{LOGS}/pretrain/{{pretraining}}.log",
     benchmark:
         f"{TIMES}/pretrain/{{pretraining}}.tsv"
-    threads: 1
+    threads: lambda wildcards: wanted(model_of_pretraining(wildcards), "pretrain").cpus
     resources:
-        gpu=lambda wildcards: gpus_of(PRETRAININGS[wildcards.pretraining].model),
-        mem_mb=8000,
-        runtime=1440,
+        **scheduled(model_of_pretraining, "pretrain"),
+        launch=lambda wildcards: launch(model_of_pretraining(wildcards), "pretrain"),
     params:
         settings=lambda wildcards: as_json(pretrain_settings(PROJECT, PRETRAININGS[wildcards.pretraining]).to_dict()),
     message:
         "Pretrain {wildcards.pretraining} (progress: {log})"
     shell:
         "exec dualspeed train --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --state {STATE} --out {output.checkpoint} --tracking {TRACKING:q} > {log} 2>&1"
+        " --state {STATE} --out {output.checkpoint} --tracking {TRACKING:q}"
+        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} >> {log} 2>&1"
 
 
 rule finetune:
@@ -40,11 +56,10 @@ rule finetune:
         f"{LOGS}/finetune/{{experiment}}.log",
     benchmark:
         f"{TIMES}/finetune/{{experiment}}.tsv"
-    threads: 1
+    threads: lambda wildcards: wanted(model_of_experiment(wildcards), "finetune").cpus
     resources:
-        gpu=lambda wildcards: gpus_of(EXPERIMENTS[wildcards.experiment].model),
-        mem_mb=8000,
-        runtime=2880,
+        **scheduled(model_of_experiment, "finetune"),
+        launch=lambda wildcards: launch(model_of_experiment(wildcards), "finetune"),
     params:
         settings=lambda wildcards: as_json(finetune_settings(PROJECT, EXPERIMENTS[wildcards.experiment]).to_dict()),
         parent=lambda wildcards: as_json(jobs.parent_run(PROJECT, EXPERIMENTS[wildcards.experiment])),
@@ -52,7 +67,8 @@ rule finetune:
         "Finetune {wildcards.experiment} (progress: {log})"
     shell:
         "exec dualspeed train --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --state {STATE} --out {output.checkpoint} --tracking {TRACKING:q} --parent {params.parent:q} > {log} 2>&1"
+        " --state {STATE} --out {output.checkpoint} --tracking {TRACKING:q} --parent {params.parent:q}"
+        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} >> {log} 2>&1"
 
 
 # Takes the whole machine: a step's time says something only if nothing else runs beside it.
@@ -68,13 +84,11 @@ rule measure_speed:
         f"{TIMES}/measure_speed/{{speed}}.tsv"
     threads: workflow.cores or 1
     resources:
-        gpu=lambda wildcards: gpus_of(SPEEDS[wildcards.speed].model),
-        mem_mb=8000,
-        runtime=60,
+        **scheduled(lambda wildcards: SPEEDS[wildcards.speed].model, "speed"),
     params:
         settings=lambda wildcards: as_json(jobs.speed_settings(PROJECT, SPEEDS[wildcards.speed])),
     message:
         "Time the steps of {wildcards.speed}, alone on this machine"
     shell:
         "dualspeed speed --settings {params.settings:q} --model {input.model}"
-        " --data {input.data} --out {output.times} > {log} 2>&1"
+        " --data {input.data} --out {output.times} --gpus {resources.gpu} > {log} 2>&1"

@@ -1,0 +1,78 @@
+"""Training in several processes: `accelerate launch` on each node, started by `srun` where there are several nodes.
+
+A Slurm job has one task on each node; the node's processes are spawned inside it.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ON_NODE = "DUALSPEED_ON_NODE"  # set in what srun starts
+PORTS = range(20000, 30000)
+
+
+def must_launch(nodes: int, processes: int, accelerate_config: str | None) -> bool:
+    """Whether this process is to start those that train, and not to train itself."""
+    return "RANK" not in os.environ and (nodes * processes > 1 or accelerate_config is not None)
+
+
+def launch(
+    arguments: list[str], nodes: int, processes: int, cpus: int, accelerate_config: str | None = None
+) -> NoReturn:
+    """Become the command that runs `dualspeed` with these `arguments` in all processes.
+
+    Args:
+        nodes: nodes of this Slurm job; one needs no Slurm.
+        processes: processes on each node.
+        cpus: CPU cores on each node.
+        accelerate_config: file of `accelerate config`: DeepSpeed, FSDP; None: plain data parallelism.
+    """
+    if nodes > 1 and ON_NODE not in os.environ:
+        os.environ[ON_NODE] = "1"
+        _become(["srun", *srun_options(nodes, cpus), sys.executable, "-m", "dualspeed.cli", *arguments])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cpus // processes))
+    command = accelerate_command(nodes, processes, accelerate_config)
+    _become([sys.executable, "-m", *command, "-m", "dualspeed.cli", *arguments])
+
+
+def srun_options(nodes: int, cpus: int) -> list[str]:
+    """One task on each node with all its cores; a task that fails ends the others."""
+    tasks = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cpus}"]
+    return [*tasks, "--kill-on-bad-exit=1", "--label"]
+
+
+def accelerate_command(nodes: int, processes: int, accelerate_config: str | None) -> list[str]:
+    """`accelerate launch` on this node, up to the program it starts."""
+    command = ["accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", accelerate_config] if accelerate_config else ["--mixed_precision=no"]
+    if not accelerate_config and nodes * processes > 1:
+        command.append("--multi_gpu")  # on CPUs too: the way to have it spawn processes without MPI
+    command += [f"--num_processes={nodes * processes}", f"--num_machines={nodes}", "--dynamo_backend=no"]
+    if nodes > 1:
+        command += [f"--machine_rank={os.environ['SLURM_NODEID']}", f"--main_process_ip={_first_host()}"]
+    return [*command, f"--main_process_port={_port(nodes)}"]
+
+
+def _first_host() -> str:
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
+    )
+    return hosts.stdout.split()[0]
+
+
+def _port(nodes: int) -> int:
+    if nodes > 1:  # all nodes have to come to the same one
+        return PORTS[int(os.environ["SLURM_JOB_ID"]) % len(PORTS)]
+    with socket.socket() as free:  # two jobs may share this machine
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _become(command: list[str]) -> NoReturn:
+    program = shutil.which(command[0]) or command[0]
+    sys.stdout.flush()
+    os.execv(program, [str(Path(program)), *command[1:]])
