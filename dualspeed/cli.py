@@ -66,6 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
     add("end-jobs", run_end_jobs)
+    plan = add("plan", run_plan, "config")
+    plan.add_argument("--experiments", type=Path, help="another sheet than the configuration's")
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
     track.add_argument("--tracking", type=json.loads, required=True, help="JSON: MLflow uri and experiment")
@@ -182,6 +184,13 @@ def run_end_jobs(options: argparse.Namespace) -> None:
     from dualspeed.leftovers import end_jobs
 
     end_jobs(Path.cwd())
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Print what a sheet's rows would cost: tokens, FLOPs, memory, hours, disk."""
+    from dualspeed.plan.report import plan
+
+    print(plan(options.config, options.experiments))
 
 
 def run_track(options: argparse.Namespace) -> None:

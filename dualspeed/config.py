@@ -19,6 +19,7 @@ from dualspeed.files import sha256_of_json
 from dualspeed.labels import PRUNER_LABELS
 from dualspeed.model_config import PRUNE_BUDGETS, STAGES, ModelConfig
 from dualspeed.modes import MODE_SCHEDULES
+from dualspeed.plan.settings import PlanSettings
 from dualspeed.recipe import Recipe
 from dualspeed.sheet import METHODS, read_sheet, resolve_cells
 from dualspeed.typed import ConfigError, check_choice, check_name, check_range, read_dataclass, read_value
@@ -146,6 +147,8 @@ class ProjectConfig:
     """How benchmarks are answered."""
     downloads: dict[str, Source] = field(default_factory=dict)
     """What is downloaded before anything else, by name."""
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    """What `dualspeed plan` assumes."""
     data: SceneSettings = field(default_factory=SceneSettings)
     """The demo's data, for models whose source is `demo`."""
     base_model: BaseModelSettings = field(default_factory=BaseModelSettings)
@@ -169,13 +172,20 @@ class ProjectConfig:
             raise ConfigError(f"benchmarks: empty; valid: some of {', '.join(BENCHMARK_NAMES)}")
 
 
-def load_project(config: Mapping[str, Any] | str | Path, file: str = "config") -> ProjectConfig:
-    """Read and check a configuration (its path, or its content and the `file` that errors name) and its sheet."""
+def load_project(
+    config: Mapping[str, Any] | str | Path, file: str = "config", experiments: str | Path | None = None
+) -> ProjectConfig:
+    """Read and check a configuration (its path, or its content and the `file` that errors name) and its sheet.
+
+    Args:
+        experiments: another sheet than the one that the configuration names.
+    """
     if isinstance(config, str | Path):
         file = str(config)
         config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     values = dict(read_value(dict[str, Any], config, file, "top level"))
-    sheet_path = Path(read_value(str, values.pop("experiments", None), file, "experiments"))
+    own_sheet = read_value(str, values.pop("experiments", None), file, "experiments")
+    sheet_path = Path(experiments or own_sheet)
     models = read_value(dict[str, ModelConfig], values.get("models"), file, "models")
     data = values.get("data")
     if isinstance(data, Mapping) and "source" in data:

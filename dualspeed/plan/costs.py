@@ -1,0 +1,213 @@
+"""Cost of one stage of one row: FLOPs, memory, hours and disk."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dualspeed.config import ProjectConfig, StageSettings
+from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
+from dualspeed.plan.memory import RESERVED, Peak, peak_memory
+from dualspeed.plan.settings import DatasetEstimate, Gpu
+from dualspeed.plan.shapes import ModelShape, shape_of
+from dualspeed.recipe import Recipe, batch_plan
+from dualspeed.resources import JobResources
+from dualspeed.typed import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """How many processes train, and how they share the model."""
+
+    num_gpus: int
+    sharding: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """A dataset as its steps see it: (share of the samples, sample) of each kind, and the longest sample."""
+
+    samples: int
+    kinds: tuple[tuple[float, Sample], ...]
+    longest: Sample
+    is_counted: bool
+    """Whether samples and tokens were counted by preparation, rather than assumed."""
+
+    def mean(self, name: str) -> float:
+        """Mean of a field over the samples."""
+        return sum(share * getattr(sample, name) for share, sample in self.kinds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What a stage costs."""
+
+    lengths: Lengths
+    processes: Processes
+    flops: float
+    baseline_flops: float
+    """Of the same stage on full tokens throughout."""
+    peak: Peak
+    checkpoint_bytes: float
+    """What stays."""
+    state_bytes: float
+    """What resuming needs while it trains."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a GPU needs."""
+        return self.peak.total + RESERVED
+
+    def hours(self, gpu: Gpu, utilisation: float) -> float:
+        """Wall clock."""
+        return self.flops / (self.processes.num_gpus * gpu.flops * utilisation) / 3600
+
+
+def processes_of(recipe: Recipe, wanted: JobResources) -> Processes:
+    """How the processes that a job asks for share the model, by its recipe's launcher file."""
+    num_gpus = wanted.nodes * wanted.processes
+    if recipe.accelerate_config is None:
+        return Processes(num_gpus=num_gpus, sharding="ddp")
+    file = Path(recipe.accelerate_config)
+    launcher = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kind = launcher.get("distributed_type", "NO")
+    if kind == "DEEPSPEED":
+        settings = launcher.get("deepspeed_config", {})
+        if "deepspeed_config_file" in settings:
+            settings = json.loads(Path(settings["deepspeed_config_file"]).read_text())["zero_optimization"]
+        stage = settings.get("stage", settings.get("zero_stage"))
+        sharding = f"zero{stage}"
+    else:
+        sharding = {"FSDP": "fsdp2"}.get(kind, "ddp")
+    if sharding not in ("ddp", "zero2", "zero3", "fsdp2"):
+        raise ConfigError(f"{file}: {sharding} isn't planned for; valid: DDP, ZeRO-2, ZeRO-3, FSDP2")
+    return Processes(num_gpus=num_gpus, sharding=sharding)
+
+
+def trained_by(settings: StageSettings) -> Trained:
+    """What a stage trains."""
+    recipe, arguments = settings.recipe, settings.recipe.training_arguments
+    return Trained(
+        language=settings.stage == "finetune",
+        vision=recipe.vision_learning_rate is not None,
+        lora_rank=recipe.lora.rank if recipe.lora else 0,
+        lora_dropout=bool(recipe.lora and recipe.lora.dropout),
+        checkpointing=bool(arguments.get("activation_checkpointing") or arguments.get("gradient_checkpointing")),
+    )
+
+
+def lengths_of(project: ProjectConfig, settings: StageSettings, shape: ModelShape, prepared: Path) -> Lengths:
+    """Samples and tokens of a stage: counted where its data is prepared, else as `plan.datasets` says."""
+    annotations = settings.recipe.annotations
+    if annotations not in project.plan.datasets:
+        known = ", ".join(project.plan.datasets) or "none"
+        raise ConfigError(f"plan.datasets: no entry for {annotations!r}, whose lengths decide the cost; there: {known}")
+    estimate = project.plan.datasets[annotations]
+    manifest = prepared / "manifest.json"
+    if manifest.is_file():
+        estimate = counted(estimate, json.loads(manifest.read_text(encoding="utf-8")), shape)
+    text_only = estimate.text_only_tokens or estimate.text_tokens
+    kinds = [(estimate.image_share, sample_of(settings, shape, estimate, estimate.text_tokens))]
+    if estimate.image_share < 1:
+        kinds.append((1 - estimate.image_share, sample_of(settings, shape, estimate, text_only, has_image=False)))
+    return Lengths(
+        samples=estimate.samples,
+        kinds=tuple(kinds),
+        longest=longest_sample(settings, shape, estimate),
+        is_counted=manifest.is_file(),
+    )
+
+
+def counted(estimate: DatasetEstimate, manifest: dict, shape: ModelShape) -> DatasetEstimate:
+    """The estimate with what preparation counted; text is what its tokens leave beside the pictures'."""
+    mean = manifest["num_tokens"] / manifest["num_samples"]
+    text = max(1, round(mean - estimate.image_share * shape.visual_tokens(*estimate.image_size)))
+    supervised = max(1, round(estimate.supervised_tokens * text / estimate.text_tokens))
+    return dataclasses.replace(
+        estimate,
+        samples=manifest["num_samples"],
+        text_tokens=text,
+        supervised_tokens=supervised,
+        text_only_tokens=None,
+    )
+
+
+def sample_of(
+    settings: StageSettings, shape: ModelShape, estimate: DatasetEstimate, text: int, has_image: bool = True
+) -> Sample:
+    """A sample with `text` tokens beside its picture, cut at max_length."""
+    method, size = settings.dualspeed, estimate.image_size
+    visual = shape.visual_tokens(*size) if has_image else 0
+    text = min(text, settings.recipe.max_length - visual)
+    kept = shape.kept_tokens(*size, method.pruning_ratio, method.num_virtual_tokens, method.prune_budget)
+    return Sample(
+        full_tokens=text + visual,
+        fast_tokens=text + (kept if has_image else 0),
+        supervised_tokens=round(text * estimate.supervised_tokens / estimate.text_tokens),
+        visual_tokens=visual,
+        tiles=shape.num_tiles(*size) if has_image else 0,
+    )
+
+
+def longest_sample(settings: StageSettings, shape: ModelShape, estimate: DatasetEstimate) -> Sample:
+    """The sample that memory has to hold: the longest text, in full mode with the largest picture."""
+    grids = shape.grids or ((1, 1),)
+    largest = dataclasses.replace(estimate, image_size=max(grids, key=lambda grid: shape.visual_tokens(*grid)))
+    text = estimate.longest_text_tokens or settings.recipe.max_length
+    with_image = sample_of(settings, shape, largest, text)
+    if estimate.image_share == 1:
+        return with_image
+    alone = sample_of(settings, shape, largest, text, has_image=False)
+    return dataclasses.replace(with_image, fast_tokens=alone.fast_tokens, supervised_tokens=alone.supervised_tokens)
+
+
+def stage_cost(project: ProjectConfig, settings: StageSettings, model: str) -> StageCost:
+    """Cost of a stage of the training of `model`."""
+    shape = shape_of(project.models[model], project.downloads)
+    lengths = lengths_of(project, settings, shape, Path(project.results) / "prepared" / model / settings.stage)
+    wanted = project.models[model].resources_of(settings.stage)
+    recipe, trained, processes = settings.recipe, trained_by(settings), processes_of(settings.recipe, wanted)
+    batch = recipe.per_device_batch_size or recipe.global_batch_size // processes.num_gpus
+    accumulation = batch_plan(recipe.global_batch_size, processes.num_gpus, batch)
+    modes = modes_of(settings)
+    peak = peak_memory(
+        shape,
+        lengths.longest,
+        trained,
+        tuple("fast" if mode == "fast" else "baseline" for mode in modes),
+        batch=batch,
+        sharding=processes.sharding,
+        num_gpus=processes.num_gpus,
+        accumulates=accumulation > 1,
+    )
+    num_passes = recipe.training_arguments.get("num_train_epochs", 3)
+    if (max_steps := recipe.training_arguments.get("max_steps", -1)) > 0:
+        num_passes = max_steps * recipe.global_batch_size / lengths.samples
+
+    def flops(modes: dict[str, float]) -> float:
+        return num_passes * lengths.samples * sum(
+            part * share * step_flops(shape, sample, trained, mode)
+            for mode, part in modes.items()
+            for share, sample in lengths.kinds
+        )  # fmt: skip
+
+    num_parameters = sum(shape.parameters.values())
+    return StageCost(
+        lengths=lengths,
+        processes=processes,
+        flops=flops(modes),
+        baseline_flops=flops({"baseline": 1.0}),
+        peak=peak,
+        checkpoint_bytes=2 * num_parameters,
+        # Two checkpoints are kept and a third is written: weights, and two float32 moments of what is trained.
+        state_bytes=3 * (2 * num_parameters + 10 * trained_parameters(shape, trained)),
+    )
+
+
+def modes_of(settings: StageSettings) -> dict[str, float]:
+    """Mode -> share of a stage's steps."""
+    ratio, distills = settings.dualspeed.slow_mode_ratio, settings.dualspeed.distillation_weight > 0
+    shares = {"fast": 1 - ratio, "slow" if distills else "baseline": ratio}
+    return {mode: share for mode, share in shares.items() if share > 0}

@@ -1,0 +1,63 @@
+"""What would make a stage fit its GPUs: one change, or as few as it takes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from itertools import combinations
+
+from dualspeed.config import ProjectConfig, StageSettings
+from dualspeed.plan.costs import StageCost, stage_cost
+from dualspeed.plan.settings import GPUS
+from dualspeed.recipe import LoraRecipe, Recipe
+from dualspeed.typed import ConfigError
+
+Change = Callable[[Recipe], Recipe]
+FSDP2 = "config/accelerate/fsdp2.yaml"
+
+
+def remedies(project: ProjectConfig, settings: StageSettings, model: str) -> str:
+    """The first set of changes that fits, in words; the mildest are tried first."""
+    capacity = GPUS[project.plan.gpu].memory
+    changes = list(possible_changes(settings, stage_cost(project, settings, model).processes.num_gpus))
+    for count in range(1, len(changes) + 1):
+        for chosen in combinations(changes, count):
+            recipe = settings.recipe
+            for _, change in chosen:
+                recipe = change(recipe)
+            cost = try_cost(project, dataclasses.replace(settings, recipe=recipe), model)
+            if cost is not None and cost.memory <= capacity:
+                words = " and ".join(name for name, _ in chosen)
+                return f"{words} would fit ({cost.memory / 1e9:.0f} GB)"
+    return "none of the changes tried would fit: more GPUs, or larger ones"
+
+
+def try_cost(project: ProjectConfig, settings: StageSettings, model: str) -> StageCost | None:
+    """Cost of a changed stage; None where the change makes no valid recipe."""
+    try:
+        return stage_cost(project, settings, model)
+    except ConfigError:
+        return None
+
+
+def possible_changes(settings: StageSettings, num_gpus: int) -> Iterator[tuple[str, Change]]:
+    """Name and change of a recipe, the ones that change least first."""
+    recipe = settings.recipe
+    arguments = recipe.training_arguments
+    if not (arguments.get("activation_checkpointing") or arguments.get("gradient_checkpointing")):
+        checkpointing = arguments | {"activation_checkpointing": True}
+        yield (
+            "training_arguments.activation_checkpointing: true",
+            lambda recipe: dataclasses.replace(recipe, training_arguments=checkpointing),
+        )
+    batch = recipe.per_device_batch_size or recipe.global_batch_size // num_gpus
+    while batch % 2 == 0:
+        batch //= 2
+        yield f"per_device_batch_size: {batch}", with_batch(batch)
+    if recipe.accelerate_config != FSDP2 and num_gpus > 1:
+        yield f"accelerate_config: {FSDP2}", lambda recipe: dataclasses.replace(recipe, accelerate_config=FSDP2)
+    if settings.stage == "finetune" and recipe.lora is None:
+        yield "lora: {}", lambda recipe: dataclasses.replace(recipe, lora=LoraRecipe())
+
+
+def with_batch(batch: int) -> Change:
+    """The change to micro-batches of `batch` samples."""
+    return lambda recipe: dataclasses.replace(recipe, per_device_batch_size=batch)
