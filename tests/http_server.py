@@ -1,0 +1,179 @@
+"""An HTTP server for tests: a folder by plain URLs with ranges and validators, a small Hub, and faults on demand.
+
+    with HTTPServer(folder) as server:
+        server.fail("/zips/a.zip", "break", 500)   # the first GET breaks off, the second is refused, the third is well
+        ...
+        assert [request.range for request in server.gets("/zips/a.zip")] == [None, ...]
+
+`folder/hub/datasets/<owner>/<name>/` and `folder/hub/models/...` are repositories of the Hub: HF_ENDPOINT is
+`server.url`. Every repository has one commit, which follows from its files.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+FAULTS = ("break", "truncate", "stall", "corrupt")
+"""The connection ends in the middle; the answer is half of the file and says so; nothing comes any more after half of
+it; every byte is wrong. A number is the status of the answer instead."""
+
+API = re.compile(r"/api/(?P<kind>datasets|models)/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+RESOLVE = re.compile(r"(/(?P<kind>datasets))?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asked for."""
+
+    method: str
+    path: str
+    range: str | None
+
+
+class HTTPServer:
+    """Serves `folder` at `url` until the `with` block ends; `token`, if set, is asked for by the Hub's addresses."""
+
+    def __init__(self, folder: Path, token: str | None = None) -> None:
+        self.folder, self.token = Path(folder), token
+        self.has_ranges = True
+        self.requests: list[Request] = []
+        self.closed = threading.Event()
+        self._faults: dict[str, deque[str | int]] = defaultdict(deque)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "HTTPServer":
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.closed.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fail(self, path: str, *faults: str | int) -> None:
+        """Answer the next GETs of `path` with these faults, one after another, and then well again."""
+        self._faults[path].extend(faults)
+
+    def gets(self, path: str) -> list[Request]:
+        """The GETs of `path` so far."""
+        return [request for request in self.requests if request.method == "GET" and request.path == path]
+
+    def next_fault(self, path: str) -> str | int | None:
+        """What is to go wrong with this request."""
+        return self._faults[path].popleft() if self._faults[path] else None
+
+    def commit(self, repo: Path) -> str:
+        """The commit that a repository's files make."""
+        content = [(str(file.relative_to(repo)), sha256(file.read_bytes())) for file in files_of(repo)]
+        return hashlib.sha1(json.dumps(content).encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_state: HTTPServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        state, path = self.server_state, unquote(urlsplit(self.path).path)
+        state.requests.append(Request(self.command, path, self.headers.get("Range")))
+        fault = state.next_fault(path) if with_body else None
+        if isinstance(fault, int):
+            return self.send_empty(fault)
+        if match := API.fullmatch(path) or RESOLVE.fullmatch(path):
+            return self.answer_as_hub(match.groupdict(), with_body, fault)
+        file = state.folder / path.lstrip("/")
+        if not file.is_file():
+            return self.send_empty(404)
+        self.send_file(file.read_bytes(), with_body, fault)
+
+    def answer_as_hub(self, asked: dict[str, str | None], with_body: bool, fault: str | None) -> None:
+        state = self.server_state
+        if state.token and self.headers.get("Authorization") != f"Bearer {state.token}":
+            return self.send_empty(401, {"X-Error-Code": "GatedRepo"})
+        repo = state.folder / "hub" / (asked["kind"] or "models") / asked["repo"]
+        if not repo.is_dir():
+            return self.send_empty(404, {"X-Error-Code": "RepoNotFound"})
+        commit = state.commit(repo)
+        if asked["revision"] not in (None, "main", commit):
+            return self.send_empty(404, {"X-Error-Code": "RevisionNotFound"})
+        if "what" in asked:
+            tree = [tree_entry(file, repo) for file in files_of(repo)]
+            about = {"id": asked["repo"], "sha": commit, "siblings": [{"rfilename": item["path"]} for item in tree]}
+            return self.send_file(json.dumps(tree if asked["what"] == "tree" else about).encode(), with_body, fault)
+        file = repo / asked["path"]
+        if not file.is_file():
+            return self.send_empty(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        self.send_file(file.read_bytes(), with_body, fault, {"X-Repo-Commit": commit})
+
+    def send_empty(self, status: int, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_file(self, content: bytes, with_body: bool, fault: str | None, headers: dict[str, str] | None = None):
+        tag, total, start = f'"{sha256(content)}"', len(content), self.range_start(f'"{sha256(content)}"')
+        if start is not None and start >= total:
+            return self.send_empty(416, {"Content-Range": f"bytes */{total}"})
+        body = content[start or 0 :]
+        half = body[: len(body) // 2]
+        if fault == "truncate":
+            body = half
+        self.send_response(200 if start is None else 206)
+        sent = {"ETag": tag, "Content-Length": str(len(body)), "Accept-Ranges": "bytes", **(headers or {})}
+        if start is not None:
+            sent["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+        for name, value in sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.send_body(body, half, fault)
+
+    def send_body(self, body: bytes, half: bytes, fault: str | None) -> None:
+        if fault == "corrupt":
+            body = bytes(255 - byte for byte in body)
+        self.wfile.write(half if fault in ("break", "stall") else body)
+        self.wfile.flush()
+        if fault == "stall":
+            self.server_state.closed.wait(timeout=30)
+        if fault in ("break", "stall"):
+            self.close_connection = True
+
+    def range_start(self, tag: str) -> int | None:
+        """First byte that the client asks for; None for all of them, as when its validator no longer holds."""
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        still_valid = self.headers.get("If-Range", tag) == tag
+        return int(asked[1]) if asked and still_valid and self.server_state.has_ranges else None
+
+
+def files_of(repo: Path) -> list[Path]:
+    """Files of a folder, in a fixed order."""
+    return sorted(path for path in repo.rglob("*") if path.is_file())
+
+
+def tree_entry(file: Path, repo: Path) -> dict:
+    """One file of a repository as the Hub lists it, large files as such."""
+    content = file.read_bytes()
+    entry = {"type": "file", "path": str(file.relative_to(repo)), "size": len(content), "oid": "0" * 40}
+    return entry | {"lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 130}}
+
+
+def sha256(content: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(content).hexdigest()
