@@ -36,5 +36,6 @@ rule all:
         FIGURE_FILES,
         CHECKPOINTS,
         SCORES,
+        SUBMISSIONS,
     message:
         "All of the sheet {PROJECT.sheet} is there"

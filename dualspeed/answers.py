@@ -2,32 +2,44 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualspeed.benchmarks import Benchmark, BenchmarkError, Question
-from dualspeed.benchmarks.files import get_field, read_json_lines
+from dualspeed.benchmarks import BenchmarkError, Question, QuestionSet
+from dualspeed.benchmarks.files import UnknownAnswerError, get_field, read_json_lines
+from dualspeed.benchmarks.records import number_repeats
 from dualspeed.files import sha256_of_json, write_atomic
 
 
-def read_answers(path: Path, benchmark: Benchmark) -> dict[str, tuple[str, str]]:
+def read_answers(path: Path, benchmark: QuestionSet) -> dict[str, tuple[str, str]]:
     """{question id: (text, place for errors)} of an answers file in LLaVA's format, in any order.
 
     Raises:
         BenchmarkError: a line that isn't JSON, lacks a field, or answers a question for the second time.
     """
     answers: dict[str, tuple[str, str]] = {}
-    for place, record in read_json_lines(path):
-        key = benchmark.answer_key(record, place)
+    lines = read_json_lines(path)
+    keys = [benchmark.answer_key(record, place) for place, record in lines]
+    for key, (place, record) in zip(number_repeats(keys) if benchmark.repeats else keys, lines, strict=True):
         if key in answers:
             raise BenchmarkError(f"{place}: field 'question_id': {key!r} is answered by an earlier line too")
         answers[key] = (get_field(record, "text", str, place), place)
     return answers
 
 
+@contextmanager
+def naming_lines(answers: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+    """Turn the error that an answer is unknown into one that says where it stands."""
+    try:
+        yield
+    except UnknownAnswerError as error:
+        raise BenchmarkError(f"{answers[error.question_id][1]}: {error}") from None
+
+
 def write_answers(
-    path: Path, benchmark: Benchmark, questions: list[Question], texts: Mapping[str, str], model_id: str
+    path: Path, benchmark: QuestionSet, questions: list[Question], texts: Mapping[str, str], model_id: str
 ) -> None:
     """Write one line per question in official order, in LLaVA's format, so that the official scorers read it too.
 
@@ -64,21 +76,30 @@ class PartialAnswers:
 
     @classmethod
     def open(cls, path: Path) -> "PartialAnswers":
-        """Read the state file, if there is one, and cut off what follows its last whole line."""
+        """Read the state file, if there is one, and cut off what follows its last whole line.
+
+        Answers of the other state files in its folder, which other shards may be writing, count as given too.
+        """
         partial = cls(path, {})
+        for other in sorted(path.parent.glob("answers*.jsonl")):
+            size = partial._read(other)
+            if other == path and size < path.stat().st_size:
+                os.truncate(path, size)
+        return partial
+
+    def _read(self, path: Path) -> int:
+        """Add the whole lines of a state file; returns their bytes."""
         size = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
                 batch = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 batch = None
             if batch is None:
                 break
-            partial._add(batch)
+            self._add(batch)
             size += len(line)
-        if path.exists() and size < path.stat().st_size:
-            os.truncate(path, size)
-        return partial
+        return size
 
     def append(self, texts: Mapping[str, str], seconds: float, num_new_tokens: int) -> None:
         """Add one batch and bring it to the file."""

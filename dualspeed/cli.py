@@ -59,9 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--cpus", type=int, default=1, help="CPU cores on each node, shared by its processes")
     add_gpus(train)
     add_tracking(train)
-    add_tracking(add_gpus(add_settings(add("answer", run_answer, "model", "state", "out"))))
+    answer = add_gpus(add_settings(add("answer", run_answer, "model", "state", "out")))
+    answer.add_argument("--shard", type=read_shard, metavar="K/N", help="answer the K-th of N parts; then run without")
+    add_tracking(answer)
     score = add("score", run_score, "data", "answers", "out")
     score.add_argument("benchmark", help="name of the benchmark")
+    submit = add("submit", run_submit, "data", "answers", "out")
+    submit.add_argument("benchmark", help="name of the test split")
     add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
@@ -85,6 +89,14 @@ def add_gpus(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its share of this machine's GPUs, where a profile shares them out."""
     command.add_argument("--gpus", type=int, default=0, help="GPUs to take, where DUALSPEED_NUM_GPUS are shared out")
     return command
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """(1, 2) of 1/2."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise argparse.ArgumentTypeError(f"{text!r}; valid: K/N with K from 1 to N, 1/2 say")
+    return int(number), int(total)
 
 
 def add_tracking(command: argparse.ArgumentParser) -> None:
@@ -150,7 +162,13 @@ def run_answer(options: argparse.Namespace) -> None:
     from dualspeed.evaluate import generate_answers
 
     generate_answers(
-        options.settings, options.model, options.state, options.out, tracking=options.tracking, parent=options.parent
+        options.settings,
+        options.model,
+        options.state,
+        options.out,
+        tracking=options.tracking,
+        parent=options.parent,
+        shard=options.shard,
     )
 
 
@@ -159,6 +177,13 @@ def run_score(options: argparse.Namespace) -> None:
     from dualspeed.evaluate import score
 
     score(options.benchmark, options.data, options.answers, options.out)
+
+
+def run_submit(options: argparse.Namespace) -> None:
+    """Write the file of answers that a test split's server takes."""
+    from dualspeed.evaluate import submit
+
+    submit(options.benchmark, options.data, options.answers, options.out)
 
 
 def run_speed(options: argparse.Namespace) -> None:

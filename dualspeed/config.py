@@ -26,7 +26,12 @@ from dualspeed.typed import ConfigError, check_choice, check_name, check_range, 
 
 # Names only: the implementations import torch.
 PRUNER_NAMES = tuple(PRUNER_LABELS)
-BENCHMARK_NAMES = ("gqa", "mme", "pope", "scienceqa")
+BENCHMARK_NAMES = (
+    *("gqa", "mmbench", "mmbench_cn", "mme", "pope"),
+    *("scienceqa", "seedbench", "textvqa", "vizwiz", "vqav2"),
+)
+# Test splits that are answered here and scored by a server, with the ending of the file that it takes.
+SERVER_FILES = {"mmbench_cn_test": "xlsx", "mmbench_test": "xlsx", "vizwiz_test": "json", "vqav2_test": "json"}
 
 TABLES = ("table1", "table2", "table3", "figure4", "figure5")
 
@@ -84,12 +89,15 @@ class InferenceConfig:
     """Questions answered at once."""
     max_new_tokens: int = 16
     """Longest answer."""
+    shards: int = 1
+    """Jobs that a row's questions are divided among."""
 
     def __post_init__(self) -> None:
         check_choice("pruner", self.pruner, PRUNER_NAMES)
         check_range("pruning_ratio", self.pruning_ratio, 0 <= self.pruning_ratio < 1, "in [0, 1)")
         check_range("batch_size", self.batch_size, self.batch_size > 0, "above 0")
         check_range("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0")
+        check_range("shards", self.shards, self.shards > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +162,16 @@ class ProjectConfig:
     base_model: BaseModelSettings = field(default_factory=BaseModelSettings)
     """The demo's base model, likewise."""
 
+    @property
+    def scored(self) -> list[str]:
+        """Benchmarks that are scored here; tables show them."""
+        return [name for name in self.benchmarks if name in BENCHMARK_NAMES]
+
+    @property
+    def submitted(self) -> list[str]:
+        """Benchmarks whose answers go to a server."""
+        return [name for name in self.benchmarks if name in SERVER_FILES]
+
     def __post_init__(self) -> None:
         check_name("name", self.name)
         for name, model in self.models.items():
@@ -167,7 +185,7 @@ class ProjectConfig:
             check_name("downloads", download)
         check_folders(self.downloads)
         for benchmark in self.benchmarks:
-            check_choice("benchmarks", benchmark, BENCHMARK_NAMES)
+            check_choice("benchmarks", benchmark, (*BENCHMARK_NAMES, *SERVER_FILES))
         if not self.benchmarks:
             raise ConfigError(f"benchmarks: empty; valid: some of {', '.join(BENCHMARK_NAMES)}")
 

@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dualspeed.answers import PartialAnswers, read_answers, write_answers
-from dualspeed.benchmarks import Benchmark, BenchmarkError, Question, get_benchmark, unit_ids
-from dualspeed.benchmarks.files import UnknownAnswerError
+from dualspeed.answers import PartialAnswers, naming_lines, read_answers, write_answers
+from dualspeed.benchmarks import (
+    BenchmarkError,
+    Question,
+    QuestionSet,
+    get_benchmark,
+    get_question_set,
+    get_server_benchmark,
+    unit_ids,
+)
 from dualspeed.benchmarks.records import PROMPT_VERSION, by_category
 from dualspeed.config import PRUNER_NAMES, BenchmarkConfig
-from dualspeed.data.images import inspect_image
-from dualspeed.files import sha256_of_file, sha256_of_json, write_json
+from dualspeed.files import sha256_of_file, sha256_of_json, write_atomic, write_json
+from dualspeed.question_images import check_images, images_checksum
+from dualspeed.relative import bootstrap_interval
 from dualspeed.tracking import MetricLog, ParentRun, RunSpec
 from dualspeed.typed import ConfigError, check_choice, check_range, read_dataclass
 
@@ -56,7 +64,7 @@ class AnswerSettings:
         check_range("batch_size", self.batch_size, self.batch_size > 0, "above 0")
         check_range("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0")
         for name in self.benchmarks:
-            get_benchmark(name)
+            get_question_set(name)
         if self.inference == "pruned":
             if self.pruner is None or self.pruning_ratio is None:
                 raise ConfigError("inference: pruned needs pruner and pruning_ratio")
@@ -68,14 +76,16 @@ class AnswerSettings:
 class Task:
     """One benchmark with the answers it has so far."""
 
-    benchmark: Benchmark
+    benchmark: QuestionSet
     questions: list[Question]
+    part: list[Question]
+    """Those of them that this process answers."""
     answers: PartialAnswers
 
     @property
     def remaining(self) -> list[Question]:
-        """Questions without an answer."""
-        return [question for question in self.questions if question.question_id not in self.answers.texts]
+        """Questions of the part without an answer."""
+        return [question for question in self.part if question.question_id not in self.answers.texts]
 
 
 def generate_answers(
@@ -85,6 +95,7 @@ def generate_answers(
     out: str | Path,
     tracking: dict[str, str] | None = None,
     parent: dict[str, str] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> None:
     """Answer every benchmark and write `out`/<benchmark>.jsonl and <benchmark>.throughput.json.
 
@@ -93,30 +104,36 @@ def generate_answers(
         model: the checkpoint folder, with its processor.
         state: where partial answers are kept, for as long as someone may want to resume.
         tracking, parent: MLflow store and the row's run there, for the throughput; None: not logged.
+        shard: (1, 2): answer the first of two parts and leave the answers in `state`. A run without a shard answers
+            what is left, nothing if every shard has run, and writes all of them in the questions' order.
 
     Raises:
         ConfigError, BenchmarkError: a setting or a file is wrong; before the model is loaded.
     """
     settings = read_dataclass(AnswerSettings, settings, "settings")
     checkpoint = checkpoint_checksum(Path(model))
-    tasks = [make_task(settings, name, checkpoint, Path(state)) for name in settings.benchmarks]
+    tasks = [make_task(settings, name, checkpoint, Path(state), shard) for name in settings.benchmarks]
     image_sizes = check_images([question for task in tasks for question in task.remaining])
     answerer = None
     for task in tasks:
         if task.remaining:
             answerer = answerer or load_answerer(settings, Path(model))
             answer_remaining(task, answerer, image_sizes, settings.batch_size)
+        if shard:
+            continue
         file = Path(out) / f"{task.benchmark.name}.jsonl"
         write_json(file.with_suffix(".throughput.json"), throughput(task, settings))
         write_answers(file, task.benchmark, task.questions, task.answers.texts, settings.experiment)
-    if tracking:
+    if tracking and not shard:
         folder = Path(state) / sha256_of_json([asdict(settings), checkpoint])[:16]
         log_throughput(tasks, settings, folder, tracking, ParentRun(**parent) if parent else None)
 
 
-def make_task(settings: AnswerSettings, name: str, checkpoint: str, state_root: Path) -> Task:
-    """Load a benchmark's questions and whatever answers an earlier run left for exactly these settings."""
-    benchmark, folder = get_benchmark(name), Path(settings.benchmarks[name].folder)
+def make_task(
+    settings: AnswerSettings, name: str, checkpoint: str, state_root: Path, shard: tuple[int, int] | None
+) -> Task:
+    """Load a benchmark's questions and whatever answers earlier runs left for exactly these settings."""
+    benchmark, folder = get_question_set(name), Path(settings.benchmarks[name].folder)
     questions = benchmark.load_questions(folder)
     if not questions:
         raise BenchmarkError(f"{benchmark.question_file(folder)}: there is no question to answer")
@@ -129,7 +146,11 @@ def make_task(settings: AnswerSettings, name: str, checkpoint: str, state_root: 
     }
     state = state_root / sha256_of_json(identity)[:16]
     write_json(state / "settings.json", identity)
-    return Task(benchmark, questions, PartialAnswers.open(state / "answers.jsonl"))
+    if shard is None:
+        return Task(benchmark, questions, questions, PartialAnswers.open(state / "answers.jsonl"))
+    number, total = shard
+    part = questions[len(questions) * (number - 1) // total : len(questions) * number // total]
+    return Task(benchmark, questions, part, PartialAnswers.open(state / f"answers-{number}of{total}.jsonl"))
 
 
 def checkpoint_checksum(model_folder: Path) -> str:
@@ -138,33 +159,6 @@ def checkpoint_checksum(model_folder: Path) -> str:
     if not any(path.suffix == ".safetensors" for path in files):
         raise ConfigError(f"{model_folder}: there is no *.safetensors; expected a checkpoint folder")
     return sha256_of_json([(path.name, sha256_of_file(path)) for path in files])
-
-
-def images_checksum(name: str, questions: list[Question]) -> str:
-    """Digest of names and sizes of a benchmark's images: it tells redrawn images apart at no cost.
-
-    Raises:
-        BenchmarkError: images are missing; the message lists the first ones.
-    """
-    images = sorted({question.image for question in questions if question.image is not None})
-    missing = [str(image) for image in images if not image.is_file()]
-    if missing:
-        raise BenchmarkError(f"{name}: {len(missing)} of {len(images)} images are missing: {', '.join(missing[:5])}")
-    return sha256_of_json([(image.name, image.stat().st_size) for image in images])
-
-
-def check_images(questions: list[Question]) -> dict[Path, tuple[int, int]]:
-    """(height, width) of the questions' images; each is decoded, so that a bad one stops the run at its start.
-
-    Raises:
-        BenchmarkError: unusable images; the message lists the first ones with the reason.
-    """
-    images = sorted({question.image for question in questions if question.image is not None})
-    reports = {image: inspect_image(image) for image in images}
-    bad = [f"{image} ({report.reason})" for image, report in reports.items() if report.reason]
-    if bad:
-        raise BenchmarkError(f"{len(bad)} of {len(images)} images cannot be used: {', '.join(bad[:5])}")
-    return {image: (report.height, report.width) for image, report in reports.items()}
 
 
 def load_answerer(settings: AnswerSettings, model_folder: Path) -> "Answerer":
@@ -197,7 +191,7 @@ def answer_remaining(
 
 
 def throughput(task: Task, settings: AnswerSettings) -> dict[str, Any]:
-    """How fast the answers came, image loading included, model loading not."""
+    """How fast one process answers, image loading included, model loading not."""
     seconds = task.answers.seconds
     return {
         "num_questions": len(task.questions),
@@ -234,26 +228,47 @@ def score(benchmark: str, data: str | Path, answers: str | Path, out: str | Path
     """
     chosen, data = get_benchmark(benchmark), Path(data)
     given = read_answers(Path(answers), chosen)
-    try:
+    with naming_lines(given):
         records = chosen.score_answers(data, {question_id: text for question_id, (text, _) in given.items()})
-    except UnknownAnswerError as error:
-        raise BenchmarkError(f"{given[error.question_id][1]}: {error}") from None
-    metrics = chosen.metrics(records)
+    metrics, statistics = chosen.metrics(records), chosen.statistics(records)
+    percent_interval = bootstrap_interval(chosen.name, statistics, chosen.percent_from_sums)
+    interval = percent_interval
+    if chosen.headline_statistics:
+        interval = bootstrap_interval(chosen.name, chosen.headline_statistics(records), chosen.headline_from_sums)
     result = {
         "benchmark": chosen.name,
         "metric": chosen.headline,
         "score": metrics[chosen.headline],
+        "interval": interval,
         "percent_metric": chosen.percent,
         "percent": metrics[chosen.percent],
+        "percent_interval": percent_interval,
         "num_questions": len(records),
         "num_missing": sum(record.is_missing for record in records),
         "metrics": metrics,
         "by_category": by_category(records),
         "per_question": {record.question_id: record.score for record in records},
-        "statistics": chosen.statistics(records).tolist(),
+        "statistics": statistics.tolist(),
         "unit_ids": unit_ids(records),
         "checksum": sha256_of_file(chosen.question_file(data)),
         "prompt_version": PROMPT_VERSION,
     }
     write_json(out, result)
     return result
+
+
+def submit(benchmark: str, data: str | Path, answers: str | Path, out: str | Path) -> None:
+    """Write the file that a test split's server takes, in its format.
+
+    Args:
+        benchmark: a name in SERVER_BENCHMARKS.
+        data, answers: as in `score`.
+
+    Raises:
+        ConfigError, BenchmarkError: an unknown benchmark, or a file that is wrong; names file, line and field.
+    """
+    chosen = get_server_benchmark(benchmark)
+    given = read_answers(Path(answers), chosen)
+    with naming_lines(given):
+        content = chosen.submission(Path(data), {question_id: text for question_id, (text, _) in given.items()})
+    write_atomic(out, content)

@@ -91,7 +91,7 @@ def table_settings(project: ProjectConfig) -> dict[str, Any]:
         "results": project.results,
         "sheet": project.sheet,
         "experiments": rows,
-        "benchmarks": list(project.benchmarks),
+        "benchmarks": project.scored,
         "inference": {"pruner": project.inference.pruner, "pruning_ratio": project.inference.pruning_ratio},
     }
 

@@ -10,13 +10,14 @@ deviation beside it. Draws are the same on every machine, and for every sheet.
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from dualspeed.benchmarks import get_benchmark
 
 RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
 DRAWS_AT_ONCE = 4_000_000
 Cell = tuple[str, str, str]  # experiment, inference, benchmark
 
@@ -31,13 +32,22 @@ def resample_scores(statistics: dict[Cell, np.ndarray]) -> dict[Cell, np.ndarray
         cells[cell[2]].append(cell)
     scores = {}
     for benchmark, members in cells.items():
-        percents = _resample_benchmark(benchmark, np.stack([statistics[cell] for cell in members]))
+        stacked = np.stack([statistics[cell] for cell in members])
+        percents = _resample(benchmark, stacked, get_benchmark(benchmark).percent_from_sums)
         scores |= dict(zip(members, percents, strict=True))
     return scores
 
 
-def _resample_benchmark(benchmark: str, statistics: np.ndarray) -> np.ndarray:
-    """(models, units, m) -> (models, 1 + RESAMPLES)."""
+def bootstrap_interval(
+    benchmark: str, statistics: np.ndarray, from_sums: Callable[[np.ndarray], np.ndarray]
+) -> list[float]:
+    """Lower and upper end of the 95 % interval of one score, whose sums over units are `statistics` (units, m)."""
+    (drawn,) = _resample(benchmark, statistics[None], from_sums)
+    return np.percentile(drawn[1:], INTERVAL).tolist()
+
+
+def _resample(benchmark: str, statistics: np.ndarray, from_sums: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """(models, units, m) -> (models, 1 + RESAMPLES); draws depend on the benchmark's name and number of units."""
     models, units, m = statistics.shape
     stacked = statistics.transpose(1, 0, 2).reshape(units, models * m)
     random = np.random.default_rng(zlib.crc32(benchmark.encode()))
@@ -47,8 +57,7 @@ def _resample_benchmark(benchmark: str, statistics: np.ndarray) -> np.ndarray:
         draws = min(step, RESAMPLES - start)
         drawn = random.integers(units, size=(draws, units)) + np.arange(draws)[:, None] * units
         sums.append(np.bincount(drawn.ravel(), minlength=draws * units).reshape(draws, units) @ stacked)
-    sums = np.concatenate(sums).reshape(-1, models, m)
-    return get_benchmark(benchmark).percent_from_sums(sums).T
+    return from_sums(np.concatenate(sums).reshape(-1, models, m)).T
 
 
 def relative(

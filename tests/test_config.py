@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from dualspeed import jobs
-from dualspeed.benchmarks import BENCHMARKS
+from dualspeed.benchmarks import BENCHMARKS, SERVER_BENCHMARKS
 from dualspeed.config import (
     BENCHMARK_NAMES,
     PRUNER_NAMES,
+    SERVER_FILES,
     DualSpeedConfig,
     Experiment,
     ProjectConfig,
@@ -310,12 +311,14 @@ def test_accumulation_follows_from_the_global_batch():
 def test_the_names_known_without_torch_are_those_of_the_registries():
     assert set(PRUNER_NAMES) == set(PRUNERS)
     assert set(BENCHMARK_NAMES) == set(BENCHMARKS)
+    assert set(SERVER_FILES) == set(SERVER_BENCHMARKS)
 
 
 def test_the_schemas_know_the_keys_of_the_configuration_and_the_sheet():
     schema = yaml.safe_load((REPOSITORY / "workflow/schemas/config.schema.yaml").read_text())
     derived = {"sheet"}
     assert set(schema["properties"]) == {field.name for field in dataclasses.fields(ProjectConfig)} - derived
+    assert set(schema["properties"]["benchmarks"]["propertyNames"]["enum"]) == {*BENCHMARK_NAMES, *SERVER_FILES}
     recipe = schema["$defs"]["recipe"]["properties"]
     assert set(recipe) == {field.name for field in dataclasses.fields(Recipe)}
     rows = yaml.safe_load((REPOSITORY / "workflow/schemas/experiments.schema.yaml").read_text())

@@ -5,10 +5,11 @@ images/. The rule is LLaVA's convert_gqa_for_eval.py followed by the official ev
 nothing else.
 """
 
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
@@ -17,9 +18,12 @@ from dualspeed.benchmarks.records import (
     accuracy_from_sums,
     accuracy_statistics,
     official_key,
-    reject_duplicates,
+    other_accuracy,
+    read_questions,
     reject_unknown,
 )
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def question_file(folder: Path) -> Path:
@@ -35,19 +39,17 @@ def official_file(folder: Path) -> Path:
 
 def load_questions(folder: Path) -> list[Question]:
     """Questions in the order of LLaVA's file."""
-    images = find_path(folder, "images", "data/images")
-    questions = []
-    for place, line in read_json_lines(question_file(folder)):
-        official_id = get_field(line, "question_id", (int, str), place)
-        image, prompt = get_field(line, "image", str, place), get_field(line, "text", str, place)
-        questions.append(Question(str(official_id), official_id, images / image, prompt))
-    reject_duplicates([question.question_id for question in questions], question_file(folder))
-    return questions
+    return read_questions(question_file(folder), find_path(folder, "images", "data/images"))
 
 
 def parse_answer(text: str) -> str:
     """The answer as it is compared: no strip, so a blank before or after it makes it wrong, as officially."""
     return text.rstrip(".").lower()
+
+
+def lmms_form(text: str) -> str:
+    """What lmms-eval compares: lower case without any punctuation."""
+    return text.lower().translate(NO_PUNCTUATION)
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
@@ -69,13 +71,14 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         is_right = not is_missing and predicted == gold
         # The official script calls every question open that asks for a value, all others binary.
         category = "open" if structure == "query" else "binary"
-        records.append(Record(question_id, float(is_right), gold, predicted, category, question_id, is_missing))
+        others = {"lmms_eval": float(not is_missing and lmms_form(answers[question_id]) == lmms_form(gold))}
+        records.append(Record(question_id, float(is_right), gold, predicted, category, question_id, is_missing, others))
     return records
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Accuracy over all questions, and over open and binary ones where there are any."""
-    result = {"accuracy": accuracy(records)}
+    """Accuracy over all questions, by lmms-eval's rule too, and over open and binary ones where there are any."""
+    result = {"accuracy": accuracy(records), "accuracy_lmms_eval": other_accuracy(records, "lmms_eval")}
     for category in ("open", "binary"):
         chosen = [record for record in records if record.category == category]
         if chosen:

@@ -7,7 +7,10 @@ by the image instead of by line.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json_lines, read_text
 from dualspeed.benchmarks.records import (
@@ -17,6 +20,7 @@ from dualspeed.benchmarks.records import (
     accuracy,
     accuracy_from_sums,
     accuracy_statistics,
+    divide,
     reject_duplicates,
     reject_unknown,
 )
@@ -115,6 +119,12 @@ def parse_answer(text: str) -> str:
     return "no" if "no" in start else "other"
 
 
+def lmms_parse(text: str) -> str:
+    """The same as lmms-eval reads it: stripped, without periods, and a lone y or n will do."""
+    start = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(start) or parse_answer(start)
+
+
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
     """One record per official question; a missing answer counts as wrong."""
     labels = read_labels(folder)
@@ -123,7 +133,8 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
     for key, (category, image, gold) in labels.items():
         is_missing = key not in answers
         predicted = "other" if is_missing else parse_answer(answers[key])
-        records.append(Record(key, float(predicted == gold), gold, predicted, category, image, is_missing))
+        others = {"lmms_eval": float(lmms_parse(answers.get(key, "")) == gold)}
+        records.append(Record(key, float(predicted == gold), gold, predicted, category, image, is_missing, others))
     return records
 
 
@@ -133,21 +144,46 @@ def accuracy_plus(records: Sequence[Record]) -> float:
     return 100 * float((sums[:, 0] == sums[:, 1]).mean()) if len(sums) else 0.0
 
 
-def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Points of perception and cognition (acc + acc+ of each category), both rates over all, points per category.
+def points_by_category(records: Sequence[Record]) -> dict[str, float]:
+    """acc + acc+ of each category that there is, in points."""
+    chosen = {
+        category: [record for record in records if record.category == category] for category in PERCEPTION + COGNITION
+    }
+    return {category: accuracy(part) + accuracy_plus(part) for category, part in chosen.items() if part}
 
-    A release without any category of cognition has no such metric.
-    """
-    points = {}
-    for category in PERCEPTION + COGNITION:
-        chosen = [record for record in records if record.category == category]
-        if chosen:
-            points[category] = accuracy(chosen) + accuracy_plus(chosen)
+
+def sum_points(points: Mapping[str, float]) -> dict[str, float]:
+    """Points of perception and cognition; a release without any category of cognition has no such metric."""
     result = {"perception": sum(points.get(category, 0.0) for category in PERCEPTION)}
     if not points.keys().isdisjoint(COGNITION):
         result["cognition"] = sum(points.get(category, 0.0) for category in COGNITION)
-    result |= {"acc": accuracy(records), "acc_plus": accuracy_plus(records)}
+    return result
+
+
+def metrics(records: Sequence[Record]) -> dict[str, float]:
+    """Points of perception and cognition, both rates over all, the points by lmms-eval's rule, points per category."""
+    points = points_by_category(records)
+    as_lmms = [replace(record, score=record.others["lmms_eval"]) for record in records]
+    lmms_points = sum_points(points_by_category(as_lmms))
+    result = sum_points(points) | {"acc": accuracy(records), "acc_plus": accuracy_plus(records)}
+    result |= {f"{name}_lmms_eval": value for name, value in lmms_points.items()}
     return result | {f"points_{category}": value for category, value in points.items()}
+
+
+def perception_statistics(records: Sequence[Record]) -> np.ndarray:
+    """Per image and category of perception: right answers, questions, images right in both, images: (images, 40)."""
+    sums = accuracy_statistics(records)
+    both = (sums[:, 0] == sums[:, 1]).astype(float)
+    counts = np.stack([*sums.T, both, np.ones(len(sums))], axis=1)
+    categories = list({record.unit: record.category for record in records}.values())
+    is_in = np.asarray([[category == name for name in PERCEPTION] for category in categories], dtype=float)
+    return (is_in[:, :, None] * counts[:, None, :]).reshape(len(sums), -1)
+
+
+def perception_from_sums(sums: np.ndarray) -> np.ndarray:
+    """Points of perception: (..., 40) -> (...)."""
+    right, questions, both, images = np.moveaxis(sums.reshape(*sums.shape[:-1], len(PERCEPTION), 4), -1, 0)
+    return 100 * (divide(right, questions) + divide(both, images)).sum(axis=-1)
 
 
 MME = Benchmark(
@@ -161,4 +197,6 @@ MME = Benchmark(
     metrics=metrics,
     statistics=accuracy_statistics,
     percent_from_sums=accuracy_from_sums,
+    headline_statistics=perception_statistics,
+    headline_from_sums=perception_from_sums,
 )

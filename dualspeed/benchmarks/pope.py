@@ -12,6 +12,7 @@ import numpy as np
 
 from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, get_field, read_json_lines
 from dualspeed.benchmarks.records import (
+    SHORT_ANSWER,
     Benchmark,
     Question,
     Record,
@@ -24,7 +25,6 @@ from dualspeed.benchmarks.records import (
 )
 
 SPLITS = ("random", "popular", "adversarial")
-SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 def question_file(folder: Path) -> Path:
@@ -79,7 +79,7 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
     asked = set()
     records = []
     for place, line in questions:
-        key = (line["category"], line["image"], line["text"].removesuffix(SUFFIX).strip())
+        key = (line["category"], line["image"], line["text"].removesuffix(SHORT_ANSWER).strip())
         if key not in labels:
             raise BenchmarkError(f"{place}: fields 'image' and 'text' are not in coco_pope_{line['category']}.json")
         asked.add(key)
@@ -87,9 +87,9 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         is_missing = question_id not in answers
         wrong = "no" if label == "yes" else "yes"
         predicted = wrong if is_missing else parse_answer(answers[question_id])
-        records.append(
-            Record(question_id, float(predicted == label), label, predicted, line["category"], question_id, is_missing)
-        )
+        score, split = float(predicted == label), line["category"]
+        others = {f"lmms_{word}": float(answers.get(question_id, "").strip().lower() == word) for word in ("yes", "no")}
+        records.append(Record(question_id, score, label, predicted, split, question_id, is_missing, others))
     if unasked := sorted(labels.keys() - asked):
         split, image, text = unasked[0]
         raise BenchmarkError(f"{question_file(folder)}: lacks {text!r} on {image} of coco_pope_{split}.json")
@@ -102,8 +102,16 @@ def confusion(records: Sequence[Record]) -> list[tuple[int, int, int]]:
     return [(int(yes and gold), int(yes and not gold), int(gold and not yes)) for yes, gold in pairs]
 
 
+def lmms_f1(records: Sequence[Record]) -> float:
+    """F1 in percent as lmms-eval has it: over all splits at once, and an answer but yes and no is neither."""
+    tp = sum(record.others["lmms_yes"] for record in records if record.gold == "yes")
+    fp = sum(record.others["lmms_yes"] for record in records if record.gold == "no")
+    fn = sum(record.others["lmms_no"] for record in records if record.gold == "yes")
+    return 100 * float(divide(2 * tp, 2 * tp + fp + fn))
+
+
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """F1, accuracy, precision, recall and share of yes: per split and as mean of the three splits."""
+    """F1, accuracy, precision, recall and share of yes: per split and as mean of the three splits; lmms-eval's F1."""
     splits: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         chosen = [record for record in records if record.category == split]
@@ -116,6 +124,7 @@ def metrics(records: Sequence[Record]) -> dict[str, float]:
             "yes_ratio": 100 * float(divide(tp + fp, len(chosen))),
         }
     means = {name: sum(splits[split][name] for split in SPLITS) / len(SPLITS) for name in splits["random"]}
+    means["f1_lmms_eval"] = lmms_f1(records)
     return means | {f"{name}_{split}": value for split in SPLITS for name, value in splits[split].items()}
 
 

@@ -1,15 +1,19 @@
 """What every benchmark shares: a question enters a model, an answer leaves it, a record says what it is worth."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from dualspeed.benchmarks.files import BenchmarkError, UnknownAnswerError, get_field
+from dualspeed.benchmarks.files import BenchmarkError, UnknownAnswerError, get_field, read_json_lines
 
 # Stands in every score; changes when a prompt does, since scores under different prompts don't compare.
 PROMPT_VERSION = "llava-1.5"
+# How LLaVA asks for a short answer, and for an option's letter.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Record:
 
     question_id: str
     score: float
-    """1 if right by the official rule, else 0."""
+    """What the official rule gives for the answer, in [0, 1]."""
     gold: str
     predicted: str
     """The answer as the official rule reads it."""
@@ -39,28 +43,48 @@ class Record:
     unit: str = ""
     """What a bootstrap draws: the question, or the image where a metric pairs the questions of an image."""
     is_missing: bool = False
+    others: Mapping[str, float] = field(default_factory=dict)
+    """What other rules give, in [0, 1], by name: lmms_eval, say."""
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark: plain functions, so that a new one is a module with one of these.
-
-    `metrics` are percentages but for MME's points. `statistics` and `percent_from_sums` give `metrics[percent]` as a
-    function of sums over units, so that a bootstrap of any size is one matrix product:
-    `percent_from_sums(draws @ statistics(records))` with `draws` (samples, units).
-    """
+@dataclass(frozen=True, kw_only=True)
+class QuestionSet:
+    """Questions that a model answers: plain functions, so that a new benchmark is a module with one of these."""
 
     name: str
-    headline: str
-    """The metric that papers report."""
-    percent: str
-    """The metric on 0-100 that means are taken of."""
     question_file: Callable[[Path], Path]
     """folder -> the file whose checksum a score carries."""
     load_questions: Callable[[Path], list[Question]]
     """folder -> questions in official order. Raises BenchmarkError."""
     answer_key: Callable[[dict, str], str]
     """line of an answers file in LLaVA's format, its place for errors -> `Question.question_id`."""
+    repeats: bool = False
+    """Whether official questions share a key; the second one has ` #2` behind it."""
+    image_mark: str = ""
+    """What LLaVA's answers file writes before the prompt of a question with an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerBenchmark(QuestionSet):
+    """A test split whose answers only a server knows: here it is answered, and its submission file written."""
+
+    submission: Callable[[Path, Mapping[str, str]], bytes]
+    """folder, {question_id: text} -> the file's content. Raises BenchmarkError, UnknownAnswerError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(QuestionSet):
+    """A benchmark that is scored here.
+
+    `metrics` are percentages but for MME's points. `statistics` and `percent_from_sums` give `metrics[percent]` as a
+    function of sums over units, so that a bootstrap of any size is one matrix product:
+    `percent_from_sums(draws @ statistics(records))` with `draws` (samples, units).
+    """
+
+    headline: str
+    """The metric that papers report."""
+    percent: str
+    """The metric on 0-100 that means are taken of."""
     score_answers: Callable[[Path, Mapping[str, str]], list[Record]]
     """folder, {question_id: text} -> one record per official question. Raises BenchmarkError, UnknownAnswerError."""
     metrics: Callable[[Sequence[Record]], dict[str, float]]
@@ -68,13 +92,24 @@ class Benchmark:
     """records -> (units, m), units in the order of `unit_ids`."""
     percent_from_sums: Callable[[np.ndarray], np.ndarray]
     """(..., m) sums of statistics over units -> (...) percent."""
-    image_mark: str = ""
-    """What LLaVA's answers file writes before the prompt of a question with an image."""
+    headline_statistics: Callable[[Sequence[Record]], np.ndarray] | None = None
+    """Likewise for a headline that is no percentage; None: `percent` is the headline."""
+    headline_from_sums: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def official_key(record: dict, place: str) -> str:
     """Key of a benchmark whose official ids are unique; one file may have them as int, the other as str."""
     return str(get_field(record, "question_id", (int, str), place))
+
+
+def read_questions(path: Path, images: Path) -> list[Question]:
+    """Questions of a file of LLaVA's own: question_id, image, text on each line."""
+    questions = []
+    for place, line in read_json_lines(path):
+        key, image = official_key(line, place), images / get_field(line, "image", str, place)
+        questions.append(Question(key, line["question_id"], image, get_field(line, "text", str, place)))
+    reject_duplicates([question.question_id for question in questions], path)
+    return questions
 
 
 def unit_ids(records: Sequence[Record]) -> list[str]:
@@ -117,6 +152,21 @@ def accuracy_statistics(records: Sequence[Record]) -> np.ndarray:
 def accuracy_from_sums(sums: np.ndarray) -> np.ndarray:
     """Percentage of right answers from sums of `accuracy_statistics`: (..., 2) -> (...)."""
     return 100 * divide(sums[..., 0], sums[..., 1])
+
+
+def other_accuracy(records: Sequence[Record], name: str) -> float:
+    """Mean of what the rule `name` gives, in percent."""
+    return 100 * sum(record.others[name] for record in records) / max(1, len(records))
+
+
+def number_repeats(keys: Iterable[str]) -> list[str]:
+    """The keys with ` #2`, ` #3` and so on behind those that came before."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for key in keys:
+        seen[key] += 1
+        numbered.append(key if seen[key] == 1 else f"{key} #{seen[key]}")
+    return numbered
 
 
 def reject_duplicates(ids: Sequence[str], place: str | Path) -> None:

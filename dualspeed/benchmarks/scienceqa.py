@@ -12,20 +12,20 @@ import numpy as np
 
 from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json
 from dualspeed.benchmarks.records import (
+    LETTER_ANSWER,
     Benchmark,
     Question,
     Record,
     accuracy,
     accuracy_from_sums,
     official_key,
+    other_accuracy,
     reject_duplicates,
     reject_unknown,
     sum_by_unit,
 )
 
 OPTIONS = ("A", "B", "C", "D", "E")
-# LLaVA's script appends it to the converted question, whose file doesn't hold it.
-SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 # The last dot takes any character, as in the official rule: "The answer is Cork." reads as C.
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
@@ -51,7 +51,8 @@ def load_questions(folder: Path) -> list[Question]:
         if not turns or not isinstance(turns[0], dict):
             raise BenchmarkError(f"{place}: field 'conversations' has no first turn")
         text = get_field(turns[0], "value", str, f"{place}, field 'conversations'")
-        prompt = text.replace("<image>", "").strip() + SUFFIX
+        # LLaVA's script appends the request, which its file doesn't hold.
+        prompt = text.replace("<image>", "").strip() + LETTER_ANSWER
         questions.append(Question(str(official_id), official_id, images / image, prompt))
     reject_duplicates([question.question_id for question in questions], path)
     return questions
@@ -91,17 +92,21 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         if not problem["image"]:
             continue
         gold = OPTIONS[problem["answer"]]
-        predicted = parse_answer(answers[pid]) if pid in answers else "FAILED"
-        records.append(Record(pid, float(predicted == gold), gold, predicted, "image", pid, pid not in answers))
+        text, is_missing = answers.get(pid, ""), pid not in answers
+        predicted = "FAILED" if is_missing else parse_answer(text)
+        # lmms-eval takes a letter alone or before a period.
+        others = {"lmms_eval": float(text == gold or text[:2] == f"{gold}.")}
+        records.append(Record(pid, float(predicted == gold), gold, predicted, "image", pid, is_missing, others))
     return records
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """The official IMG accuracy, which leaves missing answers out, and one that counts them wrong."""
+    """The official IMG accuracy, which leaves missing answers out; counting them wrong; and by lmms-eval's rule."""
     answered = [record for record in records if not record.is_missing]
     return {
         "accuracy": accuracy(answered),
         "accuracy_missing_wrong": accuracy(records),
+        "accuracy_lmms_eval": other_accuracy(records, "lmms_eval"),
         "num_answered": float(len(answered)),
     }
 

@@ -9,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from dualspeed import jobs
-from dualspeed.config import finetune_settings, load_project, pretrain_key, pretrain_settings
+from dualspeed.config import SERVER_FILES, finetune_settings, load_project, pretrain_key, pretrain_settings
 from dualspeed.gpus import NUM_GPUS
 from dualspeed.sheet import read_sheet
 from dualspeed.typed import ConfigError
@@ -66,7 +66,12 @@ SCORES = [
     f"{RESULTS}/scores/{one.id}/{inference}/{benchmark}.json"
     for one in PROJECT.experiments
     for inference in one.inferences
-    for benchmark in PROJECT.benchmarks
+    for benchmark in PROJECT.scored
+]
+SUBMISSIONS = [
+    f"{RESULTS}/submissions/{one.id}/{name}.{SERVER_FILES[name]}"
+    for one in PROJECT.experiments
+    for name in PROJECT.submitted
 ]
 
 

@@ -1,0 +1,241 @@
+"""MMBench in English and Chinese: multiple choice in every rotation of the options, right only if all of them are.
+
+Files: mmbench_dev_20230712.tsv and mmbench_dev_cn_20231003.tsv (official, with images in them), and those of test,
+whose answers go to a server. A rotation is a row of its own, whose index is the question's plus a multiple of
+1,000,000. No judge is asked: the rule is the option matching of VLMEvalKit's exact_matching, so the option's letter
+has to be a word of its own among the last four, and the only such letter. Images are written to images/ beside the
+table when questions are loaded.
+"""
+
+import base64
+import binascii
+import csv
+import hashlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, read_text
+from dualspeed.benchmarks.records import (
+    LETTER_ANSWER,
+    Benchmark,
+    Question,
+    Record,
+    ServerBenchmark,
+    accuracy,
+    accuracy_from_sums,
+    accuracy_statistics,
+    official_key,
+    other_accuracy,
+    reject_duplicates,
+    reject_unknown,
+)
+from dualspeed.files import write_atomic
+
+OPTIONS = ("A", "B", "C", "D")
+ROTATION = 1_000_000
+LAST_WORDS = 4
+LETTER_ANSWER_CN = "\n请直接回答选项字母。"
+# Cells that pandas, with which LLaVA reads the table, takes for empty; LLaVA adds nan and none in any case.
+EMPTY = frozenset(
+    "#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split()
+) | {"", "#N/A N/A"}
+NOT_WORDS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+LONGEST_REFERENCE = 64
+LEFT_OUT_OF_UPLOADS = ("hint", "category", "source", "image", "comment", "l2-category")
+PLACE_OF_PREDICTION = 6
+
+DEV = ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv")
+DEV_CN = ("mmbench_dev_cn_20231003.tsv",)
+TEST = ("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv")
+TEST_CN = ("mmbench_test_cn_20231003.tsv",)
+
+
+def question_file(names: Sequence[str], folder: Path) -> Path:
+    """The official table."""
+    return find_path(folder, *names)
+
+
+def read_rows(path: Path, *columns: str) -> list[tuple[str, dict[str, str]]]:
+    """Rows of the table with their places; those `columns` have to be there beside index, question and image."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    header = next(reader)
+    for column in ("index", "question", "A", "B", "image", *columns):
+        if column not in header:
+            raise BenchmarkError(f"{path}, line 1: there is no column {column!r}")
+    rows = []
+    for fields in reader:
+        place = f"{path}, line {reader.line_num}"
+        if len(fields) != len(header):
+            raise BenchmarkError(f"{place}: {len(fields)} fields, expected {len(header)}; is the file truncated?")
+        row = dict(zip(header, fields, strict=True))
+        if not row["index"].isdecimal():
+            raise BenchmarkError(f"{place}: field 'index' is {row['index']!r}, expected a number")
+        rows.append((place, row))
+    reject_duplicates([row["index"] for _, row in rows], path)
+    return rows
+
+
+def is_empty(cell: str) -> bool:
+    """Whether LLaVA takes a cell for empty."""
+    return cell in EMPTY or cell.lower() in ("nan", "none")
+
+
+def get_options(row: Mapping[str, str]) -> dict[str, str]:
+    """{letter: text} up to the first empty option."""
+    options = {}
+    for letter in OPTIONS:
+        if is_empty(row.get(letter, "")):
+            break
+        options[letter] = row[letter]
+    return options
+
+
+def make_prompt(row: Mapping[str, str], request: str) -> str:
+    """Hint, question, options and request, as LLaVA puts them."""
+    hint = row.get("hint", "")
+    lines = [] if is_empty(hint) else [hint]
+    lines += [row["question"], *(f"{letter}. {text}" for letter, text in get_options(row).items())]
+    return "\n".join(lines) + request
+
+
+def write_image(content: str, folder: Path, place: str) -> Path:
+    """Write a picture that stands in a cell in base64, unless it is there already; equal pictures are one file."""
+    path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:20]}.jpg"
+    if not path.exists():
+        try:
+            write_atomic(path, base64.b64decode(content, validate=True))
+        except binascii.Error as error:
+            raise BenchmarkError(f"{place}: field 'image' is not base64 ({error}); is the file truncated?") from error
+        except OSError as error:
+            raise BenchmarkError(
+                f"{folder}: cannot be written to, but images of the table go there: {error}"
+            ) from error
+    return path
+
+
+def load_questions(names: Sequence[str], request: str, folder: Path) -> list[Question]:
+    """Every row of the table, rotations too."""
+    rows = read_rows(question_file(names, folder))
+    by_index = {row["index"]: row for _, row in rows}
+    questions = []
+    for place, row in rows:
+        content = row["image"]
+        # Newer tables name the row that has the picture instead of repeating it.
+        if len(content) <= LONGEST_REFERENCE and content in by_index:
+            content = by_index[content]["image"]
+        image = write_image(content, folder / "images", place)
+        questions.append(Question(row["index"], int(row["index"]), image, make_prompt(row, request)))
+    return questions
+
+
+def parse_letter(text: str, options: Mapping[str, str]) -> str:
+    """The option that a text names by its letter, or nothing."""
+    words = text.translate(NOT_WORDS).split()
+    named = [letter for letter in options if letter in words]
+    is_clear = len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS
+    return named[0] if is_clear else ""
+
+
+def parse_letter_or_text(text: str, options: Mapping[str, str]) -> str:
+    """The same, or else the one option whose own words the text holds: what VLMEvalKit reads without a judge."""
+    letter = parse_letter(text, options)
+    if letter or len(text) > 2 * sum(map(len, options.values())):
+        return letter
+    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else ""
+
+
+def score_answers(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -> list[Record]:
+    """One record per question, right if every rotation is; a missing row counts as wrong."""
+    path = question_file(names, folder)
+    rows = read_rows(path, "answer")
+    reject_unknown(answers, {row["index"] for _, row in rows}, path)
+    groups: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    for place, row in rows:
+        groups.setdefault(str(int(row["index"]) % ROTATION), []).append((place, row))
+    records = []
+    for index, group in groups.items():
+        golds = [get_choice(row, "answer", OPTIONS, place) for place, row in group]
+        options = [get_options(row) for _, row in group]
+        texts = [answers.get(row["index"], "") for _, row in group]
+        read = [parse_letter(text, each) for text, each in zip(texts, options, strict=True)]
+        others = {
+            "first_rotation": float(read[0] == golds[0]),
+            "vlmevalkit": float([parse_letter_or_text(*pair) for pair in zip(texts, options, strict=True)] == golds),
+        }
+        is_missing = any(row["index"] not in answers for _, row in group)
+        category = group[0][1].get("l2-category") or group[0][1].get("category", "")
+        gold, predicted = " ".join(golds), " ".join(letter or "?" for letter in read)
+        records.append(Record(index, float(read == golds), gold, predicted, category, index, is_missing, others))
+    return records
+
+
+def metrics(records: Sequence[Record]) -> dict[str, float]:
+    """Circular accuracy by letter, the same where an option's text counts too, and that of the first rotation alone."""
+    return {
+        "accuracy": accuracy(records),
+        "accuracy_vlmevalkit": other_accuracy(records, "vlmevalkit"),
+        "accuracy_first_rotation": other_accuracy(records, "first_rotation"),
+    }
+
+
+def submission(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -> bytes:
+    """The Excel sheet that the server takes, made as LLaVA makes it; needs openpyxl."""
+    from openpyxl import Workbook
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    path = question_file(names, folder)
+    rows = read_rows(path)
+    reject_unknown(answers, {row["index"] for _, row in rows}, path)
+    columns = [column for column in rows[0][1] if column not in LEFT_OUT_OF_UPLOADS]
+    columns.insert(PLACE_OF_PREDICTION, "prediction")
+    sheet = Workbook(write_only=False).active
+    sheet.append(columns)
+    for number, (_, row) in enumerate(rows, start=2):
+        cells = row | {"prediction": answers.get(row["index"], "")}
+        for position, column in enumerate(columns, start=1):
+            text = ILLEGAL_CHARACTERS_RE.sub("", cells[column])
+            if column == "index" or not is_empty(text):
+                cell = sheet.cell(number, position)
+                # By its type, so that a text which begins with = is no formula.
+                cell.value, cell.data_type = (int(text), "n") if column == "index" else (text, "s")
+    content = io.BytesIO()
+    sheet.parent.save(content)
+    return content.getvalue()
+
+
+def make_benchmark(name: str, files: Sequence[str], request: str) -> Benchmark:
+    """A split that is scored here."""
+    return Benchmark(
+        name=name,
+        headline="accuracy",
+        percent="accuracy",
+        question_file=partial(question_file, files),
+        load_questions=partial(load_questions, files, request),
+        answer_key=official_key,
+        score_answers=partial(score_answers, files),
+        metrics=metrics,
+        statistics=accuracy_statistics,
+        percent_from_sums=accuracy_from_sums,
+    )
+
+
+def make_server_benchmark(name: str, files: Sequence[str], request: str) -> ServerBenchmark:
+    """A split that a server scores."""
+    return ServerBenchmark(
+        name=name,
+        question_file=partial(question_file, files),
+        load_questions=partial(load_questions, files, request),
+        answer_key=official_key,
+        submission=partial(submission, files),
+    )
+
+
+MMBENCH = make_benchmark("mmbench", DEV, LETTER_ANSWER)
+MMBENCH_CN = make_benchmark("mmbench_cn", DEV_CN, LETTER_ANSWER_CN)
+MMBENCH_TEST = make_server_benchmark("mmbench_test", TEST, LETTER_ANSWER)
+MMBENCH_CN_TEST = make_server_benchmark("mmbench_cn_test", TEST_CN, LETTER_ANSWER_CN)

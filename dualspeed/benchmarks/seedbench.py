@@ -1,0 +1,106 @@
+"""SEED-Bench, its questions on images: multiple choice, answered by a letter.
+
+Files: SEED-Bench.json (official) and llava-seed-bench.jsonl (LLaVA's prompts, of videos' frames too, which are left
+out here); images where the latter says. The rule is that of LLaVA's convert_seed_for_submission.py: the answer is the
+letter and nothing else. Ids are numbers in answers and text in annotations.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.records import (
+    Benchmark,
+    Question,
+    Record,
+    accuracy,
+    accuracy_from_sums,
+    accuracy_statistics,
+    official_key,
+    other_accuracy,
+    reject_duplicates,
+    reject_unknown,
+)
+
+OPTIONS = ("A", "B", "C", "D")
+
+
+def question_file(folder: Path) -> Path:
+    """LLaVA's question file."""
+    return find_path(folder, "llava-seed-bench.jsonl")
+
+
+def answer_key(record: dict, place: str) -> str:
+    """Id as text; what is a number is written as one, whatever stood before it."""
+    key = official_key(record, place)
+    return str(int(key)) if key.isdecimal() else key
+
+
+def read_official(folder: Path) -> tuple[dict[str, tuple[str, dict]], dict[int, str]]:
+    """{id: (place, question)} of images and videos, and {number: name} of the question types."""
+    path = find_path(folder, "SEED-Bench.json")
+    content = read_json(path, dict)
+    types = get_field(content, "question_type", dict, str(path))
+    questions: dict[str, tuple[str, dict]] = {}
+    for number, entry in enumerate(get_field(content, "questions", list, str(path))):
+        place = f"{path}: field 'questions', entry {number}"
+        if not isinstance(entry, dict):
+            raise BenchmarkError(f"{place}: expected an object, found {entry!r}")
+        get_choice(entry, "data_type", ("image", "video"), place)
+        key = answer_key(entry, place)
+        if key in questions:
+            raise BenchmarkError(f"{place}: field 'question_id': {key!r} occurs twice")
+        questions[key] = (place, entry)
+    return questions, {number: name for name, number in types.items()}
+
+
+def load_questions(folder: Path) -> list[Question]:
+    """Questions on images, in the order of LLaVA's file."""
+    official, _ = read_official(folder)
+    questions = []
+    for place, line in read_json_lines(question_file(folder)):
+        key = answer_key(line, place)
+        if key not in official:
+            raise BenchmarkError(f"{place}: field 'question_id': {key!r} is not in SEED-Bench.json")
+        image, prompt = get_field(line, "image", str, place), get_field(line, "text", str, place)
+        if official[key][1]["data_type"] == "image":
+            questions.append(Question(key, line["question_id"], folder / image, prompt))
+    reject_duplicates([question.question_id for question in questions], question_file(folder))
+    return questions
+
+
+def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
+    """One record per question on an image; a missing answer counts as wrong."""
+    official, types = read_official(folder)
+    reject_unknown(answers, official, find_path(folder, "SEED-Bench.json"))
+    records = []
+    for key, (place, entry) in official.items():
+        if entry["data_type"] != "image":
+            continue
+        gold = get_choice(entry, "answer", OPTIONS, place)
+        kind = get_field(entry, "question_type_id", int, place)
+        answer, is_missing = answers.get(key, ""), key not in answers
+        # lmms-eval takes the first character for the answer.
+        others = {"lmms_eval": float(answer.strip()[:1] == gold)}
+        category = types.get(kind, str(kind))
+        records.append(Record(key, float(answer == gold), gold, answer, category, key, is_missing, others))
+    return records
+
+
+def metrics(records: Sequence[Record]) -> dict[str, float]:
+    """Accuracy by the official rule, and by lmms-eval's."""
+    return {"accuracy": accuracy(records), "accuracy_lmms_eval": other_accuracy(records, "lmms_eval")}
+
+
+SEEDBENCH = Benchmark(
+    name="seedbench",
+    headline="accuracy",
+    percent="accuracy",
+    question_file=question_file,
+    load_questions=load_questions,
+    answer_key=answer_key,
+    score_answers=score_answers,
+    metrics=metrics,
+    statistics=accuracy_statistics,
+    percent_from_sums=accuracy_from_sums,
+)
