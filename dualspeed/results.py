@@ -41,6 +41,8 @@ class Results:
     types: pd.DataFrame
     speed: pd.DataFrame
     costs: pd.DataFrame
+    headlines: pd.DataFrame
+    """What papers report of those benchmarks whose headline is no percentage: MME's points of perception."""
     statistics: dict[tuple[str, str, str], np.ndarray]
     """(experiment, inference, benchmark) -> (units, m): what the percentage is a function of, summed over units."""
 
@@ -48,7 +50,7 @@ class Results:
 def read_results(settings: dict[str, Any]) -> Results:
     """Read what there is of a sheet. Raises ValueError naming a file that is broken or scored on other questions."""
     root = Path(settings["results"])
-    scores, detail, types, statistics, checksums = [], [], [], {}, {}
+    scores, detail, types, headlines, statistics, checksums = [], [], [], [], {}, {}
     for experiment, inference, benchmark in _cells(settings):
         path = score_path(root, experiment["id"], inference, benchmark)
         if not path.exists():
@@ -59,6 +61,8 @@ def read_results(settings: dict[str, Any]) -> Results:
         key = (experiment["id"], inference, benchmark)
         scores.append(_score_row(settings, experiment, inference, benchmark, content))
         detail += [(*key, metric, value) for metric, value in _all_metrics(content).items()]
+        if content["metric"] != content["percent_metric"]:
+            headlines.append((*key, content["metric"], content["score"]))
         kinds = content.get("by_category", {}).items()
         types += [(*key, kind, values["accuracy"], values["num_questions"]) for kind, values in kinds]
         statistics[key] = np.asarray(content["statistics"], dtype=float)
@@ -66,6 +70,7 @@ def read_results(settings: dict[str, Any]) -> Results:
         scores=pd.DataFrame(scores, columns=SCORE_COLUMNS),
         detail=pd.DataFrame(detail, columns=DETAIL_COLUMNS),
         types=pd.DataFrame(types, columns=TYPE_COLUMNS),
+        headlines=pd.DataFrame(headlines, columns=DETAIL_COLUMNS),
         speed=pd.DataFrame([_speed_row(root, one) for one in settings["experiments"]], columns=SPEED_COLUMNS),
         costs=pd.DataFrame([_cost_row(root, one) for one in settings["experiments"]], columns=COST_COLUMNS),
         statistics=statistics,

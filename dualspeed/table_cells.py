@@ -1,6 +1,6 @@
 """Columns that tables share, as text, from the rows of a summary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -22,23 +22,48 @@ def setting_cells(rows: pd.DataFrame, leave_out: Sequence[str] = ()) -> dict[str
     return {label: list(column) for label, column in cells.items() if label not in leave_out}
 
 
-def score_cells(rows: pd.DataFrame, benchmarks: list[str]) -> dict[str, list[str]]:
-    """Columns of scores, their mean and Rel. with its interval."""
+def score_cells(
+    rows: pd.DataFrame, benchmarks: list[str], headlines: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Columns of scores, their mean and Rel. with its interval; `headlines` as in `score_columns`."""
     cells = {
         label: [format_mean(mean, std) for mean, std in zip(rows[name], rows[f"{name}_std"], strict=True)]
-        for label, name in score_columns(benchmarks).items()
+        for label, name in score_columns(benchmarks, headlines).items()
     }
     return cells | {REL: [format_relative(row) for row in rows.itertuples()]}
 
 
-def score_columns(benchmarks: list[str]) -> dict[str, str]:
-    """{label: column of a summary} of the benchmarks and their mean."""
-    return {BENCHMARK_LABELS.get(name, name): name for name in benchmarks} | {"Mean": "mean"}
+def score_columns(benchmarks: list[str], headlines: Mapping[str, str] | None = None) -> dict[str, str]:
+    """{label: column of a summary} of the benchmarks, some by the column that `headlines` names, and their mean."""
+    return {BENCHMARK_LABELS.get(name, name): (headlines or {}).get(name, name) for name in benchmarks} | {
+        "Mean": "mean"
+    }
 
 
-def best_scores(rows: pd.DataFrame, benchmarks: list[str], group: Callable[[pd.Series], object]) -> frozenset:
+def best_scores(
+    rows: pd.DataFrame,
+    benchmarks: list[str],
+    group: Callable[[pd.Series], object],
+    headlines: Mapping[str, str] | None = None,
+) -> frozenset:
     """The best score of each column among the rows of a `group` (see `find_best`)."""
-    return find_best(rows, score_columns(benchmarks) | {REL: "rel"}, group)
+    return find_best(rows, score_columns(benchmarks, headlines) | {REL: "rel"}, group)
+
+
+def add_headlines(rows: pd.DataFrame, headlines: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A summary with a column, and its `_std`, of each headline that is no percentage: (rows, {benchmark: column})."""
+    columns = {}
+    for (benchmark, metric), found in headlines.groupby(["benchmark", "metric"]):
+        values = found.set_index(["experiment", "inference"])["value"]
+        chosen = [
+            values.reindex([(name, row.inference) for name in str(row.experiments).split("; ")])
+            for row in rows.itertuples()
+        ]
+        columns[benchmark] = column = f"{benchmark}_{metric}"
+        rows = rows.assign(
+            **{column: [part.mean() for part in chosen], f"{column}_std": [part.std() for part in chosen]}
+        )
+    return rows, columns
 
 
 def paper_cells(rows: pd.DataFrame, name: str, label: str) -> dict[str, list[str]]:

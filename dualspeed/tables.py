@@ -20,6 +20,7 @@ from dualspeed.results import Results, read_results, write_frames
 from dualspeed.row_runs import log_results
 from dualspeed.summary import SETTINGS, is_reference, summarise, summarise_all
 from dualspeed.table_cells import (
+    add_headlines,
     best_scores,
     paper_cells,
     pruning_cells,
@@ -29,6 +30,7 @@ from dualspeed.table_cells import (
 )
 from dualspeed.table_format import NOT_APPLICABLE, NOT_RUN, Table, format_number, write_table
 
+MME_NOTE = "MME: points of perception, as papers report it (at most 200 a category); Mean and Rel. take its accuracy."
 REL_NOTE = (
     "Rel.: mean over the benchmarks of the score relative to the Baseline of the same seed, in percent; in brackets "
     f"the 95 % interval of a paired bootstrap over questions ({RESAMPLES} draws); ±: standard deviation over seeds."
@@ -71,9 +73,11 @@ def make_tables(settings: dict[str, Any], results: Results, scores: dict[Cell, n
 def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> Table:
     """Methods x pruners x benchmarks on full tokens, with speed and cost."""
     rows = summarise(settings, results, scores, "table1")
-    rows = paper.add_paper_values(rows[rows["inference"] == "full"].reset_index(drop=True))
+    rows, headlines = add_headlines(rows[rows["inference"] == "full"].reset_index(drop=True), results.headlines)
+    rows = paper.add_paper_values(rows)
     unit, seconds = time_unit(rows["train_hours"] * 3600)
-    cells = setting_cells(rows) | {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, settings["benchmarks"])
+    cells = setting_cells(rows) | {"Seeds": rows["num_seeds"].map(str)}
+    cells |= score_cells(rows, settings["benchmarks"], headlines)
     cells |= paper_cells(rows, "rel", "Rel. % (paper)")
     cells |= {"Speedup": [format_number(value, 2, "x") for value in rows["speedup_measured"]]}
     cells |= paper_cells(rows, "speedup", "Speedup (paper)")
@@ -88,8 +92,9 @@ def table1(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
         "Speedup: measured time of a step, Baseline over method. Limit: the same in FLOPs. Train: pretraining and "
         "finetuning, wall clock. In pruner: share of a fast step.",
         paper.NOTE if grey else PAPER_SUMMARY,
+        *([MME_NOTE] if "mme" in headlines else []),
     )
-    best = best_scores(rows, settings["benchmarks"], lambda row: None if is_reference(row) else row["model"])
+    best = best_scores(rows, settings["benchmarks"], lambda row: None if is_reference(row) else row["model"], headlines)
     title = "Table 1. Full-token inference after each way of training"
     return Table("table1", title, rows, pd.DataFrame(cells), notes, best, grey)
 

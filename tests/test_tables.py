@@ -116,6 +116,25 @@ def test_table1_gives_means_deviations_and_rel_in_the_papers_order(written):
     assert [rows[0][key] for key in ("rel", "rel_low", "rel_high")] == ["100", "100", "100"]
 
 
+def test_table1_shows_mme_in_points_and_scores_keeps_its_accuracy(settings, tmp_path):
+    settings["benchmarks"] = ["gqa", "mme"]
+    for row, (points, percent) in {"base-0": (1500, 75), "ds-0": (1450, 72), "ds-1": (1350.5, 70)}.items():
+        path = tmp_path / f"results/scores/{row}/full/mme.json"
+        write_score(tmp_path / "results", row, "mme", percent)
+        write(path, json.loads(path.read_text()) | {"metric": "perception", "score": points, "percent_metric": "acc"})
+    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    shown = {(row["Method"], row["p"]): row for row in markdown_rows(tmp_path / "tables/table1.md")}
+    assert shown["DualSpeed", "0.9"]["MME"].replace("*", "") == "1400.2 ± 70.4"
+    assert shown["Baseline", "-"]["MME"] == "1500.0" and shown["NaivePrune", "0.9"]["MME"] == "not run"
+    assert "MME: points of perception" in (tmp_path / "tables/table1.md").read_text()
+    numbers = {(row["method"], row["pruning_ratio"]): row for row in rows_of(tmp_path / "tables/table1.csv")}
+    assert numbers["dualspeed", "0.9"]["mme_perception"] == "1400.25" and numbers["dualspeed", "0.9"]["mme"] == "71"
+    scores = [row for row in rows_of(tmp_path / "tables/scores.csv") if row["benchmark"] == "mme"]
+    assert {(row["experiment"], row["metric"], row["score"]) for row in scores} == {
+        *(("base-0", "acc", "75"), ("ds-0", "acc", "72"), ("ds-1", "acc", "70")),
+    }
+
+
 def test_what_has_not_run_is_empty_and_says_so(written):
     row = rows_of(written / "table1.csv")[2]
     assert [row[key] for key in ("gqa", "mean", "rel", "speedup_measured", "train_hours")] == [""] * 5
