@@ -2,7 +2,7 @@
 
 Embeddings and head stay as they are, tied or not; projector and isolator are trained in full, the vision tower not at
 all. A checkpoint is a stock one with the adapters merged in; beside it stands `adapter/`: the adapter as peft writes
-it, and the projector, which training goes on from exactly.
+it, and the projector, which training goes on from exactly. A checkpoint amid training has `adapter/` alone.
 """
 
 from pathlib import Path

@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 from dualspeed.sequences import Sequences
 from dualspeed.tower import RECORDED
 
-TOWER_FAMILIES = ("llava", "llava_next", "vipllava")
-"""model_type of those whose vision tower pruners can look into: one token a patch, a tower in the style of CLIP."""
+TOWER_FAMILIES = (
+    *("gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "paligemma", "smolvlm", "vipllava"),
+)
+"""model_type of those whose vision tower pruners can look into: square tiles, a token for each patch or for a square of
+patches, layers of plain attention. Qwen-VL's windows and Pixtral's single sequence of all images are not."""
 TILE_FAMILIES = ("idefics3", "smolvlm")
 """model_type of those that write an image's tiles as runs of placeholders between row and column tokens."""
 TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")

@@ -318,12 +318,14 @@ class DualSpeedModel(nn.Module):
         folder: str | Path,
         state_dict: dict[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        merged: bool = True,
     ) -> None:
         """Write the stock checkpoint, and beside it the isolator and the settings, which other software ignores.
 
         Args:
             state_dict: this model's whole state where its own is sharded.
             dtype: of the weights in the files; None: as they are.
+            merged: False leaves a model with adapters at those, without the large stock checkpoint they are merged to.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         if dtype is not None:
@@ -334,7 +336,8 @@ class DualSpeedModel(nn.Module):
             from dualspeed import adapters  # needs peft
 
             adapters.save_adapters(self.vlm, weights, Path(folder) / adapters.ADAPTER_FOLDER)
-            adapters.save_merged(self.vlm, weights, folder)
+            if merged:
+                adapters.save_merged(self.vlm, weights, folder)
         else:
             self.vlm.save_pretrained(folder, state_dict=weights)
         if self.mode_isolator is not None:

@@ -53,6 +53,7 @@ class DualSpeedTrainer(Trainer):
         self._losses: dict[str, list[Tensor]] = defaultdict(list)
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._logged_at = time.perf_counter()
+        self._is_ongoing = False
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(FrozenIsolatorInSlowSteps(self))
 
@@ -139,12 +140,20 @@ class DualSpeedTrainer(Trainer):
             for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the stock trainer's, but adapters are merged only where training ends: it goes on from them alone."""
+        self._is_ongoing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_ongoing = False
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a stock checkpoint with the isolator beside it (the stock trainer writes prefixed names)."""
         if not self.args.should_save:
             return
-        output_dir = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict, self.save_dtype)
+        output_dir, merged = output_dir or self.args.output_dir, not self._is_ongoing
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict, self.save_dtype, merged)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 

@@ -3,6 +3,7 @@
 Everything goes through the model's public `get_image_features`; what it doesn't offer is in tower.py.
 """
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dualspeed.families import image_units, language_parameters
-from dualspeed.tower import record_tower, skip_unused_vision_layers
+from dualspeed.tower import per_token, record_tower, skip_unused_vision_layers
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,23 @@ def encode_images(
     record: dict[str, Tensor] = {}
     with skip_unused_vision_layers(vlm) as layer_arguments, record_tower(vlm, needs, record):
         output = vlm.get_image_features(**images, **layer_arguments, return_dict=True)
-    features, image_sizes = image_units(vlm, output.pooler_output), images.get("image_sizes")
+    features = image_units(vlm, output.pooler_output)
     return EncodedImages(
         output=output,
         features=features,
-        described={name: pack(vlm, values, image_sizes, of_newline(name)) for name, values in record.items()},
-        tiles=token_tiles(vlm, features, image_sizes) if with_tiles else None,
+        described={name: pack(vlm, values, features, images, of_newline(name)) for name, values in record.items()},
+        tiles=token_tiles(vlm, features, images) if with_tiles else None,
     )
 
 
-def token_tiles(vlm: PreTrainedModel, features: list[Tensor], image_sizes: Tensor | None) -> Tensor:
+def token_tiles(vlm: PreTrainedModel, features: list[Tensor], images: dict[str, Tensor]) -> Tensor:
     """(P,) tile of each token within its image, -1 for newlines; a model without tiles has one an image."""
     if not has_packed_tiles(vlm):
         return torch.zeros(sum(map(len, features)), dtype=torch.long, device=features[0].device)
-    num_tiles = tiles_per_image(vlm, image_sizes)
+    num_tiles = tiles_per_image(vlm, images)
     side = vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size
     tiles = torch.cat([torch.arange(n, device=features[0].device) for n in num_tiles])
-    return pack(vlm, tiles[:, None].expand(-1, side * side).float(), image_sizes, -1.0).long()
+    return pack(vlm, tiles[:, None].expand(-1, side * side).float(), features, images, -1.0).long()
 
 
 def of_newline(name: str) -> float:
@@ -92,29 +93,45 @@ def of_newline(name: str) -> float:
 
 def has_packed_tiles(vlm: PreTrainedModel) -> bool:
     """Whether the model cuts images into tiles and packs their tokens with newlines."""
-    return vlm.config.model_type == "llava_next"
+    return vlm.config.model_type in ("llava_next", "llava_onevision")
 
 
-def tiles_per_image(vlm: PreTrainedModel, image_sizes: Tensor) -> list[int]:
+def tiles_per_image(vlm: PreTrainedModel, images: dict[str, Tensor]) -> list[int]:
     """Tiles of each image, the base tile included."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
+    size_to_num_tiles = inspect.getmodule(type(vlm)).image_size_to_num_patches
     config = vlm.config
-    return [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size in image_sizes
+    num_tiles = [
+        size_to_num_tiles(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        for size in images["image_sizes"]
     ]
+    # OneVision cuts none of several images of a sample.
+    images_of_sample = images.get("batch_num_images")
+    if images_of_sample is None:
+        return num_tiles
+    is_single = images_of_sample.repeat_interleave(images_of_sample) == 1
+    return [n if single else 1 for n, single in zip(num_tiles, is_single.tolist(), strict=True)]
 
 
-def pack(vlm: PreTrainedModel, values: Tensor, image_sizes: Tensor | None, newline: float) -> Tensor:
-    """Bring what belongs to patches, (tiles, patches, ...), into the order of the projected tokens, (P, ...)."""
+def pack(
+    vlm: PreTrainedModel, values: Tensor, features: list[Tensor], images: dict[str, Tensor], newline: float
+) -> Tensor:
+    """Bring what belongs to patches, (tiles, patches, ...), into the order of the projected tokens, (P, ...).
+
+    Args:
+        features, images: as in EncodedImages and `encode_images`.
+        newline: what newline tokens get.
+    """
     if not has_packed_tiles(vlm):
-        return values.flatten(0, 1)
+        return per_token(values, sum(map(len, features)) // len(values)).flatten(0, 1)
     vectors = values.flatten(2) if values.dim() > 2 else values[..., None]
-    per_image = torch.split(vectors, tiles_per_image(vlm, image_sizes))
-    strategy = vlm.config.vision_feature_select_strategy
+    per_image = torch.split(vectors, tiles_per_image(vlm, images))
     image_newline = vectors.new_full((vectors.shape[-1],), newline)
-    packed, _ = vlm.pack_image_features(per_image, image_sizes, strategy, image_newline=image_newline)
+    named = {"image_newline": image_newline}
+    if vlm.config.model_type == "llava_next":
+        named["vision_feature_select_strategy"] = vlm.config.vision_feature_select_strategy
+    else:
+        named["vision_aspect_ratio"] = vlm.config.vision_aspect_ratio
+    packed, _ = vlm.model.pack_image_features(per_image, images["image_sizes"], **named)
     return torch.cat(packed).unflatten(-1, values.shape[2:]) if values.dim() > 2 else torch.cat(packed)[:, 0]
 
 

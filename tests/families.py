@@ -92,13 +92,13 @@ class Family:
     """Name of an input that tells image tokens from text, where the family needs one."""
 
 
-def square(processor) -> Callable:
-    """Images of one size: 16 tokens each."""
+def square(processor, num_tokens: int = 16) -> Callable:
+    """Images of one size, of 4 x 4 patches."""
 
     def encode(samples: Images):
         flat = [image for images in samples for image in images]
         pixels = processor(images=flat, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels}, [[[IMAGE] * 16 for _ in images] for images in samples]
+        return {"pixel_values": pixels}, [[[IMAGE] * num_tokens for _ in images] for images in samples]
 
     return encode
 
@@ -259,9 +259,12 @@ def gemma3() -> PreTrainedModel:
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=text,
         image_token_index=IMAGE,
-        mm_tokens_per_image=16,
+        mm_tokens_per_image=4,
     )
-    return built(Gemma3ForConditionalGeneration, config)
+    vlm = built(Gemma3ForConditionalGeneration, config)
+    # A new one's is 0, and so were all of its tokens.
+    torch.nn.init.normal_(vlm.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    return vlm
 
 
 def paligemma() -> PreTrainedModel:
@@ -293,7 +296,7 @@ FAMILIES = [
     Family("Qwen3-VL", qwen3_vl, encode_qwen(8), "mm_token_type_ids"),
     Family("Idefics3", idefics3, encode_idefics3),
     Family("SmolVLM", smolvlm, encode_idefics3),
-    Family("Gemma 3", gemma3, square(SIGLIP_PROCESSOR), "token_type_ids"),
+    Family("Gemma 3", gemma3, square(SIGLIP_PROCESSOR, 4), "token_type_ids"),
     Family("PaliGemma", paligemma, square(SIGLIP_PROCESSOR), "token_type_ids"),
     Family("Mistral 3", mistral3, encode_mistral3),
 ]

@@ -99,11 +99,13 @@ def test_resumed_equals_uninterrupted(inputs, trained, tmp_path, monkeypatch):  
             raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("dualspeed.train.Clock.on_step_begin", stop_in_step_5)
+        context.setattr(".Clock.on_step_begin", stop_in_step_5)
         with pytest.raises(KeyboardInterrupt):
             run(inputs, tmp_path, lora_settings())
     assert not (tmp_path / "out").exists()
-    assert list(tmp_path.glob("state/*/checkpoints/checkpoint-4/adapter"))
+    (checkpoint,) = tmp_path.glob("state/*/checkpoints/checkpoint-4")
+    assert (checkpoint / "adapter").is_dir()
+    assert not list(checkpoint.glob("model*.safetensors"))  # the whole model is written at the end alone
     train(lora_settings(), inputs / "base", inputs / "data", tmp_path / "state", tmp_path / "out")
     for file in ("model.safetensors", "mode_isolator.safetensors", "adapter/adapter_model.safetensors"):
         whole, resumed = load_file(trained / file), load_file(tmp_path / "out" / file)

@@ -18,11 +18,13 @@ from dualspeed.families import has_3d_positions, image_inputs, token_inputs
 from dualspeed.pruners import PRUNERS, num_tokens_to_keep
 from dualspeed.sequences import Sequences
 from dualspeed.stages import is_projector, set_trainable
-from dualspeed.tower import RECORDED
-from dualspeed.vision import encode_images
+from dualspeed.tower import RECORDED, drops_first_position, has_cls_token, per_token, projector, selected_attention
+from dualspeed.vision import encode_images, has_packed_tiles, tiles_per_image
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 MIXED = [1, 0, 2, 1]
+TOWERS = [family for family in FAMILIES if family.name not in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Mistral 3")]
+tower_families = pytest.mark.parametrize("family", TOWERS, ids=[family.name for family in TOWERS])
 
 
 def model_of(family: Family, **settings) -> DualSpeedModel:
@@ -170,6 +172,64 @@ def test_text_only_batch_of_one_of_two_ranks_calls_the_same_modules(family, monk
         assert_close(loss, stock, atol=1e-5, rtol=1e-5)
         loss.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@tower_families
+def test_attention_is_the_eager_towers(family):
+    """That of the CLS token, or the mean that is received; for a square of patches their mean, for newlines none."""
+    vlm, images = family.build(), image_side(batch(family, [1, 2]))
+    encoded = encode_images(vlm, image_inputs(vlm, images), needs=("cls_attention",))
+    eager, weights = family.build(), []
+    eager.set_attn_implementation("eager")
+    selected_attention(eager).register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    eager.get_image_features(**image_inputs(eager, images), return_dict=True)
+    maps = weights[0].mean(dim=1)
+    scores = (maps[:, 0] if has_cls_token(eager) else maps.mean(dim=1))[:, int(drops_first_position(eager)) :]
+    ours = encoded.described["cls_attention"]
+    if has_packed_tiles(vlm):
+        # Each image begins with its base tile as it is; all that the model puts between are newlines.
+        num_tiles = tiles_per_image(vlm, image_inputs(vlm, images))
+        first_tiles = [scores[sum(num_tiles[:index])] for index in range(len(num_tiles))]
+        starts = [row[:16] for row in ours.split([len(unit) for unit in encoded.features])]
+        assert_close(torch.stack(starts), torch.stack(first_tiles), atol=1e-6, rtol=1e-5)
+        newline = vlm.model.image_newline
+        is_newline = torch.cat([(unit == newline).all(dim=-1) for unit in encoded.features])
+        assert torch.equal(ours == -torch.inf, is_newline)
+        return
+    num_tokens = len(ours) // len(scores)
+    side = int((scores.shape[1] // num_tokens) ** 0.5)
+    squares = [
+        tile.view(4, 4)[row : row + side, column : column + side].mean()
+        for tile in scores
+        for row in range(0, 4, side)
+        for column in range(0, 4, side)
+    ]
+    assert_close(ours, torch.stack(squares), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Idefics3", "InternVL", "SmolVLM"])
+def test_a_token_stands_for_the_square_of_patches_that_it_is_made_of(name):
+    vlm = next(family for family in FAMILIES if family.name == name).build()
+
+    def tokens_of(patches: torch.Tensor) -> torch.Tensor:
+        if name != "InternVL":
+            return projector(vlm)(patches)
+        return projector(vlm)(vlm.model.pixel_shuffle(patches.view(1, 4, 4, 32)).reshape(1, 4, 128))
+
+    for patch in range(16):
+        noise = torch.zeros(1, 16, 32)
+        noise[0, patch] = torch.randn(32, generator=torch.Generator().manual_seed(patch))
+        touched = (tokens_of(noise) != tokens_of(torch.zeros(1, 16, 32))).any(dim=-1)
+        assert torch.equal(per_token(noise, 4).any(dim=-1), touched)
+
+
+@tower_families
+@pytest.mark.parametrize("pruner", ["vispruner", "visionzip"])
+def test_pruners_that_look_into_the_tower_prune_alike_in_any_batch(family, pruner):
+    model = model_of(family, pruning_ratio=0.5, pruner=pruner)
+    alone = [model(mode=Mode.FAST, **batch(family, [count], seed=seed)).loss for seed, count in enumerate(MIXED)]
+    batched = model(mode=Mode.FAST, **batch(family, MIXED, "left")).loss
+    assert_close(batched, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_trained_is_refused_with_the_reason():
