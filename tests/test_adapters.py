@@ -94,12 +94,12 @@ def test_adapter_folder_is_peft_s(inputs, trained):  # noqa: F811
 def test_resumed_equals_uninterrupted(inputs, trained, tmp_path, monkeypatch):  # noqa: F811
     """Stopped after a checkpoint of step 4, dropout and all."""
 
-    def stop_in_step_5(clock, args, state, control, **_):
+    def stop_in_step_5(callback, args, state, control, **_):
         if state.global_step == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(".Clock.on_step_begin", stop_in_step_5)
+        context.setattr("dualspeed.callbacks.MetricLogCallback.on_step_begin", stop_in_step_5)
         with pytest.raises(KeyboardInterrupt):
             run(inputs, tmp_path, lora_settings())
     assert not (tmp_path / "out").exists()
