@@ -30,11 +30,11 @@ install: .venv/.installed  ## create .venv with the pinned versions
 
 demo: install  ## train and evaluate the demo's main rows, then show Table 1
 	$(BIN)/snakemake --quiet host reason
-	@$(MAKE) --no-print-directory show TABLES=results/tables/demo
+	@$(MAKE) --no-print-directory show TABLES=results/tables/demo PAGE=results/report.html
 
 demo-full: install  ## the demo with all pruners, seeds, ratios and ablations
 	$(BIN)/snakemake --quiet host reason --config experiments=config/demo/experiments-full.tsv
-	@$(MAKE) --no-print-directory show TABLES=results/tables/demo-full
+	@$(MAKE) --no-print-directory show TABLES=results/tables/demo-full PAGE=results/report-full.html
 
 resume:  ## go on after a killed snakemake: end its Slurm jobs, unlock, start again (PROFILE=..., ARGS=...)
 	$(BIN)/dualspeed end-jobs
@@ -44,10 +44,10 @@ resume:  ## go on after a killed snakemake: end its Slurm jobs, unlock, start ag
 show:
 	@echo; cat $(TABLES)/table1.md
 	@echo; echo "More tables: $(TABLES)/, figures: $(subst tables,figures,$(TABLES))/"
-	@echo "Every run: make ui (MLflow). One HTML page: make report."
+	@echo "One page with everything: $(PAGE). Every run: make ui (MLflow)."
 
-report: install  ## one HTML page with tables, figures and how they were made: results/report.html
-	$(BIN)/snakemake --config experiments=$(SHEET) --report results/report.html
+report: install  ## Snakemake's own page, with every job's run time: results/snakemake-report.html
+	$(BIN)/snakemake --config experiments=$(SHEET) --report results/snakemake-report.html
 
 ui: install  ## browse the runs with MLflow at http://localhost:$(PORT)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --port $(PORT)

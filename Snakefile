@@ -34,6 +34,7 @@ rule all:
     input:
         TABLE_FILES,
         FIGURE_FILES,
+        REPORT,
         CHECKPOINTS,
         SCORES,
         SUBMISSIONS,

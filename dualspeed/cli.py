@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("end-jobs", run_end_jobs)
     plan = add("plan", run_plan, "config")
     plan.add_argument("--experiments", type=Path, help="another sheet than the configuration's")
+    add_settings(add("report", run_report, "figures", "out"))
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
     track.add_argument("--tracking", type=json.loads, required=True, help="JSON: MLflow uri and experiment")
@@ -216,6 +217,13 @@ def run_plan(options: argparse.Namespace) -> None:
     from dualspeed.plan.report import plan
 
     print(plan(options.config, options.experiments))
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write the page that shows a sheet's tables, figures and examples."""
+    from dualspeed.report import write_report
+
+    write_report(options.settings, options.figures, options.out)
 
 
 def run_track(options: argparse.Namespace) -> None:

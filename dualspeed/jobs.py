@@ -96,6 +96,12 @@ def table_settings(project: ProjectConfig) -> dict[str, Any]:
     }
 
 
+def report_settings(project: ProjectConfig, command: str) -> dict[str, Any]:
+    """What the report shows: what tables do, and examples; `command` makes all of it again."""
+    folders = {name: benchmark.folder for name, benchmark in project.benchmarks.items()}
+    return table_settings(project) | {"folders": folders, "command": command}
+
+
 def demo_data_settings(project: ProjectConfig) -> dict[str, Any]:
     """What the demo's data is drawn by."""
     return dataclasses.asdict(project.data)

@@ -23,7 +23,10 @@ BASELINE, NAIVE, MILD, STRONG = ROWS = (
     "dualspeed-divprune-p0.75-seed0",
     "dualspeed-divprune-p0.9-seed0",
 )
-TABLES = {"Write tables and figures of the sheet demo"}
+TABLES = {
+    "Write tables and figures of the sheet demo",
+    "Write the page that shows the sheet demo: results/report.html",
+}
 Edit = Callable[[Path], object]
 
 
@@ -238,7 +241,10 @@ def test_another_sheet_over_the_same_results_trains_nothing_again(finished, tmp_
     project = shutil.copytree(finished, tmp_path / "project")
     edit_rows(lambda rows: rows.pop(NAIVE), sheet="experiments-two")(project)
     other = plan(project, "--config", "experiments=config/demo/experiments-two.tsv")
-    assert other == {"Write tables and figures of the sheet demo-two"}
+    assert other == {
+        "Write tables and figures of the sheet demo-two",
+        "Write the page that shows the sheet demo-two: results/report-two.html",
+    }
     assert plan(project) == set()
 
 
@@ -279,7 +285,7 @@ def test_every_command_of_the_workflow_is_one_that_dualspeed_takes(finished):
     output = snakemake(finished, "-n", "--forceall", "--printshellcmds")
     lines = re.findall(r"dualspeed ([a-z-]+ (?:init )?--.*) >", output)
     commands = [make_parser().parse_args(shlex.split(line)) for line in lines]
-    expected = {"demo-data", "base-model", "prepare", "train", "answer", "speed", "tables", "track"}
+    expected = {"demo-data", "base-model", "prepare", "train", "answer", "speed", "tables", "report", "track"}
     assert {options.command for options in commands} == expected
     for options in commands:
         if options.command == "train":

@@ -1,4 +1,4 @@
-"""Tables and figures of the selected sheet, from every score, step time and training.json of its rows."""
+"""Tables, figures and the page of the selected sheet, from every score, step time and training.json of its rows."""
 
 TABLES, FIGURES = (
     f"{RESULTS}/tables/{PROJECT.sheet}",
@@ -17,6 +17,15 @@ FIGURE_FILES = expand(
         *["figure_mismatch", "figure_speedup", "figure_question_types", "figure_learning_curves"],
     ],
     kind=["png", "svg"],
+)
+
+# The sheet's own, so that another one's tables, figures and page stay: report.html, report-full.html.
+REPORT = f"{RESULTS}/report{PROJECT.sheet.removeprefix(PROJECT.name)}.html"
+# What makes this sheet again; the page says so.
+COMMAND = " ".join(
+    ["snakemake"]
+    + [f"--configfile {path}" for path in workflow.configfiles if Path(path) != Path("config/demo/config.yaml")]
+    + [f"--config experiments={config['experiments']}"]
 )
 
 
@@ -62,3 +71,28 @@ rule tables:
     shell:
         "dualspeed tables --settings {params.settings:q} --out {params.tables} --figures {params.figures}"
         " --tracking {TRACKING:q} > {log} 2>&1"
+
+
+rule report:
+    input:
+        tables=rules.tables.output.tables,
+        figures=rules.tables.output.figures,
+        answers=[path.replace(f"{RESULTS}/scores/", f"{RESULTS}/answers/") + "l" for path in SCORES],
+        questions=sorted({made_from(benchmark.folder) for benchmark in PROJECT.benchmarks.values()}),
+    output:
+        page=REPORT,
+    log:
+        f"{LOGS}/report/{PROJECT.sheet}.log",
+    benchmark:
+        f"{TIMES}/report/{PROJECT.sheet}.tsv"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=growing(30),
+    params:
+        settings=as_json(jobs.report_settings(PROJECT, COMMAND)),
+        figures=FIGURES,
+    message:
+        "Write the page that shows the sheet {PROJECT.sheet}: {output.page}"
+    shell:
+        "dualspeed report --settings {params.settings:q} --figures {params.figures} --out {output.page} > {log} 2>&1"
