@@ -235,3 +235,16 @@ def test_questions_become_prompts_padded_on_the_left(make, picture):
         alone = generation_inputs(processor, [question])["input_ids"][0]
         assert torch.equal(inputs["input_ids"][index][inputs["attention_mask"][index].bool()], alone)
     assert len(inputs["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize("make", [tiny.llava_processor, tiny.llava_next_processor])
+def test_pixels_are_the_processors_own_bit_for_bit(make, tmp_path):
+    """Every value that a byte can have, in pictures that are resized and cropped."""
+    processor, paths = make(), []
+    for number, size in enumerate([(28, 28), (64, 40), (300, 31)]):
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(number))
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(paths[-1])
+    batch = ConversationCollator(processor)([row(path.stem, [user("q", 1), assistant("a")], [path]) for path in paths])
+    expected = processor.image_processor([open_image(path) for path in paths], return_tensors="pt").pixel_values
+    assert torch.equal(batch["pixel_values"], expected)

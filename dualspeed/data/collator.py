@@ -18,6 +18,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from dualspeed.data.images import open_image
+from dualspeed.data.pixels import leaves_bytes, pixel_values
 from dualspeed.losses import IGNORE_INDEX
 
 PADDING_SIDES = ("left", "right")
@@ -44,8 +45,14 @@ class ConversationCollator:
         """Batch of `examples`; errors name the sample by its id."""
         conversations = [conversation_with_pictures(example) for example in examples]
         encoded = self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs=leaves_bytes(self.processor),
         )
+        if leaves_bytes(self.processor) and "pixel_values" in encoded:
+            encoded["pixel_values"] = pixel_values(self.processor, encoded["pixel_values"])
         self._check_lengths(examples, encoded["input_ids"])
         rows = [np.array(row[: self.max_length]) for row in encoded["input_ids"]]
         masks = [np.array(mask[: self.max_length], dtype=bool) for mask in encoded.pop("assistant_masks")]
@@ -111,7 +118,8 @@ def batch_of(rows: list[np.ndarray], encoded: BatchFeature, pad_token_id: int, p
     batch = BatchFeature({"input_ids": pad(rows, pad_token_id, padding_side)})
     batch["attention_mask"] = pad([np.ones_like(row) for row in rows], 0, padding_side)
     for key in encoded.keys() - {"input_ids", "attention_mask"}:
-        batch[key] = torch.from_numpy(np.stack(encoded[key]))
+        values = encoded[key]
+        batch[key] = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.stack(values))
     return batch
 
 
