@@ -39,7 +39,7 @@ from dualspeed.isolator import ISOLATOR_FILE, ModeIsolator
 from dualspeed.losses import IGNORE_INDEX, cross_entropy, distillation, supervised_labels, supervised_positions
 from dualspeed.modes import Mode
 from dualspeed.pruners import MergedTokens, VisualTokens, get_pruner, num_tokens_to_keep
-from dualspeed.sequences import Sequences, prune_inputs, text_relevance
+from dualspeed.sequences import Sequences, mask_for_attention, prune_inputs, text_relevance
 from dualspeed.vision import (
     EncodedImages,
     encode_images,
@@ -203,7 +203,7 @@ class DualSpeedModel(nn.Module):
         """(M, V) logits at the positions that predict a supervised token; others are never computed."""
         return self.vlm(
             input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
+            attention_mask=mask_for_attention(inputs),
             mm_encoder_outputs={} if images is None else {"image": images},
             logits_to_keep=supervised_positions(inputs.labels),
             use_cache=False,

@@ -21,6 +21,17 @@ class Sequences(NamedTuple):
     """(..., B, L) what else belongs to tokens: position_ids, token_type_ids."""
 
 
+def mask_for_attention(inputs: Sequences) -> Tensor | None:
+    """The attention mask, or None where attention is right without one, and quicker: fused causal kernels take none.
+
+    Padding behind a sample's tokens lies in the future of all of them, so that causal attention never sees it. Where
+    tokens carry more than their ids, attention may be something else than causal.
+    """
+    mask = inputs.attention_mask.bool()
+    starts_again = (mask[:, 1:] & ~mask[:, :-1]).any()
+    return inputs.attention_mask if inputs.by_token or starts_again or not mask[:, 0].all() else None
+
+
 def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, padding_side: str = "right") -> Sequences:
     """Compact sequences to the visual tokens that stay.
 
