@@ -28,8 +28,12 @@ for row in read_sheet(Path(config["experiments"])):
 if "gpu" in workflow.global_resources:
     os.environ[NUM_GPUS] = str(workflow.global_resources["gpu"].value)
 
-# Jobs find `dualspeed` beside this Python, activated or not. OpenMP's spinning makes busy cores ten times slower.
-shell.prefix(f"export PATH='{Path(sys.executable).parent}':\"$PATH\" OMP_WAIT_POLICY=PASSIVE; ")
+# Jobs find `dualspeed` beside this Python, activated or not. OpenMP's spinning makes busy cores ten times slower; memory
+# that glibc returned to the system would be paged in again by every training step.
+shell.prefix(
+    f"export PATH='{Path(sys.executable).parent}':\"$PATH\" OMP_WAIT_POLICY=PASSIVE "
+    f"MALLOC_MMAP_THRESHOLD_={2**30} MALLOC_TRIM_THRESHOLD_={2**33}; "
+)
 
 RESULTS = PROJECT.results
 LOGS, TIMES = f"{RESULTS}/logs", f"{RESULTS}/benchmarks"
