@@ -49,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(add("demo-data", run_demo_data, "out"))
     add_settings(add("base-model", run_base_model, "data", "out"))
     add_settings(add("assemble", run_assemble, "out"))
+    download = add_settings(add("download", run_download, "lock", "out"))
+    download.add_argument("source", help="name of the source, as the lock has it")
+    download.add_argument("--workers", type=int, default=4, help="files that are fetched at once")
     prepare = add_settings(add("prepare", run_prepare, "model", "out"))
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
     train = add_settings(add("train", run_train, "model", "data", "state", "out"))
@@ -127,6 +130,18 @@ def run_assemble(options: argparse.Namespace) -> None:
     from dualspeed.typed import read_dataclass
 
     assemble(read_dataclass(ModelParts, options.settings, "--settings"), options.out)
+
+
+def run_download(options: argparse.Namespace) -> None:
+    """Fetch, check and unpack a source of the configuration; goes on where a killed run stopped."""
+    from dualspeed.data.download import download
+    from dualspeed.data.lock import DataLock
+    from dualspeed.data.sources import Source
+    from dualspeed.files import write_json
+    from dualspeed.typed import read_dataclass
+
+    source = read_dataclass(Source, options.settings, "--settings")
+    write_json(options.out, download(options.source, source, DataLock(options.lock), options.workers))
 
 
 def run_prepare(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from dualspeed.config import (
     pretrain_key,
     pretrain_settings,
 )
+from dualspeed.data.sources import Source
 from dualspeed.files import sha256_of_json
 from dualspeed.recipe import Recipe
 
@@ -120,3 +121,8 @@ def parts_settings(model: ModelConfig) -> dict[str, Any]:
 def preparation_settings(recipe: Recipe) -> dict[str, Any]:
     """How a stage's data is prepared."""
     return dataclasses.asdict(recipe.preparation())
+
+
+def download_settings(source: Source) -> dict[str, Any]:
+    """What a source is downloaded by."""
+    return dataclasses.asdict(source)

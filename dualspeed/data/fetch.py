@@ -31,7 +31,7 @@ class DownloadError(RuntimeError):
     """A file cannot be had; the message names the address, what happened and what to do."""
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     """An attempt failed in a way that another one may not."""
 
 
@@ -76,7 +76,7 @@ def fetch(
             part.replace(path)
             _tag_file(part).unlink(missing_ok=True)
             return
-        except (_Interrupted, *PASSING_ERRORS) as error:
+        except (_InterruptedError, *PASSING_ERRORS) as error:
             failures = 1 if _length(part) > before else failures + 1
             if failures >= attempts:
                 raise DownloadError(
@@ -102,13 +102,13 @@ def _continue(url: str, part: Path, size: int | None, on_bytes: Callable[[int], 
                 return  # all of it had come before the interruption
             part.unlink()
             on_bytes(-have)
-            raise _Interrupted(f"the file there is shorter than the {have} bytes that are here")
+            raise _InterruptedError(f"the file there is shorter than the {have} bytes that are here")
         start = _start_of(response, url, have)
         if start < have:
             on_bytes(-have)
         total = _total_of(response, start)
         if size is not None and total is not None and total != size:
-            raise _Interrupted(f"the server offers {total} bytes, {size} are expected")
+            raise _InterruptedError(f"the server offers {total} bytes, {size} are expected")
         _tag_file(part).write_text(_validator(response))
         with open(part, "r+b" if start else "wb") as file:
             file.seek(start)
@@ -118,7 +118,7 @@ def _continue(url: str, part: Path, size: int | None, on_bytes: Callable[[int], 
                 on_bytes(len(chunk))
     total = size if total is None else total
     if total is not None and _length(part) != total:
-        raise _Interrupted(f"the connection ended after {_length(part)} of {total} bytes")
+        raise _InterruptedError(f"the connection ended after {_length(part)} of {total} bytes")
 
 
 def _start_of(response: requests.Response, url: str, have: int) -> int:
@@ -130,7 +130,7 @@ def _start_of(response: requests.Response, url: str, have: int) -> int:
             f"{url}: asked from byte {have}, the server answers {response.headers.get('Content-Range')}"
         )
     if response.status_code in PASSING_STATUS:
-        raise _Interrupted(f"the server answers {response.status_code} {response.reason}")
+        raise _InterruptedError(f"the server answers {response.status_code} {response.reason}")
     if response.status_code != 200:
         raise DownloadError(f"{url}: the server answers {response.status_code} {response.reason}")
     return 0

@@ -1,0 +1,165 @@
+"""Repositories of the Hugging Face Hub, through its own client: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE hold.
+
+The client keeps half files and goes on with them; what this adds are a fixed revision, another attempt at what may
+pass, the room on the disk, checksums, and errors that say what to do.
+"""
+
+import fnmatch
+import logging
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dualspeed.data.fetch import ATTEMPTS, PASSING_STATUS, WAIT, DownloadError
+from dualspeed.data.lock import DataLock, LockError
+from dualspeed.data.sources import Source
+from dualspeed.files import sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of one commit of a repository, in the Hub's cache."""
+
+    name: str
+    """Of the source."""
+    folder: Path
+    paths: tuple[str, ...]
+    """The files that the source asks for, as they are called in the repository."""
+
+    @property
+    def commit(self) -> str:
+        """Hash of the commit; the cache names its folders so."""
+        return self.folder.name
+
+    @staticmethod
+    def matches(path: str, pattern: str) -> bool:
+        """Whether a pattern of the configuration means this file."""
+        return fnmatch.fnmatch(path, pattern)
+
+    def check(self, path: str) -> dict[str, Any]:
+        """{size, sha256} of a file; DownloadError if the Hub states another checksum. A bad file leaves the cache."""
+        blob = (self.folder / path).resolve()
+        found = {"size": blob.stat().st_size, "sha256": sha256_of_file(blob)}
+        # The cache names the blob of a large file by the checksum that the Hub states.
+        if SHA256.fullmatch(blob.name) and blob.name != found["sha256"]:
+            blob.unlink()
+            raise DownloadError(
+                f"{self.name}: {path}: sha256 is {found['sha256']}, the Hub states {blob.name}: damaged on the way; "
+                "the next run fetches it anew"
+            )
+        return found
+
+    def check_lock(self, path: str, found: dict[str, Any], lock: DataLock) -> None:
+        """LockError unless a file is what the lock holds; a bad one leaves the cache."""
+        try:
+            lock.check(self.name, path, found)
+        except LockError:
+            (self.folder / path).resolve().unlink()
+            raise
+
+
+def fetch_snapshot(
+    name: str, source: Source, lock: DataLock, workers: int, attempts: int = ATTEMPTS, wait: float = WAIT
+) -> Snapshot:
+    """The source's files in the Hub's cache, at the locked revision or else the configured one.
+
+    Raises:
+        DownloadError: the Hub or the disk doesn't let it have them.
+        LockError: the configuration asks for another commit than the lock holds.
+    """
+    revision = choose_revision(name, source, lock)
+    request = {
+        "repo_id": source.repo,
+        "repo_type": source.repo_type,
+        "revision": revision,
+        "allow_patterns": [file.path for file in source.files] or None,
+        "max_workers": workers,
+    }
+    for attempt in range(1, attempts + 1):
+        try:
+            check_space(name, request)
+            folder = Path(snapshot_download(**request))
+            break
+        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+            message, may_pass = explain(error, source)
+            if attempt == attempts or not may_pass:
+                raise DownloadError(f"{name}: {source.repo} at {revision}: {message}") from None
+            logger.warning("%s: %s; another attempt", name, message)
+            time.sleep(wait * 2 ** (attempt - 1))
+    paths = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()))
+    if source.files:
+        for file in source.files:
+            if not any(Snapshot.matches(path, file.path) for path in paths):
+                raise DownloadError(f"{name}: {source.repo} at {folder.name} has no file {file.path!r}")
+        paths = tuple(path for path in paths if any(Snapshot.matches(path, file.path) for file in source.files))
+    return Snapshot(name, folder, paths)
+
+
+def choose_revision(name: str, source: Source, lock: DataLock) -> str:
+    """The commit that is locked, or before the first download what the configuration asks for."""
+    locked = lock.entry(name).get("revision")
+    if locked is None:
+        return source.revision or constants.DEFAULT_REVISION
+    if source.revision and COMMIT.fullmatch(source.revision) and source.revision != locked:
+        raise LockError(
+            f"{lock.path}: {name}: locked is {locked}, the configuration asks for {source.revision}; "
+            "to accept it, remove the entry from the lock"
+        )
+    return locked
+
+
+def check_space(name: str, request: dict[str, Any]) -> None:
+    """Raise DownloadError if the disk of the Hub's cache cannot hold what is not in it yet."""
+    try:
+        files = snapshot_download(**request, dry_run=True)
+    except DryRunError:
+        return  # offline: what is in the cache will do, or snapshot_download says why not
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    cache = Path(constants.HF_HUB_CACHE)
+    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    logger.info("%s: %.1f GB to download to %s", name, needed / 1e9, cache)
+    if needed > free:
+        raise DownloadError(
+            f"{name}: {needed / 1e9:.1f} GB are needed in {cache} and the disk has {free / 1e9:.1f} GB left; "
+            "HF_HOME moves the cache"
+        )
+
+
+def explain(error: Exception, source: Source) -> tuple[str, bool]:
+    """What went wrong, in words, and whether another attempt may help."""
+    if isinstance(error, GatedRepoError):
+        return "is gated: accept its terms on its page, and set HF_TOKEN to a token of that account", False
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no such {source.repo_type}, or a private one: valid is a name on {constants.ENDPOINT}, or HF_TOKEN",
+            False,
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return "has no such revision", False
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        status = error.response.status_code
+        return f"the server answers {status}", status in PASSING_STATUS
+    if constants.HF_HUB_OFFLINE:
+        return f"not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set", False
+    is_local = isinstance(error, OSError) and error.errno is not None  # a full disk stays full
+    return " ".join(str(error).split()), not is_local

@@ -1,0 +1,79 @@
+"""Archives (zip, tar and its compressed forms) become files: nothing leaves the folder, and a killed run goes on.
+
+A member that is there with its size already is left alone. A path out of the folder, a link or a device makes the whole
+archive refused before or where it is met: no publisher of images has a reason for one.
+"""
+
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+
+class ArchiveError(RuntimeError):
+    """An archive cannot be unpacked; the message names it and says why."""
+
+
+def unpack(archive: Path, folder: Path, on_file: Callable[[int], object] = lambda count: None) -> int:
+    """Put the members of `archive` into `folder`; returns their number. `on_file` is told of each.
+
+    Raises:
+        ArchiveError: it is no archive, is damaged, would leave the folder, or the disk is full.
+    """
+    num_files = 0
+    try:
+        for name, size, content in _members(archive, folder):
+            target = folder / _checked(archive, name)
+            if not (target.is_file() and target.stat().st_size == size):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content() as source, open(target, "wb") as file:
+                    shutil.copyfileobj(source, file)
+            num_files += 1
+            on_file(1)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+        raise ArchiveError(f"{archive}: damaged, or no archive: {error}") from None
+    except OSError as error:
+        raise ArchiveError(f"{archive}: cannot be unpacked to {folder}: {error}") from error
+    except Exception as error:  # zlib.error, lzma.LZMAError: what the decompressors raise on damaged data
+        if isinstance(error, ArchiveError):
+            raise
+        raise ArchiveError(f"{archive}: damaged: {type(error).__name__}: {error}") from None
+    return num_files
+
+
+def _members(archive: Path, folder: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
+    """(name, bytes, opener) of each file in the archive."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            members = [member for member in file.infolist() if not member.is_dir()]
+            for member in members:
+                _checked(archive, member.filename)
+            _check_space(archive, folder, sum(member.file_size for member in members))
+            for member in members:
+                yield member.filename, member.file_size, lambda member=member: file.open(member)
+        return
+    with tarfile.open(archive, "r:*") as file:
+        for member in file:
+            if member.isfile():
+                yield member.name, member.size, lambda member=member: file.extractfile(member)
+            elif not member.isdir():
+                raise ArchiveError(f"{archive}: {member.name!r} is a link or a device; refused")
+
+
+def _checked(archive: Path, name: str) -> PurePosixPath:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in name.split("/")[0]:
+        raise ArchiveError(f"{archive}: {name!r} leads out of the folder; refused")
+    return path
+
+
+def _check_space(archive: Path, folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if needed > free else 0
+    if needed - there > free:
+        raise ArchiveError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed for {archive.name} and the disk has {free / 1e9:.1f} GB left"
+        )
