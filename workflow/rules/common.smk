@@ -11,6 +11,7 @@ from snakemake.utils import validate
 from dualspeed import jobs
 from dualspeed.config import SERVER_FILES, finetune_settings, load_project, pretrain_key, pretrain_settings
 from dualspeed.gpus import NUM_GPUS
+from dualspeed.data.sources import sources_of
 from dualspeed.sheet import read_sheet
 from dualspeed.typed import ConfigError
 
@@ -57,12 +58,17 @@ wildcard_constraints:
     pretraining=one_of(PRETRAININGS),
     speed=one_of(SPEEDS),
     model=one_of(PROJECT.models),
+    source=one_of(PROJECT.downloads),
     stage="pretrain|finetune",
     inference="full|pruned",
 
 
 # Where jobs log to. No params hold it, and what says that the store is there counts as old: another store reruns nothing.
 TRACKING = json.dumps({"uri": PROJECT.tracking.uri, "experiment": PROJECT.tracking.experiment})
+# A download's folder is no output, for Snakemake would delete half of it; this says that it is whole.
+RECEIPT = f"{RESULTS}/downloads/{{source}}.json"
+DATA_LOCK = Path(workflow.configfiles[0]).parent / "data.lock" if workflow.configfiles else Path("data.lock")
+
 TRACKING_READY = f"{RESULTS}/state/tracking.ready"
 
 CHECKPOINTS = expand(f"{RESULTS}/models/{{experiment}}", experiment=EXPERIMENTS)
@@ -91,8 +97,15 @@ def base_model(model):
 
 
 def made_from(path):
-    """What a job that reads `path` waits for: the demo's data as a whole, or a file of the user's own."""
-    return DEMO_DATA if Path(DEMO_DATA) in Path(path).parents else path
+    """What a job that reads `path` waits for: the demo's data as a whole, a download, or a file of the user's own."""
+    if Path(DEMO_DATA) in Path(path).parents:
+        return DEMO_DATA
+    return next((RECEIPT.format(source=name) for name in sources_of(path, PROJECT.downloads)), path)
+
+
+def images_from(root):
+    """The downloads that fill a root folder of images; none of a folder that is the user's own."""
+    return [RECEIPT.format(source=name) for name in sources_of(root, PROJECT.downloads)]
 
 
 def recipe_of(model, stage):

@@ -21,6 +21,32 @@ rule init_tracking:
         "dualspeed track init --tracking {params.store:q} > {log} 2>&1"
 
 
+# On the machine that Snakemake runs on: compute nodes often have no way out.
+rule download:
+    output:
+        receipt=RECEIPT,
+    log:
+        f"{LOGS}/download/{{source}}.log",
+    benchmark:
+        f"{TIMES}/download/{{source}}.tsv"
+    localrule: True
+    threads: 4
+    params:
+        settings=lambda wildcards: as_json(jobs.download_settings(PROJECT.downloads[wildcards.source])),
+    message:
+        "Download {wildcards.source} (progress: {log})"
+    shell:
+        "exec dualspeed download {wildcards.source} --settings {params.settings:q} --lock {DATA_LOCK:q}"
+        " --out {output.receipt} --workers 4 > {log} 2>&1"
+
+
+rule downloads:
+    input:
+        expand(RECEIPT, source=PROJECT.downloads),
+    message:
+        "Everything is downloaded"
+
+
 rule make_demo_data:
     output:
         data=directory(DEMO_DATA),
@@ -90,13 +116,14 @@ rule prepare_data:
     input:
         model=lambda wildcards: base_model(wildcards.model),
         annotations=lambda wildcards: made_from(recipe_of(wildcards.model, wildcards.stage).annotations),
+        images=lambda wildcards: images_from(recipe_of(wildcards.model, wildcards.stage).images),
     output:
         data=directory(f"{RESULTS}/prepared/{{model}}/{{stage}}"),
     log:
         f"{LOGS}/prepare_data/{{model}}/{{stage}}.log",
     benchmark:
         f"{TIMES}/prepare_data/{{model}}/{{stage}}.tsv"
-    threads: 1
+    threads: lambda wildcards: 1 if PROJECT.models[wildcards.model].source == "demo" else 16
     resources:
         mem_mb=8000,
         runtime=growing(240),
