@@ -7,10 +7,10 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import official_choice
+import official_vqa
+from official_files import SHORT_ANSWER, write_image, write_lines
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OBJECTS = ("snowboard", "car", "person", "dining table", "backpack", "chair")
 
 # split -> (label, answer, how it reads): what isn't exactly No, no or not in the first sentence is a yes.
@@ -22,31 +22,62 @@ POPE = {
         ("no", "no", "no"),
         ("no", "Nope", "yes"),
         ("no", "No.", "no"),
+        ("yes", "Yes.", "yes"),
+        ("yes", "yes, it is", "yes"),
+        ("yes", "no", "no"),
+        ("yes", "not", "no"),
+        ("yes", "The answer is yes. No doubt.", "yes"),
+        ("no", "no way", "no"),
+        ("no", "There are none.", "yes"),
+        ("no", "not really", "no"),
+        ("no", "NO.", "yes"),
+        ("no", "I do not see it", "no"),
+        ("no", "yes", "yes"),
+        ("no", "No\n", "yes"),
+        ("no", "Cannot tell", "yes"),
+        ("no", "nothing, no", "no"),
     ],
     "popular": [
         ("yes", "", "yes"),
         ("no", "no!", "yes"),
         ("yes", None, "no"),
         ("no", None, "yes"),
+        ("yes", "Yes", "yes"),
+        ("yes", "Yeah", "yes"),
+        ("no", "no", "no"),
+        ("no", "No, sir", "no"),
+        ("yes", "no.", "no"),
+        ("no", ".", "yes"),
+        ("no", "  no", "no"),
+        ("yes", "no-one", "yes"),
     ],
     "adversarial": [
         ("yes", "Yes. No other", "yes"),
         ("no", "There is not one.", "no"),
         ("yes", "Not sure", "yes"),
         ("no", "No, there isn't", "no"),
+        ("yes", "yes", "yes"),
+        ("no", "no", "no"),
+        ("yes", "YES", "yes"),
+        ("no", "It is not", "no"),
+        ("no", "No . ", "no"),
+        ("yes", "not,yes", "yes"),
+        ("no", "no,yes", "yes"),
+        ("no", "Nobody", "yes"),
     ],
 }
 POPE_METRICS = {
-    "f1": 100 * (2 / 3 + 2 / 5 + 1) / 3,
-    "f1_random": 100 * 2 / 3,  # 2 true positives, 1 false positive, 1 false negative
-    "accuracy_random": 100 * 4 / 6,
-    "precision_random": 100 * 2 / 3,
-    "recall_random": 100 * 2 / 3,
-    "yes_ratio_random": 50.0,
-    "f1_popular": 40.0,  # 1 true positive, 2 false positives, 1 false negative
-    "accuracy_popular": 25.0,
-    "yes_ratio_popular": 75.0,
-    "f1_adversarial": 100.0,
+    "f1": 100 * (10 / 19 + 8 / 13 + 10 / 12) / 3,
+    "f1_random": 100 * 10 / 19,  # 5 true positives, 6 false positives, 3 false negatives
+    "accuracy_random": 100 * 11 / 20,
+    "precision_random": 100 * 5 / 11,
+    "recall_random": 100 * 5 / 8,
+    "yes_ratio_random": 100 * 11 / 20,
+    "f1_popular": 100 * 8 / 13,  # 4 true positives, 3 false positives, 2 false negatives
+    "accuracy_popular": 100 * 7 / 12,
+    "yes_ratio_popular": 100 * 7 / 12,
+    "f1_adversarial": 100 * 10 / 12,  # 5 true positives, 2 false positives
+    "f1_lmms_eval": 100 * 8 / 11,  # strictly yes or no: 4 true positives, 1 false positive, 2 false negatives
 }
 
 # (structural type, gold, answer, right): only trailing periods and capitals are forgiven.
@@ -63,8 +94,43 @@ GQA = [
     ("logical", "no", "no,", 0),
     ("choose", "traffic light", "traffic light.", 1),
     ("compare", "no", "", 0),
+    ("query", "blue", "blue", 1),
+    ("query", "blue", "Blue", 1),
+    ("query", "blue", "blue!", 0),
+    ("query", "blue", "(blue)", 0),
+    ("query", "blue", "blue..", 1),
+    ("query", "blue", ".blue", 0),
+    ("query", "blue", "blue\n", 0),
+    ("query", "t-shirt", "T-shirt", 1),
+    ("query", "t-shirt", "tshirt", 0),
+    ("query", "men", "man", 0),
+    ("query", "dining table", "Dining Table.", 1),
+    ("query", "dining table", "dining  table", 0),
+    ("query", "5", "5", 1),
+    ("query", "5", "five", 0),
+    ("query", "person's", "persons", 0),
+    ("query", "right", "right side", 0),
+    ("verify", "yes", "yes.", 1),
+    ("verify", "yes", "Yes, it is", 0),
+    ("verify", "no", "No", 1),
+    ("verify", "no", "NO!", 0),
+    ("verify", "no", "yes", 0),
+    ("verify", "no", "n", 0),
+    ("logical", "yes", "yes ", 0),
+    ("logical", "yes", "YES", 1),
+    ("logical", "no", "no..", 1),
+    ("choose", "left", "left", 1),
+    ("choose", "left", "to the left", 0),
+    ("choose", "traffic light", "trafficlight", 0),
+    ("compare", "yes", "yes?", 0),
+    ("compare", "no", "no", 1),
 ]
-GQA_METRICS = {"accuracy": 100 * 5 / 12, "accuracy_open": 100 * 3 / 8, "accuracy_binary": 100 * 2 / 4}
+GQA_METRICS = {
+    "accuracy": 100 * 17 / 42,
+    "accuracy_open": 100 * 9 / 24,
+    "accuracy_binary": 100 * 8 / 18,
+    "accuracy_lmms_eval": 100 * 25 / 42,  # without punctuation anywhere, and in lower case
+}
 
 # (number of choices, gold, answer, right): a letter, "X. ", or one "The answer is X" and one more character.
 SCIENCEQA = [
@@ -82,38 +148,81 @@ SCIENCEQA = [
     (5, "E", "E", 1),
     (3, "C", "B", 0),
     (3, "A", None, 0),
+    (2, "A", "A", 1),
+    (2, "B", "B", 1),
+    (2, "A", "B", 0),
+    (2, "B", "A. the red one", 0),
+    (2, "A", "A.  the red one", 1),
+    (2, "A", "A.the red one", 0),
+    (4, "D", "D", 1),
+    (4, "D", "D\n", 0),
+    (4, "D", "The answer is D. ", 1),
+    (4, "D", "the answer is D.", 0),
+    (4, "D", "Answer: The answer is D!", 1),
+    (4, "C", "The answer is C\n", 0),
+    (4, "C", "C) the green one", 0),
+    (4, "C", "C: the green one", 0),
+    (4, "C", "C", 1),
+    (4, "C", "D", 0),
+    (4, "B", "b. the blue one", 0),
+    (4, "B", "Option B", 0),
+    (4, "B", "B. ", 1),
+    (4, "B", "B . the blue one", 0),
+    (5, "E", "E. none", 1),
+    (5, "E", "F", 0),
+    (5, "D", "The answer is D, not The answer is E.", 0),
+    (3, "A", "The answer is A B", 1),
+    (3, "A", "", 0),
+    (3, "B", "The answer is (B).", 0),
+    (3, "C", None, 0),
 ]
-SCIENCEQA_METRICS = {"accuracy": 100 * 5 / 13, "accuracy_missing_wrong": 100 * 5 / 14, "num_answered": 13.0}
+SCIENCEQA_METRICS = {
+    "accuracy": 100 * 15 / 39,
+    "accuracy_missing_wrong": 100 * 15 / 41,
+    "num_answered": 39.0,
+    "accuracy_lmms_eval": 100 * 12 / 41,  # a letter alone, or before a period
+}
 
 # category -> one pair per image: (answer to the yes question, right), (answer to the no question, right).
 MME = {
     "artwork": [(("Yes.", 1), ("No.", 1)), (("eyes", 1), ("know", 1))],
     "existence": [(("Snow", 0), ("NO", 1)), (("The answer is yes", 0), ("**No**", 1)), (("**Yes**", 0), (None, 0))],
     "code_reasoning": [((" yes", 1), ("yes", 0)), (("", 0), ("not", 1))],
+    "count": [
+        (("Yes", 1), ("No", 1)),
+        (("yes, two", 1), ("No.", 1)),
+        (("YES!", 1), ("yes", 0)),
+        (("y", 0), ("n", 0)),
+        (("Yep", 0), ("Nope", 1)),
+    ],
+    "color": [(("Yes it is red", 1), ("not red", 1)), (("I know: yes", 0), ("no", 1))],
+    "OCR": [(("yes", 1), ("no", 1)), (("\nyes", 1), (" no", 1)), (('"Yes"', 1), ("No yes", 1))],
+    "numerical_calculation": [
+        (("Yes.", 1), ("No.", 1)),
+        (("Correct", 0), ("Incorrect", 0)),
+        (("yes", 1), ("Noyes", 1)),
+    ],
+    "scene": [(("**No**", 0), ("no", 1))],
 }
+PERCEPTION = 200 + 100 * 2 / 6 + (60 + 40) + (75 + 50) + 200 + 50
 MME_METRICS = {
-    "perception": 100 + 100 + 100 * 2 / 6 + 0,
-    "cognition": 100 * 2 / 4 + 0,
-    "acc": 100 * 8 / 14,
-    "acc_plus": 100 * 2 / 7,
+    "perception": PERCEPTION,
+    "cognition": 50 + 100 * (4 / 6 + 2 / 3),
+    "acc": 100 * 28 / 42,
+    "acc_plus": 100 * 10 / 21,
     "points_artwork": 200.0,
     "points_existence": 100 * 2 / 6,
     "points_code_reasoning": 50.0,
+    "points_count": 100.0,
+    "perception_lmms_eval": PERCEPTION + 40,  # y and n will do
+    "cognition_lmms_eval": 50 + 100 * (4 / 6 + 2 / 3),
 }
 METRICS = {"pope": POPE_METRICS, "gqa": GQA_METRICS, "scienceqa": SCIENCEQA_METRICS, "mme": MME_METRICS}
-NUM_QUESTIONS = {"pope": 14, "gqa": 12, "scienceqa": 14, "mme": 14}
-NUM_MISSING = {"pope": 2, "gqa": 1, "scienceqa": 1, "mme": 1}
-
-
-def write_image(path: Path, seed: int) -> None:
-    """A picture of noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(path)
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+METRICS |= official_vqa.METRICS | official_choice.METRICS
+NUM_QUESTIONS = {"pope": 44, "gqa": 42, "scienceqa": 41, "mme": 42, "vqav2": 45, "vizwiz": 42, "textvqa": 42}
+NUM_QUESTIONS |= {"mmbench": 41, "mmbench_cn": 41, "seedbench": 42}
+NUM_MISSING = {"pope": 2, "gqa": 1, "scienceqa": 2, "mme": 1, "vqav2": 1, "vizwiz": 1, "textvqa": 2}
+NUM_MISSING |= {"mmbench": 2, "mmbench_cn": 2, "seedbench": 1}
 
 
 def write_pope(folder: Path) -> list[dict]:
@@ -123,7 +232,7 @@ def write_pope(folder: Path) -> list[dict]:
         labels = []
         for row, (label, text, _) in enumerate(rows):
             image, question_id = f"COCO_val2014_{row:012d}.jpg", len(questions) + 1
-            question = f"Is there a {OBJECTS[row]} in the image?"
+            question = f"Is there a {OBJECTS[row % len(OBJECTS)]} in the image?"
             labels.append({"question_id": row + 1, "image": image, "text": question, "label": label})
             prompt = question + SHORT_ANSWER
             questions.append({"question_id": question_id, "image": image, "text": prompt, "category": split})
@@ -226,6 +335,7 @@ def write_mme(folder: Path) -> list[dict]:
 
 
 WRITERS = {"pope": write_pope, "gqa": write_gqa, "scienceqa": write_scienceqa, "mme": write_mme}
+WRITERS |= official_vqa.WRITERS | official_choice.WRITERS
 
 
 def write_benchmark(name: str, folder: Path, seed: int | None = None) -> Path:
