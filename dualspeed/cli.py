@@ -5,12 +5,14 @@ answers at once, and a job that only counts answers loads no torch.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dualspeed.config import load_project
 from dualspeed.gpus import take_gpus
 from dualspeed.launch import launch, must_launch
 
@@ -78,8 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(add("report", run_report, "figures", "out"))
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
-    track.add_argument("--tracking", type=json.loads, required=True, help="JSON: MLflow uri and experiment")
-    track.add_argument("--state", type=Path, help="state folder whose undelivered metrics `sync` delivers")
+    track.add_argument("--configfile", default="config/demo/config.yaml", help="names store and results")
+    track.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment, instead of a configfile's")
+    track.add_argument("--state", type=Path, help="state folder, likewise")
     return parser
 
 
@@ -243,12 +246,18 @@ def run_report(options: argparse.Namespace) -> None:
 
 def run_track(options: argparse.Namespace) -> None:
     """Create the MLflow store (init), or deliver what it lacks (sync)."""
-    from dualspeed import tracking
+    from dualspeed import mlflow_store, row_runs, tracking
 
+    store, state = options.tracking, options.state
+    if store is None or state is None:
+        project = load_project(options.configfile)
+        store, state = store or dataclasses.asdict(project.tracking), state or Path(project.results) / "state"
     if options.action == "init":
-        tracking.init(options.tracking)
-    else:
-        tracking.sync_all(options.state, options.tracking)
+        tracking.init(store)
+        return
+    mlflow_store.be_patient()
+    num_sent = row_runs.sync(state, store)
+    print(f"{num_sent} metrics were missing; they are at {mlflow_store.redact(store['uri'])} now.")
 
 
 if __name__ == "__main__":

@@ -105,9 +105,15 @@ class TrackingConfig:
     """Where runs are logged."""
 
     uri: str = "sqlite:///results/mlflow.db"
-    """MLflow tracking URI."""
+    """A file of SQLite (sqlite:///path), or an MLflow server (http://host:port)."""
     experiment: str
     """Name of the MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        # MLflow itself takes more, but waits for minutes for a database that is away, and training would with it.
+        if not self.uri.startswith(("sqlite:///", "http://", "https://")):
+            scheme = self.uri.partition(":")[0]  # the rest may hold a password
+            raise ConfigError(f"uri: {scheme!r} can't be used; valid: sqlite:///<path>, http(s)://<host>:<port>")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,16 +10,29 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LOCK_SECONDS = 30.0
+LOCK_SECONDS, CREATE_SECONDS = 30.0, 120.0
+PATIENT_SECONDS = 60
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000  # what MLflow takes in one call, and in one value
+Point = tuple[str, float, int, int]
+"""Metric, value, timestamp in ms, step."""
 logger = logging.getLogger(__name__)
 
 
+class TrackingError(Exception):
+    """MLflow could not be given all that it lacks."""
+
+
 class Store(NamedTuple):
-    """An open MLflow store: its client and the experiment that everything goes to."""
+    """An open MLflow store: its client, the experiment that everything goes to, and whether it is a file of ours."""
 
     client: Any
     experiment_id: str
+    is_local: bool
+
+
+def be_patient() -> None:
+    """Give a server a minute for each call instead of 5 s: where somebody waits for delivery, and not for training."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(PATIENT_SECONDS))
 
 
 @functools.cache
@@ -30,27 +43,36 @@ def open_store(uri: str, experiment: str) -> Store:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # An absent store costs our one warning, not one of each layer below.
     for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    from filelock import FileLock
     from mlflow import MlflowClient
+
+    if not uri.startswith("sqlite:///"):
+        client = MlflowClient(tracking_uri=uri)
+        return Store(client, _open_experiment(client, experiment, None), is_local=False)
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    database.parent.mkdir(parents=True, exist_ok=True)
+    artifacts = str(database.resolve().parent / "mlartifacts")
+    with FileLock(f"{database}.lock", timeout=CREATE_SECONDS):  # jobs that create its tables together break them
+        client = MlflowClient(tracking_uri=uri)
+        return Store(client, _open_experiment(client, experiment, artifacts), is_local=True)
+
+
+def _open_experiment(client: Any, name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    artifacts = None
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-        database.parent.mkdir(parents=True, exist_ok=True)
-        artifacts = str(database.resolve().parent / "mlartifacts")
-    client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
+    found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return Store(client, client.create_experiment(experiment, artifact_location=artifacts))
+            return client.create_experiment(name, artifact_location=artifacts)
         except MlflowException:  # another job was first
-            found = client.get_experiment_by_name(experiment)
+            found = client.get_experiment_by_name(name)
             if found is None:
                 raise
-    return Store(client, found.experiment_id)
+    return found.experiment_id
 
 
 def find_runs(store: Store, tags: dict[str, str]) -> list[Any]:
@@ -59,27 +81,54 @@ def find_runs(store: Store, tags: dict[str, str]) -> list[Any]:
     return list(store.client.search_runs([store.experiment_id], filter_string=condition))
 
 
-def find_or_create_run(store: Store, lock: Path, name: str, tags: dict[str, str], started_ms: int | None = None) -> str:
-    """Id of the run that these tags identify, created once even if several jobs ask at the same time."""
+def find_or_create_run(
+    store: Store,
+    lock: Path,
+    name: str,
+    identity: dict[str, str],
+    tags: dict[str, str] | None = None,
+    started_ms: int | None = None,
+) -> str:
+    """Id of the run that the tags `identity` find, created once, with `tags`, even if several jobs ask together."""
     from filelock import FileLock
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock, timeout=LOCK_SECONDS):
-        runs = find_runs(store, tags) or [store.client.create_run(store.experiment_id, started_ms, tags, run_name=name)]
-    return runs[0].info.run_id
+        if (run_id := drop_twins(store, identity)) is not None:
+            return run_id
+        run = store.client.create_run(store.experiment_id, started_ms, identity | (tags or {}), run_name=name)
+        return run.info.run_id
 
 
-def has_run(store: Store, run_id: str) -> bool:
-    """Whether the store knows this run."""
+def drop_twins(store: Store, identity: dict[str, str], keep: str | None = None) -> str | None:
+    """Id of the one run with these tags, None if there is none; others are deleted.
+
+    A server that hangs may create a run after its caller has given up and asked again. `keep` is the one that stays;
+    without it, the one that has children or most metrics, which a twin has not.
+    """
+    runs = find_runs(store, identity)
+    if len(runs) > 1:
+
+        def content(run: Any) -> tuple[bool, int, int, str]:
+            children = find_runs(store, {"mlflow.parentRunId": run.info.run_id})
+            return run.info.run_id == keep, len(children), len(run.data.metrics), run.info.run_id
+
+        runs.sort(key=content, reverse=True)
+        for twin in runs[1:]:
+            store.client.delete_run(twin.info.run_id)
+    return runs[0].info.run_id if runs else None
+
+
+def lifecycle(store: Store, run_id: str) -> str | None:
+    """active or deleted; None if the store does not know this run."""
     from mlflow.exceptions import MlflowException
 
     try:
-        store.client.get_run(run_id)
+        return store.client.get_run(run_id).info.lifecycle_stage
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
+            return None
         raise
-    return True
 
 
 def log_params(store: Store, run_id: str, params: dict[str, Any]) -> None:
@@ -100,12 +149,18 @@ def log_tags(store: Store, run_id: str, tags: dict[str, str]) -> None:
     store.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
-def log_points(store: Store, run_id: str, points: list[tuple[str, float, int, int]]) -> None:
-    """Log (metric, value, timestamp in ms, step) points; those that the run has already are absorbed."""
+def log_points(store: Store, run_id: str, points: list[Point]) -> None:
+    """Log points; those that the run has already are absorbed. A character that MLflow refuses in a name becomes _."""
     from mlflow.entities import Metric
 
-    for start in range(0, len(points), MAX_METRICS):
-        store.client.log_batch(run_id, metrics=[Metric(*point) for point in points[start : start + MAX_METRICS]])
+    metrics = [Metric(metric_name(key), value, timestamp, step) for key, value, timestamp, step in points]
+    for start in range(0, len(metrics), MAX_METRICS):
+        store.client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+
+
+def metric_name(text: str) -> str:
+    """`text` with what MLflow takes in a name."""
+    return re.sub(r"[^\w\-./ :]", "_", text)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -125,8 +180,8 @@ def warn_undelivered(uri: str, error: Exception) -> None:
     """Say that MLflow is away and how what it lacks gets there."""
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     logger.warning(
-        "MLflow at %s took nothing (%s). Everything is kept in files and delivered later: by itself, by the next "
-        "`dualspeed tables`, or by `dualspeed track sync`.",
+        "MLflow at %s took nothing (%s). Everything is kept in files and delivered later: by itself once MLflow is "
+        "back, or by `dualspeed track sync`.",
         redact(uri),
         redact(reason),
     )

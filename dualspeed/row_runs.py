@@ -1,26 +1,37 @@
-"""The MLflow run of each experiment's row: its settings, pretraining, scores, speed, and the tables that show it."""
+"""The MLflow run of each experiment's row: its settings, pretraining, scores, speed and cost; and one for each sheet.
 
+What a sheet shows is noted in the state folder first, so that `sync` can bring to MLflow later what it could not take.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dualspeed.delivery import LOCK_FILE, ParentRun, find_parent_run, sync_state
+from dualspeed.files import write_json
 from dualspeed.labels import averaged
 from dualspeed.mlflow_store import (
     LOCK_SECONDS,
     Store,
+    TrackingError,
+    find_or_create_run,
     find_runs,
     log_params,
     log_points,
     log_tags,
+    metric_name,
     open_store,
+    redact,
     warn_undelivered,
 )
-from dualspeed.relative import Cell, relative
-from dualspeed.results import Results, score_path, training_path
+from dualspeed.relative import Cell, relative, resample_scores
+from dualspeed.results import Results, read_results, score_path, training_path
 from dualspeed.summary import baseline_pairs
-from dualspeed.tracking import LOCK_FILE, ParentRun, find_parent_run, sync_all
+
+SHEETS = "sheets"
 
 
 def log_results(
@@ -31,24 +42,58 @@ def log_results(
     tables: Path,
     figures: Path,
 ) -> None:
-    """Bring MLflow up to date: what stages could not deliver, and the run of every row that has been trained.
+    """Bring MLflow up to date: what stages could not deliver, the run of every trained row, and the sheet's.
 
     Values that a run has already are not logged again. A store that is away costs a warning; the next call, for any
-    sheet, delivers what was missed. Settings as in `tables.write_tables`.
+    sheet, and `sync` deliver what was missed. Settings as in `tables.write_tables`.
     """
-    from filelock import FileLock
-
-    root = Path(settings["results"])
-    (root / "state").mkdir(parents=True, exist_ok=True)
+    state = Path(settings["results"]) / "state"
+    sheet = {"settings": settings, "folders": [str(Path(tables).absolute()), str(Path(figures).absolute())]}
+    write_json(state / SHEETS / f"{settings['sheet']}.json", sheet)
     try:
-        store = open_store(tracking["uri"], tracking["experiment"])
-        sync_all(root / "state", tracking)
-        with FileLock(root / "state" / "row_runs.lock", timeout=LOCK_SECONDS):
-            for experiment in settings["experiments"]:
-                if training_path(root, experiment, "finetune").exists():
-                    log_row(store, settings, experiment, results, scores, [tables, figures])
+        sync_state(state, tracking)
+        log_sheet(open_store(tracking["uri"], tracking["experiment"]), sheet, results, scores)
     except Exception as error:  # tables are written by now, and worth more than their copy
         warn_undelivered(tracking["uri"], error)
+
+
+def sync(state: Path, tracking: dict[str, str]) -> int:
+    """Bring MLflow all that it lacks of the stages and sheets noted under `state`; returns the metrics of stages sent.
+
+    Raises:
+        TrackingError: MLflow is away, or refuses something. What has arrived is not sent again by the next call.
+    """
+    from filelock import Timeout
+    from mlflow.exceptions import MlflowException
+
+    try:
+        num_sent = sync_state(state, tracking)
+        for file in sorted((state / SHEETS).glob("*.json")):
+            sheet = json.loads(file.read_text())
+            results = read_results(sheet["settings"])
+            store = open_store(tracking["uri"], tracking["experiment"])
+            log_sheet(store, sheet, results, resample_scores(results.statistics))
+    except (MlflowException, Timeout) as error:
+        where, reason = redact(tracking["uri"]), redact(str(error))
+        raise TrackingError(f"MLflow at {where}: {reason}. Nothing is lost: run this again later.") from error
+    return num_sent
+
+
+def log_sheet(store: Store, sheet: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> None:
+    """Log the run of every row of a sheet that has been trained, then the sheet's own, which holds its tables."""
+    from filelock import FileLock
+
+    settings = sheet["settings"]
+    root = Path(settings["results"])
+    with FileLock(root / "state" / "row_runs.lock", timeout=LOCK_SECONDS):
+        trained = [one for one in settings["experiments"] if training_path(root, one, "finetune").exists()]
+        for experiment in trained:
+            log_row(store, settings, experiment, results, scores)
+        identity = {"kind": "sheet", "sheet": settings["sheet"]}
+        run_id = find_or_create_run(store, root / "state" / LOCK_FILE, f"tables of {settings['sheet']}", identity)
+        for folder in map(Path, sheet["folders"]):
+            store.client.log_artifacts(run_id, str(folder), folder.parent.name)
+        store.client.set_terminated(run_id)
 
 
 def log_row(
@@ -57,9 +102,8 @@ def log_row(
     experiment: dict[str, Any],
     results: Results,
     scores: dict[Cell, np.ndarray],
-    folders: list[Path],
 ) -> None:
-    """Log one row's run: params, metrics, its benchmarks as child runs, config and the sheet's tables as artifacts."""
+    """Log one row's run: params, metrics, its benchmarks as child runs, its configuration as artifacts."""
     root = Path(settings["results"])
     run_id = find_parent_run(
         store, root / "state" / LOCK_FILE, ParentRun(experiment["id"], experiment["settings_hash"])
@@ -70,14 +114,13 @@ def log_row(
         pretrain = find_runs(store, {"kind": "stage"} | link)
         log_tags(store, run_id, link | ({"pretrain_run_id": pretrain[0].info.run_id} if pretrain else {}))
     run = store.client.get_run(run_id)
-    log_new_values(store, run, row_metrics(settings, experiment, results, scores), _finished_ms(root, experiment))
+    finished_ms = _finished_ms(root, experiment)
+    log_new_values(store, run, row_metrics(settings, experiment, results, scores), finished_ms)
     log_scores(store, run_id, root, experiment, results)
     store.client.log_dict(run_id, experiment, "config/experiment.json")
     store.client.log_artifact(run_id, str(training_path(root, experiment, "finetune")), "config")
-    for folder in folders:
-        store.client.log_artifacts(run_id, str(folder), f"{settings['sheet']}/{folder.parent.name}")
     if run.info.status != "FINISHED":
-        store.client.set_terminated(run_id)
+        store.client.set_terminated(run_id, end_time=finished_ms)
 
 
 def row_metrics(
@@ -116,8 +159,7 @@ def log_scores(store: Store, parent_id: str, root: Path, experiment: dict[str, A
             tags | {"inference": inference, "benchmark": benchmark},
             run_name=f"{benchmark} ({inference})",
         )
-        names = rows["metric"].str.replace(r"[^\w\-./ :]", "_", regex=True)  # what MLflow takes in a name
-        values = dict(zip(names, rows["value"], strict=True))
+        values = dict(zip(map(metric_name, rows["metric"]), rows["value"], strict=True))
         if log_new_values(store, run, values, written_ms):
             store.client.set_terminated(run.info.run_id, end_time=written_ms)
 

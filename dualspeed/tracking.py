@@ -1,9 +1,8 @@
 """Metrics, written to a local file first and to MLflow second, so that training never waits for a store.
 
-A stage's state folder holds `metrics.jsonl` (one line a step: {"step", "time" in ms, "metrics"}), `run_spec.json` (what
-the run is called and set to) and `run.json` (its MLflow run, and how far the lines have been delivered). A thread
-delivers while the job runs; what it could not deliver, `sync` brings later with the original timestamps. MLflow's
-metric key (key, timestamp, step, run, value) absorbs what arrives twice.
+A stage's state folder holds `metrics.jsonl` (one line a step: {"step", "time" in ms, "metrics"}) and `run_spec.json`
+(what the run is called and set to). A thread delivers them while the job runs (dualspeed.delivery); what it could not
+deliver, `sync` brings later.
 """
 
 import json
@@ -14,22 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dualspeed.delivery import METRICS_FILE, SPEC_FILE, ParentRun, deliver, read_points
 from dualspeed.environment import environment
 from dualspeed.files import write_json
-from dualspeed.mlflow_store import (
-    Store,
-    find_or_create_run,
-    flatten,
-    has_run,
-    log_params,
-    log_points,
-    log_tags,
-    open_store,
-    redact,
-    warn_undelivered,
-)
+from dualspeed.mlflow_store import flatten, open_store, warn_undelivered
 
-METRICS_FILE, SPEC_FILE, RUN_FILE, LOCK_FILE = "metrics.jsonl", "run_spec.json", "run.json", "tracking.lock"
 DELIVERY_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 CLOSE_SECONDS = 30.0
@@ -38,14 +26,6 @@ CLOSE_SECONDS = 30.0
 # locks among it, and wait for ever: data loading workers start by fork. So a fork waits for the delivery.
 _delivering = threading.RLock()
 os.register_at_fork(before=_delivering.acquire, after_in_parent=_delivering.release, after_in_child=_delivering.release)
-
-
-@dataclass(frozen=True)
-class ParentRun:
-    """The run of an experiment's row: one for each (row, hash of its settings), however often its jobs run."""
-
-    row: str
-    settings_hash: str
 
 
 @dataclass(frozen=True)
@@ -97,10 +77,8 @@ class MetricLog:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
-
-    def sync(self) -> int:
-        """Deliver now what MLflow lacks; returns the number of metrics sent, raises where the store is away."""
-        return deliver(self.folder, self.tracking) if self.tracking else 0
+            if self._thread.is_alive():
+                warn_undelivered(self.tracking["uri"], TimeoutError(f"no answer within {CLOSE_SECONDS:g} s"))
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -124,40 +102,17 @@ class MetricLog:
 
 
 def init(tracking: dict[str, str]) -> None:
-    """Create the store's database and the experiment if they are not there yet."""
-    open_store(tracking["uri"], tracking["experiment"])
+    """Create the store's database and the experiment if they are not there yet; a server that is away costs a warning.
 
-
-def sync_all(state: Path, tracking: dict[str, str]) -> int:
-    """Deliver what MLflow lacks of every stage under `state`; returns the number of metrics sent."""
-    return sum(deliver(spec.parent, tracking) for spec in sorted(Path(state).glob(f"*/{SPEC_FILE}")))
-
-
-def deliver(folder: Path, tracking: dict[str, str]) -> int:
-    """Bring what a state folder holds and its MLflow run lacks to MLflow; returns the number of metrics sent.
-
-    Finds or creates the run, and its parent, in this store. Raises where the store can't be reached.
+    Raises:
+        Exception: what MLflow says of a local database that can't be made.
     """
-    store = open_store(tracking["uri"], tracking["experiment"])
-    spec = json.loads((folder / SPEC_FILE).read_text())
-    target = {"uri": redact(tracking["uri"]), "experiment": tracking["experiment"]}
-    sent = _read_sent(folder, target, store)
-    if sent is None:
-        sent = target | {"run_id": _find_stage_run(store, folder, spec), "bytes": 0, "spec": None}
-        write_json(folder / RUN_FILE, sent)
-    points, end = _read_points(folder / METRICS_FILE, sent["bytes"])
-    log_points(store, sent["run_id"], points)
-    if spec != sent["spec"]:
-        _describe_run(store, sent["run_id"], spec)
-    if end > sent["bytes"] or spec != sent["spec"]:
-        write_json(folder / RUN_FILE, sent | {"bytes": end, "spec": spec})
-    return len(points)
-
-
-def find_parent_run(store: Store, lock: Path, parent: ParentRun, started_ms: int | None = None) -> str:
-    """Id of a row's run, created if need be."""
-    tags = {"kind": "experiment", "row": parent.row, "settings_hash": parent.settings_hash}
-    return find_or_create_run(store, lock, parent.row, tags, started_ms)
+    try:
+        open_store(tracking["uri"], tracking["experiment"])
+    except Exception as error:
+        if not tracking["uri"].startswith("http"):
+            raise
+        warn_undelivered(tracking["uri"], error)
 
 
 def now_ms() -> int:
@@ -190,46 +145,4 @@ def _end_torn_line(path: Path) -> set[tuple[str, int]]:
     if not path.read_bytes().endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")
-    return {(key, step) for key, _, _, step in _read_points(path, 0)[0]}
-
-
-def _read_points(path: Path, offset: int) -> tuple[list[tuple[str, float, int, int]], int]:
-    """(metric, value, timestamp, step) of each metric in the whole lines after byte `offset`, and where those end."""
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        lines, newline, _ = file.read().rpartition(b"\n")
-    points = []
-    for line in lines.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a torn line
-        points += [(key, value, record["time"], record["step"]) for key, value in record["metrics"].items()]
-    return points, offset + len(lines) + len(newline)
-
-
-def _read_sent(folder: Path, target: dict[str, str], store: Store) -> dict[str, Any] | None:
-    """What run.json says was delivered to this store, or None where that run is not there (any more)."""
-    path = folder / RUN_FILE
-    sent = json.loads(path.read_text()) if path.exists() else {}
-    is_same_store = all(sent.get(key) == value for key, value in target.items())
-    return sent if is_same_store and has_run(store, sent["run_id"]) else None
-
-
-def _find_stage_run(store: Store, folder: Path, spec: dict[str, Any]) -> str:
-    lock = folder.parent / LOCK_FILE
-    tags = {"kind": "stage", "state": folder.name}
-    if spec["parent"]:
-        tags["mlflow.parentRunId"] = find_parent_run(store, lock, ParentRun(*spec["parent"]), spec["started"])
-    return find_or_create_run(store, lock, spec["name"], tags, spec["started"])
-
-
-def _describe_run(store: Store, run_id: str, spec: dict[str, Any]) -> None:
-    log_params(store, run_id, spec["params"])
-    log_tags(store, run_id, spec["tags"])
-    if spec["status"] == "RUNNING":
-        store.client.update_run(run_id, status="RUNNING")
-    else:
-        store.client.set_terminated(run_id, spec["status"], spec["ended"])
+    return {(key, step) for points, _ in read_points(path) for key, _, _, step in points}

@@ -155,6 +155,10 @@ def test_pruned_inference_uses_the_rows_own_pruner_or_the_configured_one(tmp_pat
         ({"name": 3}, "config.yaml: name: 3 is of type int; valid: str"),
         ({"name": "a/b"}, "config.yaml: name: 'a/b' cannot name a folder"),
         ({"tracking": {"uri": "x"}}, "config.yaml: tracking.experiment: missing; valid: str"),
+        (
+            {"tracking": {"uri": "postgresql://me@host/mlflow", "experiment": "x"}},
+            "config.yaml: tracking.uri: 'postgresql' can't be used; valid: sqlite:///<path>, http(s)://<host>:<port>",
+        ),
         ({"tracking": "x"}, "config.yaml: tracking: 'x' is of type str; valid: a mapping of keys"),
         ({"tracking": None}, "config.yaml: tracking: None is empty; valid: a mapping of keys"),
         ({"benchmarks": {"pop": {"folder": "x"}}}, "benchmarks: 'pop' is unknown (did you mean 'pope'?); valid: gqa"),

@@ -8,18 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from dualspeed import tracking
-from dualspeed.mlflow_store import redact
-from dualspeed.tracking import MetricLog, ParentRun, RunSpec, sync_all
+from dualspeed import delivery, tracking
+from dualspeed.delivery import ParentRun, sync_state
+from dualspeed.mlflow_store import TrackingError, redact
+from dualspeed.tracking import MetricLog, RunSpec
 
 ROW = ParentRun("dualspeed-p0.9", "abc123")
 SPEC = RunSpec("finetune", ROW, params={"seed": 0, "recipe": {"learning_rate": 2e-5}}, tags={"stage": "finetune"})
-AWAY = {"uri": "http://user:secret@127.0.0.1:9", "experiment": "away"}
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +85,46 @@ def test_changed_setting_is_a_new_run_under_a_new_parent(tmp_path, store):
     assert len({run.data.tags["mlflow.parentRunId"] for run in runs_of(store, kind="stage")}) == 2
 
 
-def test_store_away_costs_one_warning_and_sync_brings_everything_once(tmp_path, store, caplog, monkeypatch):
+class Broken(BaseHTTPRequestHandler):
+    """Answers 500 to everything."""
+
+    def do_GET(self):
+        self.send_error(500)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=["down", "answers 500"])
+def away(request):
+    """A tracking server that takes nothing; user and password are nobody else's business."""
+    if request.param == "down":
+        yield {"uri": "http://user:secret@127.0.0.1:9", "experiment": "away"}
+        return
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"uri": f"http://user:secret@127.0.0.1:{server.server_port}", "experiment": "away"}
+        server.shutdown()
+
+
+def test_store_away_costs_one_warning_and_sync_brings_everything_once(tmp_path, store, away, caplog, monkeypatch):
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
-    with caplog.at_level(logging.WARNING), MetricLog(tmp_path / "state", AWAY, SPEC) as log:
+    tracking.init(away)
+    assert len(caplog.records) == 1  # the workflow goes on
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), MetricLog(tmp_path / "state", away, SPEC) as log:
         for step in range(50):
             log.log(step, {"loss": float(step)}, 1000 + step)
         time.sleep(0.5)  # several deliveries fail
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1 and "http://127.0.0.1:9" in warnings[0] and "secret" not in warnings[0]
+    assert len(warnings) == 1 and redact(away["uri"]) in warnings[0] and "secret" not in warnings[0]
     assert "secret" not in "".join(path.read_text() for path in (tmp_path / "state").iterdir())
-    assert sync_all(tmp_path, store) == 50
-    assert sync_all(tmp_path, store) == 0
+    assert sync_state(tmp_path, store) == 50
+    assert sync_state(tmp_path, store) == 0
     (tmp_path / "state" / "run.json").unlink()  # even with the record of what was sent lost
-    assert sync_all(tmp_path, store) == 50
+    assert sync_state(tmp_path, store) == 50
     (run,) = runs_of(store, kind="stage")
     assert len(runs_of(store)) == 2 and run.info.status == "FINISHED"
     assert history(store, run, "loss") == [(step, float(step), 1000 + step) for step in range(50)]
@@ -154,10 +182,10 @@ def test_torn_last_line_is_skipped_and_the_rest_arrives(tmp_path, store):
         file.write('{"step": 2, "time": 20')
     with MetricLog(tmp_path / "state", None, SPEC) as log:
         log.log(2, {"loss": 0.5, "grad_norm": float("nan")}, 3000)
-    assert sync_all(tmp_path, store) == 3
+    assert sync_state(tmp_path, store) == 3
     (run,) = runs_of(store, kind="stage")
     assert history(store, run, "loss") == [(1, 1.0, 1000), (2, 0.5, 3000)]
-    assert sync_all(tmp_path, store) == 0
+    assert sync_state(tmp_path, store) == 0
 
 
 def test_runs_missing_from_the_store_are_delivered_again(tmp_path, store):
@@ -166,8 +194,62 @@ def test_runs_missing_from_the_store_are_delivered_again(tmp_path, store):
     record = json.loads((tmp_path / "state" / "run.json").read_text())
     record["run_id"] = "0" * 32  # as if the database had been deleted and made anew
     (tmp_path / "state" / "run.json").write_text(json.dumps(record))
-    assert sync_all(tmp_path, store) == 1
+    assert sync_state(tmp_path, store) == 1
     assert len(runs_of(store, kind="stage")) == 1
+
+
+def test_run_that_a_person_deleted_stays_deleted(tmp_path, store):
+    with MetricLog(tmp_path / "state", store, SPEC) as log:
+        log.log(1, {"loss": 1.0})
+    (run,) = runs_of(store, kind="stage")
+    MlflowClient(store["uri"]).delete_run(run.info.run_id)
+    with MetricLog(tmp_path / "state", store, SPEC) as log:
+        log.log(2, {"loss": 1.0})
+    assert sync_state(tmp_path, store) == 0
+    assert runs_of(store, kind="stage") == []
+    MlflowClient(store["uri"]).restore_run(run.info.run_id)
+    assert sync_state(tmp_path, store) == 1
+    assert [point[0] for point in history(store, run, "loss")] == [1, 2]
+
+
+def test_twin_that_a_hung_server_made_is_dropped_for_the_run_with_content(tmp_path, store):
+    with MetricLog(tmp_path / "a", store, SPEC) as log:
+        log.log(1, {"loss": 1.0})
+    originals = {run.info.run_id for run in runs_of(store)}
+    client = MlflowClient(store["uri"])
+    for run in runs_of(store):  # requests that the server answers after their sender has asked again
+        tags = {key: run.data.tags[key] for key in ("kind", "state", "row", "settings_hash") if key in run.data.tags}
+        for start in (0, 2**42):
+            client.create_run(run.info.experiment_id, start, tags)
+    (tmp_path / "a" / "run.json").unlink()
+    with MetricLog(tmp_path / "a", store, SPEC) as log:
+        log.log(2, {"loss": 0.5})
+    assert {run.info.run_id for run in runs_of(store)} == originals
+    (run,) = runs_of(store, kind="stage")
+    assert [point[:2] for point in history(store, run, "loss")] == [(1, 1.0), (2, 0.5)]
+
+
+def test_folder_that_mlflow_refuses_does_not_keep_the_others_from_arriving(tmp_path, store):
+    for name in ("a", "b", "c"):
+        with MetricLog(tmp_path / name, None, SPEC) as log:
+            log.log(1, {"loss (mean)": 1.0})
+    spec = json.loads((tmp_path / "b" / "run_spec.json").read_text())
+    (tmp_path / "b" / "run_spec.json").write_text(json.dumps(spec | {"params": {"a\nname": "that MLflow refuses"}}))
+    with pytest.raises(TrackingError, match=r"1 of the folders .* the first, b: "):
+        sync_state(tmp_path, store)
+    runs = runs_of(store, kind="stage")
+    assert {run.data.tags["state"]: run.data.metrics["loss _mean_"] for run in runs} == dict.fromkeys("abc", 1.0)
+
+
+def test_points_are_read_in_parts_that_end_at_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery, "MAX_METRICS", 3)
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "time": 1000, "metrics": {"a": 1.0, "b": 2.0}}) + "\n" for step in range(5)]
+    path.write_text("".join(lines) + '{"step": 5, "ti')
+    ends = [end for _, end in delivery.read_points(path)]
+    assert ends == [len(lines[0]) * count for count in (2, 4, 5)]
+    rest = [points for start in (0, *ends) for points, _ in delivery.read_points(path, start)]
+    assert sum(map(len, rest)) == 10 + 6 + 2  # from the start, after the first part, after the second, none after all
 
 
 def test_threads_of_one_log_write_whole_lines(tmp_path):

@@ -15,6 +15,7 @@ import yaml
 
 from dualspeed.cli import make_parser
 from dualspeed.config import StageSettings
+from dualspeed.tracking import MetricLog, RunSpec
 
 REPOSITORY = Path(__file__).parents[1]
 BASELINE, NAIVE, MILD, STRONG = ROWS = (
@@ -291,3 +292,14 @@ def test_every_command_of_the_workflow_is_one_that_dualspeed_takes(finished):
         if options.command == "train":
             settings = StageSettings.from_dict(options.settings)
             assert (settings.stage == "finetune") == (options.parent is not None)
+
+
+def test_track_sync_delivers_what_jobs_could_not(finished, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    with MetricLog(project / "results/state/one", None, RunSpec("finetune")) as log:
+        log.log(1, {"loss": 1.0, "ce_loss": 0.5})
+    output = snakemake(project, "track_sync")
+    assert "2 metrics were missing; they are at sqlite:///results/mlflow.db now." in output, output[-3000:]
+    command = [sys.executable, "-m", "dualspeed.cli", "track", "sync", "--configfile", "config/demo/config.yaml"]
+    again = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    assert again.stdout.startswith("0 metrics were missing"), again.stderr

@@ -21,6 +21,23 @@ rule init_tracking:
         "dualspeed track init --tracking {params.store:q} > {log} 2>&1"
 
 
+# For after a server was away: `snakemake track_sync`. Nothing asks for it, so nothing else runs with it.
+rule track_sync:
+    log:
+        f"{LOGS}/track_sync.log",
+    localrule: True
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        store=TRACKING,
+    message:
+        "Deliver to MLflow what it lacks"
+    shell:
+        "dualspeed track sync --tracking {params.store:q} --state {STATE} 2>&1 | tee {log}"
+
+
 # On the machine that Snakemake runs on: compute nodes often have no way out.
 rule download:
     output:

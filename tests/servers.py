@@ -1,0 +1,142 @@
+"""Servers that tests start, kill, pause and start again: an MLflow tracking server, and PostgreSQL for it to use."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+START_SECONDS = 120
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class MlflowServer:
+    """`mlflow server` on a database, at the same address whenever it is started."""
+
+    def __init__(self, database: str, folder: Path) -> None:
+        self.database, self.folder, self.port = database, folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> "MlflowServer":
+        """Start it and wait until it answers."""
+        command = [
+            "server",
+            "--backend-store-uri",
+            self.database,
+            "--artifacts-destination",
+            str(self.folder / "files"),
+        ]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *command],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+                env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"mlflow server did not start:\n{(self.folder / 'server.log').read_text()[-3000:]}")
+            time.sleep(0.2)
+        return self
+
+    def answers(self) -> bool:
+        """Whether it says that it is well."""
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    def signal(self, number: int) -> None:
+        """Send it and the workers that it started a signal: SIGSTOP makes it hang, SIGCONT go on."""
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self.process and self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait(30)
+
+
+@contextmanager
+def mlflow_server(database: str, folder: Path) -> Iterator[MlflowServer]:
+    """A tracking server that is killed at the end."""
+    server = MlflowServer(database, folder)
+    try:
+        yield server.start()
+    finally:
+        server.kill()
+
+
+class Postgres:
+    """A PostgreSQL cluster of its own in a temporary folder, with everything in the database `postgres`."""
+
+    def __init__(self, folder: Path, programs: Path) -> None:
+        self.folder, self.programs, self.port = folder, programs, free_port()
+        self.uri = f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run one of its programs, as the user that owns the folder: it refuses root."""
+        user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        command = [self.programs / program, "--pgdata", self.folder / "data", *arguments]
+        log = self.folder / "setup.log"
+        with log.open("a") as output:
+            done = subprocess.run(command, cwd=self.folder, stdout=output, stderr=output, timeout=START_SECONDS, **user)
+        if done.returncode:
+            pytest.fail(f"{program} failed:\n{log.read_text()[-3000:]}")
+
+    def create(self) -> None:
+        """Make an empty cluster that trusts local users."""
+        self.run("initdb", "--username", "postgres", "--auth", "trust", "--no-sync")
+
+    def start(self) -> None:
+        """Start it and wait until it takes connections."""
+        options = f"-c port={self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
+        self.run("pg_ctl", "start", "--wait", "--log", str(self.folder / "postgres.log"), "--options", options)
+
+    def stop(self) -> None:
+        """End it as a crash would."""
+        self.run("pg_ctl", "stop", "--mode", "immediate")
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """A running PostgreSQL; the test is skipped, with the reason, where it is not installed."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'dualspeed[postgresql]'")
+    installed = [shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)]
+    programs = next((Path(path).resolve().parent for path in installed if path), None)
+    if programs is None:
+        pytest.skip("no PostgreSQL: apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to other users
+    if os.geteuid() == 0:
+        owner = pwd.getpwnam("postgres")
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+    server = Postgres(folder, programs)
+    try:
+        server.create()
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
