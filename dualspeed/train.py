@@ -69,7 +69,7 @@ def train(
         check_num_processes(checkpoint, world_size())
         model, processor = load_model(settings, model_folder)
         dataset = load_from_disk(data_folder)
-        logger.info("%s on %d samples", settings.stage, len(dataset))
+        logger.info("%s on %d samples in %d processes", settings.stage, len(dataset), world_size())
         spec = run_spec(settings, out, parent)
         with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
             started -= read_progress(checkpoint).get("seconds", 0.0)

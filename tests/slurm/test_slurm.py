@@ -1,19 +1,35 @@
 """The demo's workflow, shrunk, on a real Slurm, through all that befalls jobs there: nothing is lost or done twice.
 
-One run is told to end (scancel), killed, requeued, out of time, and loses its snakemake; then `make resume`. What it
-leaves is compared with a run of profiles/default that nothing happened to.
+One finetuning is told to end (scancel) and requeued, another is killed and runs out of time, and both lose their
+snakemake; then `make resume`. What is left is compared with a run of profiles/default that nothing happened to.
 """
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from cluster import slurm, wait_for
-from projects import BIN, DUALSPEED, NUM_STEPS, OPTIONS, ROWS, live_trainer, make_project, snakemake, steps_of
+from projects import (
+    BIN,
+    MILD,
+    NUM_STEPS,
+    OPTIONS,
+    ROWS,
+    STRONG,
+    edit_config,
+    edit_row,
+    live_trainer,
+    make_project,
+    snakemake,
+    state_of,
+    steps_of,
+)
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
@@ -49,82 +65,98 @@ def job_of(row: str) -> str | None:
     return None
 
 
-def next_trainer(project: Path, steps: int, before: int | None = None) -> tuple[int, str]:
-    """Process and job that train the row now, not `before`, once so many more steps are logged."""
+def next_trainer(project: Path, row: str, before: int | None = None, steps: int = 10) -> int:
+    """Process that trains a row now, not `before`, once so many more steps are logged."""
 
     def found():
-        process = live_trainer(project, DUALSPEED)
+        process = live_trainer(project, row)
         return process if process != before else None
 
-    process = wait_for(found, 400, "new training")
-    done = len(steps_of(project, DUALSPEED))
-    wait_for(lambda: len(steps_of(project, DUALSPEED)) >= done + steps, 60, "more steps")
-    return process, job_of(DUALSPEED)
+    process = wait_for(found, 200, "new training")
+    done = len(steps_of(project, row))
+    wait_for(lambda: len(steps_of(project, row)) >= done + steps, 60, "more steps")
+    return process
 
 
-def start(project: Path) -> subprocess.Popen:
+def is_gone(process: int) -> bool:
+    return not Path(f"/proc/{process}").exists()
+
+
+def start(project: Path, *targets: str) -> subprocess.Popen:
     """A snakemake of the profile, in the background."""
     with (project / "snakemake.log").open("a") as log:
-        command = [BIN / "snakemake", "--profile", "profiles/slurm", *OPTIONS]
+        command = [BIN / "snakemake", "--profile", "profiles/slurm", *OPTIONS, "--", *targets]
         return subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
 
 
 def interrupt(project: Path, events: dict[str, object]) -> None:
-    """All that happens to the run until its snakemake is killed."""
+    """All that happens to the run, up to the end of its snakemake."""
     run = start(project)
-    process, job = next_trainer(project, 15)
-    slurm("scancel", job)
-    wait_for(lambda: not Path(f"/proc/{process}").exists(), 40, "end after scancel")
-    events["after_scancel"] = sorted(path.name for path in project.glob("results/state/*/checkpoints/*"))
+    mild, strong = next_trainer(project, MILD), next_trainer(project, STRONG)
+    slurm("scancel", job_of(MILD))
+    os.kill(strong, signal.SIGKILL)
+    wait_for(lambda: is_gone(mild), 40, "end after scancel")
+    events["after_scancel"] = [path.name for path in (state_of(project, MILD) / "checkpoints").iterdir()]
 
-    process, _ = next_trainer(project, 15, process)
-    os.kill(process, signal.SIGKILL)
-
-    process, job = next_trainer(project, 15, process)
-    # A second job of the same run, as if it had been submitted twice.
-    cell = [line for line in (Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")) if line]
-    double = subprocess.run(cell, cwd=project, capture_output=True, text=True, timeout=120)
+    mild, strong = next_trainer(project, MILD, mild), next_trainer(project, STRONG, strong)
+    events["requeued"] = job_of(MILD)
+    slurm("scontrol", "requeue", job_of(MILD))
+    # Meanwhile a second job of a live run, as if it had been submitted twice.
+    again = [word for word in Path(f"/proc/{strong}/cmdline").read_bytes().decode().split("\0") if word]
+    double = subprocess.run(again, cwd=project, capture_output=True, text=True, timeout=120)
     events["double_submission"] = (double.returncode, double.stderr.strip().splitlines()[-1])
-    slurm("scontrol", "requeue", job)
+    wait_for(lambda: is_gone(strong), 60, "end by the time limit")
+    events["out_of_time"] = (project / f"results/logs/finetune/{STRONG}.log").read_text().strip().splitlines()[-1]
 
-    process, events["requeued"] = next_trainer(project, 1, process)
-    events["requeued_is"] = (job, events["requeued"])
-    wait_for(lambda: live_trainer(project, DUALSPEED) != process, 120, "end by the time limit")
-
-    next_trainer(project, 15, process)
+    next_trainer(project, MILD, mild, steps=1)
+    events["after_requeue"] = job_of(MILD)
     run.kill()
     run.wait()
-    events["left_over"] = slurm("squeue", "--noheader", "--format=%A").split()
+    events["left_over"] = job_of(MILD)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    """The same run on this machine without Slurm."""
-    project = make_project(tmp_path_factory.mktemp("undisturbed"), RESOURCES)
-    output = snakemake(project)
-    assert (project / "results/tables/demo/table1.csv").exists(), output[-5000:]
+def prepared(tmp_path_factory) -> Path:
+    """A project whose data and base model are made."""
+    project = make_project(tmp_path_factory.mktemp("prepared"), RESOURCES)
+    output = snakemake(project, *(f"results/prepared/tiny/{stage}" for stage in ("pretrain", "finetune")))
+    assert (project / "results/prepared/tiny/finetune").exists(), output[-5000:]
     return project
 
 
 @pytest.fixture(scope="module")
-def disturbed(cluster, tmp_path_factory) -> tuple[Path, Monitor, dict[str, object]]:
-    """The run on Slurm, what was seen of it, and what happened to it."""
-    project = make_project(tmp_path_factory.mktemp("disturbed"), RESOURCES)
+def disturbed(cluster, prepared, tmp_path_factory) -> tuple[Path, Monitor, dict[str, object]]:
+    """The rest of the run on Slurm, what was seen of it, and what happened to it."""
+    project = shutil.copytree(prepared, tmp_path_factory.mktemp("disturbed") / "project")
     monitor, events = Monitor(), {}
     monitor.start()
     interrupt(project, events)
-    command = ["make", "resume", f"BIN={BIN}", f"ARGS={' '.join(OPTIONS)}"]
-    began = time.monotonic()
+    options = [*OPTIONS, "--set-resources", "finetune:runtime=20"]
+    command = ["make", "resume", f"BIN={BIN}", f"ARGS={' '.join(options)}"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
-    events["resumed"] = (done.returncode, done.stdout + done.stderr, time.monotonic() - began)
+    events["resumed"] = (done.returncode, done.stdout + done.stderr)
     monitor.done.set()
     return project, monitor, events
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared) -> Path:
+    """The same rest on this machine, without Slurm."""
+    output = snakemake(prepared)
+    assert (prepared / "results/tables/demo/table1.csv").exists(), output[-5000:]
+    return prepared
 
 
 def test_all_jobs_ran_on_slurm_and_no_more_of_them_than_gpus(disturbed):
     _, monitor, events = disturbed
     assert events["resumed"][0] == 0, events["resumed"][1][-5000:]
-    assert {"rule_pretrain", "rule_finetune", "rule_generate_answers", "rule_make_base_model"} <= monitor.rules
+    assert {
+        "rule_pretrain",
+        "rule_finetune",
+        "rule_measure_speed",
+        "rule_generate_answers",
+        "rule_score",
+    } <= monitor.rules
     assert 1 <= monitor.most_gpus <= 2
 
 
@@ -161,11 +193,43 @@ def test_a_second_job_of_a_live_run_is_refused(disturbed):
 
 
 def test_a_requeued_job_keeps_its_number(disturbed):
-    before, after = disturbed[2]["requeued_is"]
-    assert before == after
+    assert disturbed[2]["after_requeue"] == disturbed[2]["requeued"]
+
+
+def test_training_ends_before_its_time_does(disturbed):
+    assert "its time is nearly over" in disturbed[2]["out_of_time"]
 
 
 def test_resume_ends_what_a_killed_snakemake_left_over(disturbed):
-    left_over, (_, output, _) = disturbed[2]["left_over"], disturbed[2]["resumed"]
-    assert left_over
-    assert "Slurm jobs that were left over" in output
+    output = disturbed[2]["resumed"][1]
+    ended = next(line for line in output.splitlines() if "Slurm jobs that were left over" in line)
+    assert disturbed[2]["left_over"] in ended.split()
+
+
+def test_two_nodes_train_one_model_by_the_settings_of_their_dag(disturbed, tmp_path):
+    """The sheet is edited while the job waits for its nodes."""
+    project = shutil.copytree(disturbed[0], tmp_path / "project")
+
+    def use_two_nodes(config: dict) -> None:
+        config["models"]["tiny"]["resources"]["finetune"] = {"nodes": 2, "gpu": 1, "mem_mb": 3000, "runtime": 5}
+        config["models"]["tiny"]["stages"]["finetune"]["training_arguments"]["max_steps"] = 6
+
+    edit_config(project, use_two_nodes)
+    target = f"results/models/{STRONG}"
+    slurm("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")
+    try:
+        run = start(project, target)
+        queued = ["squeue", "--noheader", "--states=PD", "--format=%k"]
+        wait_for(lambda: slurm(*queued) == f"rule_finetune_wildcards_{STRONG}", 60, "job in the queue")
+        edit_row(project, STRONG, distillation_weight="0.5")
+    finally:
+        slurm("scontrol", "update", "nodename=ALL", "state=resume")
+    assert run.wait(200) == 0, (project / "snakemake.log").read_text()[-5000:]
+
+    log = (project / f"results/logs/finetune/{STRONG}.log").read_text()
+    for node in range(2):
+        assert re.search(rf"^{node}: .*in 2 processes", log, flags=re.MULTILINE), log[-5000:]
+    record = json.loads((project / target / "training.json").read_text())
+    assert record["num_steps"] == 6
+    assert record["settings"]["dualspeed"]["distillation_weight"] == 1.0
+    assert f"Finetune {STRONG}" in snakemake(project, "-n", target)  # what the edit asks for

@@ -1,7 +1,7 @@
 """The two stages of training. State to resume from lies under results/state, for Snakemake deletes declared outputs.
 
 `exec`: Snakemake passes SIGTERM on to the job's shell, which would die of it before the training it started. A retry
-goes on where the last job ended, so its time doesn't grow, and its log follows the other's.
+goes on where the last job ended, so its time doesn't grow.
 """
 
 
@@ -42,7 +42,7 @@ rule pretrain:
     shell:
         "exec dualspeed train --settings {params.settings:q} --model {input.model} --data {input.data}"
         " --state {STATE} --out {output.checkpoint} --tracking {TRACKING:q}"
-        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} >> {log} 2>&1"
+        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} > {log} 2>&1"
 
 
 rule finetune:
@@ -68,7 +68,7 @@ rule finetune:
     shell:
         "exec dualspeed train --settings {params.settings:q} --model {input.model} --data {input.data}"
         " --state {STATE} --out {output.checkpoint} --tracking {TRACKING:q} --parent {params.parent:q}"
-        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} >> {log} 2>&1"
+        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} > {log} 2>&1"
 
 
 # Takes the whole machine: a step's time says something only if nothing else runs beside it.
