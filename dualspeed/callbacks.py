@@ -32,8 +32,9 @@ class MetricLogCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Forward `logs` under the current optimizer step; texts and flags are left out."""
-        if not state.is_world_process_zero or not logs:
+        """Forward `logs` under the current optimizer step; texts, flags and sums of half a training are left out."""
+        is_sum_of_part = "train_runtime" in (logs or {}) and state.global_step < state.max_steps
+        if not state.is_world_process_zero or not logs or is_sum_of_part:
             return
         numbers = {key: value for key, value in logs.items() if isinstance(value, Real) and not isinstance(value, bool)}
         self.metric_log.log(state.global_step, numbers)

@@ -26,12 +26,13 @@ def take_gpus(count: int) -> None:
     if count > len(devices):
         raise ValueError(f"this job needs {count} GPUs, and there are {len(devices)} to share out")
     taken: list[str] = []
-    while True:
-        taken += [device for device in devices if device not in taken and len(taken) < count and _take(device)]
-        if len(taken) == count:
-            break
-        logger.info("waiting for a GPU")
-        time.sleep(POLL_SECONDS)
+    while len(taken) < count:
+        device = next((device for device in devices if device not in taken and _take(device)), None)
+        if device is not None:
+            taken.append(device)
+        else:
+            logger.info("waiting for a GPU")
+            time.sleep(POLL_SECONDS)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
     del os.environ[NUM_GPUS]
     logger.info("on GPU %s", os.environ["CUDA_VISIBLE_DEVICES"])

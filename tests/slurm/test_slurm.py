@@ -142,7 +142,7 @@ def disturbed(cluster, prepared, tmp_path_factory) -> tuple[Path, Monitor, dict[
 @pytest.fixture(scope="module")
 def undisturbed(prepared) -> Path:
     """The same rest on this machine, without Slurm."""
-    output = snakemake(prepared)
+    output = snakemake(prepared, "--set-resources", "finetune:runtime=60")
     assert (prepared / "results/tables/demo/table1.csv").exists(), output[-5000:]
     return prepared
 
