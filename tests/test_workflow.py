@@ -134,6 +134,24 @@ def comment(project: Path) -> None:
             file.write(mark)
 
 
+def copy_annotations(project: Path) -> None:
+    """A recipe that reads another file, of the user's own."""
+    (project / "mine.json").write_text("[]")
+    edit_config(lambda content: finetune_recipe(content).update(annotations="mine.json"))(project)
+
+
+def change_resources(content: dict) -> None:
+    content["models"]["tiny"]["resources"] = {
+        job: {"nodes": 2, "gpu": 4, "cpus": 8, "mem_mb": 1, "runtime": 1, "partition": "long", "account": "mine"}
+        for job in ("pretrain", "finetune", "answer", "speed")
+    }
+
+
+def change_launcher(content: dict) -> None:
+    for recipe in (pretrain_recipe(content), finetune_recipe(content)):
+        recipe["accelerate_config"] = "config/accelerate/fsdp2.yaml"
+
+
 def add_benchmark(content: dict) -> None:
     content["benchmarks"]["mme"] = {"folder": "results/data/demo/test/mme"}
 
@@ -174,6 +192,16 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
         edit_config(lambda content: finetune_recipe(content).update(chat_template="vicuna_v1")),
         finetune(*ROWS) | TIME | {"Check and prepare the finetune data of tiny"},
     ),
+    "finetuning annotations": (
+        copy_annotations,
+        finetune(*ROWS) | TIME | {"Check and prepare the finetune data of tiny"},
+    ),
+    "pretraining length": (
+        edit_config(lambda content: pretrain_recipe(content).update(max_length=256)),
+        finetune(*ROWS) | PRETRAIN | {"Check and prepare the pretrain data of tiny"},
+    ),
+    "resources": (edit_config(change_resources), set()),
+    "accelerate_config": (edit_config(change_launcher), set()),
     "new benchmark": (edit_config(add_benchmark), evaluate(*ROWS) | TABLES),
     "inference": (
         edit_config(lambda content: content["inference"].update(max_new_tokens=4)),
@@ -194,6 +222,42 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
     "touched files": (touch_everything, set()),
     "comment": (comment, set()),
     "code": (edit_code, set()),
+}
+
+# Line of the table in config/README.md -> edits that show it; the last ones have tests of their own.
+LINES = {
+    "a row's `pruner` or `pruning_ratio`": ("pruner", "pruning_ratio"),
+    "a row's `num_virtual_tokens`": ("num_virtual_tokens",),
+    "a row's `seed`": ("seed",),
+    "a row's `slow_mode_ratio` or `distillation_weight`": (
+        "slow_mode_ratio",
+        "distillation_weight",
+        "no distillation",
+    ),
+    "a row's `tables`": ("tables", "new in table2"),
+    "a new row": ("new row",),
+    "a removed row": ("removed row",),
+    "`stages.finetune.training_arguments`": ("finetuning learning rate",),
+    "`stages.pretrain.training_arguments`": ("pretraining learning rate",),
+    "a stage's `annotations`, `chat_template` or `max_length`": (
+        "finetuning annotations",
+        "pretraining template",
+        "finetuning template",
+        "pretraining length",
+    ),
+    "a new benchmark": ("new benchmark",),
+    "`inference.*`": ("inference",),
+    "`data.*`": ("data",),
+    "`base_model.*`": ("base_model",),
+    "`accelerate_config`": ("accelerate_config",),
+    "`models.<model>.resources`": ("resources",),
+    "`tracking.*`": ("tracking",),
+    "a file touched, its content unchanged": ("touched files",),
+    "a comment or blank line in either file": ("comment",),
+    "code or package versions": ("code",),
+    "a model's `parts`": (),
+    "`downloads.<source>`": (),
+    "`snakemake --config experiments=...` and back": (),
 }
 
 
@@ -238,6 +302,21 @@ def test_an_edit_runs_again_what_depends_on_it(plans, edit):
     assert plans[edit] == EDITS[edit][1]
 
 
+def test_every_line_of_the_readme_is_an_edit_here():
+    table = (REPOSITORY / "config/README.md").read_text().partition("| edit | runs again |\n|---|---|\n")[2]
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in table.split("\n\n")[0].strip().splitlines()]
+    assert sorted(lines) == sorted(LINES)
+    assert sorted(edit for edits in LINES.values() for edit in edits) == sorted(set(EDITS) - {"nothing"})
+
+
+def test_a_change_of_profile_runs_nothing_again():
+    profiles = [yaml.safe_load(file.read_text()) for file in sorted(REPOSITORY.glob("profiles/*/config.yaml"))]
+    assert len(profiles) == 3
+    for key in ("rerun-triggers", "max-checksum-file-size", "rerun-incomplete"):
+        assert len({str(profile[key]) for profile in profiles}) == 1
+    assert profiles[0]["rerun-triggers"] == ["mtime", "input", "params"]  # neither code nor software-env
+
+
 def test_another_sheet_over_the_same_results_trains_nothing_again(finished, tmp_path):
     project = shutil.copytree(finished, tmp_path / "project")
     edit_rows(lambda rows: rows.pop(NAIVE), sheet="experiments-two")(project)
@@ -247,6 +326,23 @@ def test_another_sheet_over_the_same_results_trains_nothing_again(finished, tmp_
         "Write the page that shows the sheet demo-two: results/report-two.html",
     }
     assert plan(project) == set()
+
+
+def test_other_parts_make_the_base_model_and_all_that_starts_from_it(finished, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    for folder in ("vicuna", "llama", "clip"):
+        (project / folder).mkdir()
+    parts = {"family": "llava", "language_model": "vicuna", "vision_tower": "clip"}
+
+    def change(content: dict) -> None:
+        content["models"]["tiny"] |= {"source": "parts", "parts": parts}
+
+    edit_config(change)(project)
+    snakemake(project, "--touch", "--forceall")
+    assert plan(project) == set()
+    parts["language_model"] = "llama"
+    edit_config(change)(project)
+    assert plan(project) == finetune(*ROWS) | TIME | PRETRAIN | PREPARE | {"Put the base model tiny together"}
 
 
 def test_a_configuration_of_ones_own_replaces_the_demo(finished, tmp_path):
