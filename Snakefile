@@ -34,6 +34,7 @@ rule all:
     input:
         TABLE_FILES,
         FIGURE_FILES,
+        rules.draw_kept_tokens.output,
         REPORT,
         CHECKPOINTS,
         SCORES,

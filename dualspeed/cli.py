@@ -77,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("end-jobs", run_end_jobs)
     plan = add("plan", run_plan, "config")
     plan.add_argument("--experiments", type=Path, help="another sheet than the configuration's")
+    add_settings(add("kept-tokens", run_kept_tokens, "model", "out"))
     add_settings(add("report", run_report, "figures", "out"))
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
@@ -235,6 +236,13 @@ def run_plan(options: argparse.Namespace) -> None:
     from dualspeed.plan.report import plan
 
     print(plan(options.config, options.experiments))
+
+
+def run_kept_tokens(options: argparse.Namespace) -> None:
+    """Draw which tokens of a picture each pruning method keeps."""
+    from dualspeed.kept_tokens import draw_kept_tokens
+
+    draw_kept_tokens(options.model, options.out, **options.settings)
 
 
 def run_report(options: argparse.Namespace) -> None:

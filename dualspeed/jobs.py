@@ -18,6 +18,7 @@ from dualspeed.config import (
 )
 from dualspeed.data.sources import Source
 from dualspeed.files import sha256_of_json
+from dualspeed.labels import in_paper_order
 from dualspeed.recipe import Recipe
 
 # Steps of each mode that a measurement of speed takes the median of.
@@ -94,6 +95,18 @@ def table_settings(project: ProjectConfig) -> dict[str, Any]:
         "experiments": rows,
         "benchmarks": project.scored,
         "inference": {"pruner": project.inference.pruner, "pruning_ratio": project.inference.pruning_ratio},
+    }
+
+
+def kept_tokens_settings(project: ProjectConfig) -> dict[str, Any]:
+    """Whose pictures show what each pruning method keeps, and at which ratio."""
+    names = in_paper_order(project.benchmarks)
+    benchmark = "gqa" if "gqa" in names else names[0]
+    return {
+        "benchmark": benchmark,
+        "folder": project.benchmarks[benchmark].folder,
+        "pruning_ratio": project.inference.pruning_ratio,
+        "num_pictures": 2,
     }
 
 

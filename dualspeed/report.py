@@ -30,7 +30,7 @@ FIGURES = {
     "figure_learning_curves": "Training loss against time, and the score that each way of training ends at.",
     "figure_question_types": "Accuracy by type of question on full tokens.",
     "figure_speedup": "Measured speedup of a step, and the limit that FLOPs set.",
-    "kept_tokens": "What each pruning method keeps of a picture.",
+    "kept_tokens": "What each pruning method keeps of a picture: the framed tokens, their number in brackets.",
 }
 
 

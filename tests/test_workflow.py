@@ -28,6 +28,7 @@ TABLES = {
     "Write tables and figures of the sheet demo",
     "Write the page that shows the sheet demo: results/report.html",
 }
+KEPT = {"Draw which tokens each pruning method keeps"}
 Edit = Callable[[Path], object]
 
 
@@ -95,7 +96,8 @@ def evaluate(*rows: str, inferences: tuple[str, ...] = ("full", "pruned")) -> se
 
 
 def finetune(*rows: str) -> set[str]:
-    return {f"Finetune {row}" for row in rows} | evaluate(*rows) | TABLES
+    """Jobs that train, evaluate and show; the sheet's first row also shows what pruners keep."""
+    return {f"Finetune {row}" for row in rows} | evaluate(*rows) | TABLES | (KEPT if BASELINE in rows else set())
 
 
 PRETRAIN = {"Pretrain tiny-full-seed0-*", "Pretrain tiny-fast-seed0-*"}
@@ -323,6 +325,7 @@ def test_another_sheet_over_the_same_results_trains_nothing_again(finished, tmp_
     other = plan(project, "--config", "experiments=config/demo/experiments-two.tsv")
     assert other == {
         "Write tables and figures of the sheet demo-two",
+        *KEPT,
         "Write the page that shows the sheet demo-two: results/report-two.html",
     }
     assert plan(project) == set()
@@ -382,7 +385,8 @@ def test_every_command_of_the_workflow_is_one_that_dualspeed_takes(finished):
     output = snakemake(finished, "-n", "--forceall", "--printshellcmds")
     lines = re.findall(r"dualspeed ([a-z-]+ (?:init )?--.*) >", output)
     commands = [make_parser().parse_args(shlex.split(line)) for line in lines]
-    expected = {"demo-data", "base-model", "prepare", "train", "answer", "speed", "tables", "report", "track"}
+    training = {"demo-data", "base-model", "prepare", "train", "answer", "speed", "track"}
+    expected = training | {"tables", "kept-tokens", "report"}
     assert {options.command for options in commands} == expected
     for options in commands:
         if options.command == "train":

@@ -73,10 +73,33 @@ rule tables:
         " --tracking {TRACKING:q} > {log} 2>&1"
 
 
+# The sheet's first model shows it, for all methods alike.
+rule draw_kept_tokens:
+    input:
+        model=f"{RESULTS}/models/{PROJECT.experiments[0].id}",
+        questions=made_from(jobs.kept_tokens_settings(PROJECT)["folder"]),
+    output:
+        figures=[shown(f"{FIGURES}/kept_tokens.{kind}") for kind in ("png", "svg")],
+    log:
+        f"{LOGS}/draw_kept_tokens/{PROJECT.sheet}.log",
+    benchmark:
+        f"{TIMES}/draw_kept_tokens/{PROJECT.sheet}.tsv"
+    threads: 1
+    resources:
+        **scheduled(lambda wildcards: PROJECT.experiments[0].model, "answer"),
+    params:
+        settings=as_json(jobs.kept_tokens_settings(PROJECT)),
+        path=f"{FIGURES}/kept_tokens",
+    message:
+        "Draw which tokens each pruning method keeps"
+    shell:
+        "dualspeed kept-tokens --settings {params.settings:q} --model {input.model} --out {params.path} > {log} 2>&1"
+
+
 rule report:
     input:
         tables=rules.tables.output.tables,
-        figures=rules.tables.output.figures,
+        figures=[*rules.tables.output.figures, *rules.draw_kept_tokens.output.figures],
         answers=[path.replace(f"{RESULTS}/scores/", f"{RESULTS}/answers/") + "l" for path in SCORES],
         questions=sorted({made_from(benchmark.folder) for benchmark in PROJECT.benchmarks.values()}),
     output:
