@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dualspeed.benchmarks import BENCHMARKS, get_benchmark
+from dualspeed.benchmarks import get_benchmark
 from dualspeed.demo.base_model import make_base_model
-from dualspeed.demo.drawing import COLOURS, draw_scene, load_handwriting, sample_scene, samples_of_digit
+from dualspeed.demo.benchmark_files import WRITERS
+from dualspeed.demo.drawing import CELL, COLOURS, GRID, draw_scene, load_handwriting, sample_scene, samples_of_digit
 from dualspeed.demo.questions import (
     NEGATIVES,
     SHORT_ANSWER,
@@ -26,7 +27,7 @@ from dualspeed.demo.questions import (
 from dualspeed.demo.scenes import write_demo_data
 
 DATA = {"num_train_scenes": 40, "num_eval_scenes": 30, "questions_per_benchmark": 60}
-BASE = {"num_scenes": 40, "vision_steps": 2, "excerpt_steps": 2, "caption_steps": 2}
+BASE = {"num_scenes": 40, "vision_steps": 2, "caption_steps": 2, "question_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +71,12 @@ def test_a_digit_fills_exactly_its_patch_in_its_colour():
     pixels = np.asarray(draw_scene(scene)).astype(int)
     handwriting, values = load_handwriting()
     for item in scene.items:
-        row, column = 16 * (item.cell // 12), 16 * (item.cell % 12)
+        row, column = CELL * (item.cell // GRID), CELL * (item.cell % GRID)
         ink = handwriting[item.sample] == 1
         assert values[item.sample] == item.digit
-        assert (pixels[row : row + 16, column : column + 16][ink] == COLOURS[item.colour]).all()
-    empty = sorted(set(range(144)) - {item.cell for item in scene.items})
-    patches = pixels.reshape(12, 16, 12, 16, 3).swapaxes(1, 2).reshape(144, 16, 16, 3)
+        assert (pixels[row : row + CELL, column : column + CELL][ink] == COLOURS[item.colour]).all()
+    empty = sorted(set(range(GRID * GRID)) - {item.cell for item in scene.items})
+    patches = pixels.reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2).reshape(GRID * GRID, CELL, CELL, 3)
     assert patches[empty].min() > 220
 
 
@@ -144,11 +145,11 @@ def test_conversations_have_one_image_mark_and_llavas_suffix(data):
         assert human[0].startswith("<image>\n")
         assert all(text.endswith((SHORT_ANSWER, "given choices directly.")) for text in human)
         with Image.open(data / "images" / "train" / record["image"]) as image:
-            assert (image.size, image.mode) == ((192, 192), "RGB")
+            assert (image.size, image.mode) == ((GRID * CELL, GRID * CELL), "RGB")
 
 
 @pytest.mark.parametrize("split", ["test", "heldout"])
-@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+@pytest.mark.parametrize("name", sorted(WRITERS))
 def test_benchmark_files_load_and_true_answers_score_full_marks(data, split, name):
     benchmark = get_benchmark(name)
     folder = data / split / name
@@ -192,7 +193,7 @@ def test_base_model_takes_pictures_and_its_tokenizer_knows_every_word(base, data
     model = AutoModelForImageTextToText.from_pretrained(base)
     image = Image.open(data / "images" / "train" / "000000.png")
     inputs = processor(images=image, text="USER: <image>\nis there a red 7? ASSISTANT:", return_tensors="pt")
-    assert (inputs.input_ids == model.config.image_token_id).sum() == 144
+    assert (inputs.input_ids == model.config.image_token_id).sum() == GRID * GRID
     with torch.no_grad():
         assert model(**inputs).logits.shape[:2] == inputs.input_ids.shape
     for record in json.loads((data / "finetune.json").read_text()):

@@ -19,7 +19,7 @@ def shrunk_project(folder: Path) -> Path:
     file = folder / "config/demo/config.yaml"
     config = yaml.safe_load(file.read_text())
     config["data"] |= {"num_train_scenes": 120, "num_eval_scenes": 10, "questions_per_benchmark": 24}
-    config["base_model"] |= {"vision_steps": 3, "excerpt_steps": 3, "caption_steps": 3, "num_scenes": 60}
+    config["base_model"] |= {"vision_steps": 3, "caption_steps": 3, "question_steps": 3, "num_scenes": 60}
     for stage in config["models"]["tiny"]["stages"].values():
         stage["training_arguments"] |= {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1}
     file.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -1,8 +1,9 @@
 """The demo's base model: a tiny LLaVA in stock classes, made in minutes as large ones are made in weeks.
 
-Two trainings (dualspeed.demo.base_training), neither of which shows it a picture with a question: the vision tower on
-labelled patches (then frozen, like CLIP), and language model with projector on captions. Enters: the demo's data
-folder. Leaves: a checkpoint with its processor, in the Hub's parameter names.
+Two trainings (dualspeed.demo.base_training): the vision tower on labelled patches (then frozen, like CLIP), and
+language model with projector on captions of and questions about excerpts of pictures. That is what stands in for a
+large model's instruction tuning; whole pictures are left to the rows of the sheet. Enters: the demo's data folder.
+Leaves: a checkpoint with its processor, in the Hub's parameter names.
 """
 
 import json
@@ -24,7 +25,8 @@ from dualspeed.demo.base_training import (
     encode_images,
     load_pixels,
     patch_labels,
-    train_on_captions,
+    supervised_texts,
+    train_language_model,
     train_vision_tower,
 )
 from dualspeed.demo.drawing import CELL, GRID
@@ -47,14 +49,21 @@ def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
     model = build_model(chosen, processor.tokenizer)
 
     scenes = json.loads((data / "scenes.json").read_text())[: chosen.num_scenes]
-    captions = json.loads((data / "pretrain.json").read_text())[: chosen.num_scenes]
     pixels = load_pixels([data / "images" / "train" / scene["image"] for scene in scenes], processor)
     train_vision_tower(model.model.vision_tower, chosen, pixels, scenes)
     features = encode_images(model.model.vision_tower, pixels)
-    texts = [record["conversations"][1]["value"] for record in captions]
-    has_digit = patch_labels(scenes)[1] > 0
-    train_on_captions(model, chosen, processor.tokenizer, features, texts, has_digit)
+    captions, conversations = (
+        supervised_texts(processor.tokenizer, one_a_picture(data / file, scenes), template)
+        for file, template in (("pretrain.json", "plain"), ("finetune.json", "turns"))
+    )
+    train_language_model(model, chosen, features, captions, conversations, patch_labels(scenes)[1] > 0)
     save_with_hub_names(model, processor, out)
+
+
+def one_a_picture(file: Path, scenes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first record about each scene's picture, in the order of the scenes."""
+    first = {record["image"]: record for record in reversed(json.loads(file.read_text()))}
+    return [first[scene["image"]] for scene in scenes]
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:

@@ -23,11 +23,17 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dualspeed.data.conversations import parse_entry
+from dualspeed.data.templates import load_template
 from dualspeed.demo.drawing import COLOURS, GRID
 from dualspeed.demo.settings import BaseModelSettings
+from dualspeed.losses import IGNORE_INDEX, cross_entropy, supervised_labels, supervised_positions
 
 WARMUP_STEPS = 50
-IGNORE_INDEX = -100
+QUESTION_SHARE = 0.8
+"""Of the steps that teach to answer; the others keep up what captions taught."""
+SupervisedText = tuple[Tensor, Tensor]
+"""(L,) tokens, the picture's placeholder once among them, and (L,) labels."""
 
 
 def train_vision_tower(
@@ -63,36 +69,37 @@ def train_vision_tower(
     optimise("base model: vision tower", parameters, step, settings.vision_steps, settings.vision_learning_rate)
 
 
-def train_on_captions(
+def train_language_model(
     model: LlavaForConditionalGeneration,
     settings: BaseModelSettings,
-    tokenizer: PreTrainedTokenizerFast,
     features: Tensor,
-    captions: list[str],
+    captions: list[SupervisedText],
+    conversations: list[SupervisedText],
     has_digit: Tensor,
 ) -> None:
-    """Teach language model and projector to describe pictures: excerpts of them first, whole ones last.
+    """Teach language model and projector to describe excerpts of pictures, then to answer questions about them.
 
-    Among 144 patches the few that matter are found late; among 14, soon, and at a quarter of the cost.
+    Excerpts, not whole pictures: among 144 patches the few that matter are found late; among 14, soon, and at a quarter
+    of the cost. Captions first: answers to questions are looked up in what they teach.
 
     Args:
         features: (pictures, P, W) of the frozen tower.
+        captions, conversations: one of each a picture.
         has_digit: (pictures, P) whether a patch holds a digit.
     """
     rng = np.random.default_rng(settings.seed)
-    ids = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in captions]
 
     def step(number: int) -> Tensor:
-        rows = torch.from_numpy(rng.integers(len(features), size=settings.caption_batch_size))
-        shown = features[rows]
-        if number < settings.excerpt_steps:
-            shown = excerpt(shown, has_digit[rows], settings.excerpt_patches)
-        return caption_loss(model, shown, [ids[row] for row in rows])
+        rows = torch.from_numpy(rng.integers(len(features), size=settings.language_batch_size))
+        shown = excerpt(features[rows], has_digit[rows], settings.excerpt_patches)
+        asks = number >= settings.caption_steps and rng.random() < QUESTION_SHARE
+        texts = conversations if asks else captions
+        return language_loss(model, shown, [texts[row] for row in rows])
 
     modules = (model.model.language_model, model.lm_head, model.model.multi_modal_projector)
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    num_steps = settings.excerpt_steps + settings.caption_steps
-    optimise("base model: captions", parameters, step, num_steps, settings.caption_learning_rate)
+    num_steps = settings.caption_steps + settings.question_steps
+    optimise("base model: language", parameters, step, num_steps, settings.language_learning_rate)
 
 
 def excerpt(features: Tensor, has_digit: Tensor, num_patches: int) -> Tensor:
@@ -159,17 +166,40 @@ def presence(labels: Tensor, num_classes: int) -> Tensor:
     return torch.stack([(labels == 1 + index).any(dim=1) for index in range(num_classes)], dim=1)
 
 
-def caption_loss(model: LlavaForConditionalGeneration, features: Tensor, captions: list[Tensor]) -> Tensor:
-    """Cross-entropy of captions behind their pictures' (B, P, W) features, in LLaVA's plain format."""
-    start = torch.tensor([model.config.text_config.bos_token_id] + [model.config.image_token_id] * features.shape[1])
-    ids = pad_sequence([torch.cat([start, text]) for text in captions], batch_first=True)
-    ignored = torch.full_like(start, IGNORE_INDEX)
-    texts = [torch.cat([ignored, text]) for text in captions]
-    labels = pad_sequence(texts, batch_first=True, padding_value=IGNORE_INDEX)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    supervised = targets != IGNORE_INDEX
+def supervised_texts(
+    tokenizer: PreTrainedTokenizerFast, records: list[dict[str, Any]], template: str
+) -> list[SupervisedText]:
+    """Tokens and labels of LLaVA's records under a chat template, with one placeholder for the picture."""
+    encoded = tokenizer.apply_chat_template(
+        [parse_entry(record, Path())["messages"] for record in records],
+        chat_template=load_template(template),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    texts = []
+    for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        ids = torch.tensor([tokenizer.bos_token_id, *row])
+        texts.append((ids, ids.where(torch.tensor([0, *mask], dtype=torch.bool), IGNORE_INDEX)))
+    return texts
+
+
+def language_loss(model: LlavaForConditionalGeneration, features: Tensor, texts: list[SupervisedText]) -> Tensor:
+    """Cross-entropy of texts about pictures of (B, P, W) features."""
+    image_token_id = model.config.image_token_id
+    copies = [torch.where(ids == image_token_id, features.shape[1], 1) for ids, _ in texts]
+    rows = [ids.repeat_interleave(count) for (ids, _), count in zip(texts, copies, strict=True)]
+    labels = pad_sequence(
+        [labels.repeat_interleave(count) for (_, labels), count in zip(texts, copies, strict=True)],
+        batch_first=True,
+        padding_value=IGNORE_INDEX,
+    )
     projected = BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))
     logits = model(
-        input_ids=ids, mm_encoder_outputs={"image": projected}, logits_to_keep=supervised, use_cache=False
+        input_ids=pad_sequence(rows, batch_first=True),
+        attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        mm_encoder_outputs={"image": projected},
+        logits_to_keep=supervised_positions(labels),
+        use_cache=False,
     ).logits
-    return F.cross_entropy(logits, targets[supervised])
+    targets = supervised_labels(labels)
+    return cross_entropy(logits, targets, len(targets))

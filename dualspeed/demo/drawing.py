@@ -22,7 +22,7 @@ COLOURS = {
     "purple": (140, 40, 170),
     "black": (25, 25, 25),
 }
-GRID = 12
+GRID = 14
 """Cells along a side."""
 CELL = 16
 """Pixels along a cell's side: one patch of the vision tower."""

@@ -16,7 +16,7 @@ class SceneSettings:
     """Pictures to train on; each has one caption in pretrain.json."""
     conversations_per_scene: int = 1
     """Records of finetune.json that share a picture, with other questions each."""
-    turns_per_conversation: int = 6
+    turns_per_conversation: int = 3
     """Questions in one record of finetune.json."""
     num_eval_scenes: int = 250
     """Pictures of each evaluation split: `test` (unseen digits) and `heldout` (training digits, unseen scenes)."""
@@ -38,7 +38,7 @@ class BaseModelSettings:
     """Initial weights and order of training."""
     vision_width: int = 64
     """Width of the vision tower."""
-    vision_layers: int = 3
+    vision_layers: int = 2
     """Layers of the vision tower; features are those of the last but one."""
     vision_steps: int = 300
     """Steps of `vision_batch_size` pictures that teach the tower to name patches; then it is frozen."""
@@ -50,19 +50,19 @@ class BaseModelSettings:
     """Layers of the language model."""
     text_heads: int = 4
     """Attention heads of the language model."""
-    excerpt_steps: int = 700
-    """Caption steps on excerpts: the patches that hold digits and a few others. Cheap, and quickly learned from."""
     excerpt_patches: int = 14
-    """Patches of an excerpt."""
-    caption_steps: int = 150
-    """Caption steps on whole pictures, which follow."""
-    caption_batch_size: int = 32
-    """Pictures in a caption step."""
+    """Patches of an excerpt: those that hold digits and a few others."""
+    caption_steps: int = 600
+    """Steps on captions of excerpts."""
+    question_steps: int = 600
+    """Steps that follow, most of them on questions about excerpts."""
+    language_batch_size: int = 32
+    """Excerpts in either."""
     num_scenes: int = 6000
-    """Training pictures that tower and captions learn from."""
+    """Training pictures that the base model learns from."""
     vision_learning_rate: float = 1e-3
     """Peak learning rate of the tower (cosine, 50 steps of warm-up)."""
-    caption_learning_rate: float = 2e-3
+    language_learning_rate: float = 2e-3
     """The same for language model and projector."""
     initializer_range: float = 0.08
     """Standard deviation of their initial weights; 0.02 as in large models starts too flat at this width."""
