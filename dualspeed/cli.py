@@ -71,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     score.add_argument("benchmark", help="name of the benchmark")
     submit = add("submit", run_submit, "data", "answers", "out")
     submit.add_argument("benchmark", help="name of the test split")
+    lmms = add("lmms", run_lmms, "model", "scores", "work", "out")
+    lmms.add_argument("--batch-size", type=int, default=1, help="lmms-eval's batch size")
     add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
@@ -204,6 +206,13 @@ def run_submit(options: argparse.Namespace) -> None:
     from dualspeed.evaluate import submit
 
     submit(options.benchmark, options.data, options.answers, options.out)
+
+
+def run_lmms(options: argparse.Namespace) -> None:
+    """Score a checkpoint with lmms-eval, and set its numbers beside ours."""
+    from dualspeed.lmms_eval import evaluate_lmms
+
+    evaluate_lmms(options.model, options.scores, options.work, options.out, options.batch_size)
 
 
 def run_speed(options: argparse.Namespace) -> None:

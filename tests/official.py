@@ -225,12 +225,12 @@ NUM_MISSING = {"pope": 2, "gqa": 1, "scienceqa": 2, "mme": 1, "vqav2": 1, "vizwi
 NUM_MISSING |= {"mmbench": 2, "mmbench_cn": 2, "seedbench": 1}
 
 
-def write_pope(folder: Path) -> list[dict]:
+def write_pope(folder: Path, limit: int | None = None) -> list[dict]:
     """Write the files; returns the answers."""
     questions, answers = [], []
     for split, rows in POPE.items():
         labels = []
-        for row, (label, text, _) in enumerate(rows):
+        for row, (label, text, _) in enumerate(rows[:limit]):
             image, question_id = f"COCO_val2014_{row:012d}.jpg", len(questions) + 1
             question = f"Is there a {OBJECTS[row % len(OBJECTS)]} in the image?"
             labels.append({"question_id": row + 1, "image": image, "text": question, "label": label})
@@ -244,10 +244,10 @@ def write_pope(folder: Path) -> list[dict]:
     return answers
 
 
-def write_gqa(folder: Path) -> list[dict]:
+def write_gqa(folder: Path, limit: int | None = None) -> list[dict]:
     """Write the files, with a question beside the balanced ones that doesn't count; returns the answers."""
-    official, questions, answers = {}, [], []
-    for row, (structure, gold, text, _) in enumerate([*GQA, ("query", "red", "red", 1)]):
+    official, questions, answers, rows = {}, [], [], GQA[:limit]
+    for row, (structure, gold, text, _) in enumerate([*rows, ("query", "red", "red", 1)]):
         question_id, image = str(201307250 + row), f"n{row % 4}"
         official[question_id] = {
             "semantic": [],
@@ -255,7 +255,7 @@ def write_gqa(folder: Path) -> list[dict]:
             "equivalent": [question_id],
             "question": f"What is it, {row}?",
             "imageId": image,
-            "isBalanced": row < len(GQA),
+            "isBalanced": row < len(rows),
             "groups": {"global": "color", "local": "06-wall_color"},
             "answer": gold,
             "semanticStr": "",
@@ -264,7 +264,7 @@ def write_gqa(folder: Path) -> list[dict]:
             "fullAnswer": f"It is {gold}.",
         }
         prompt = official[question_id]["question"] + SHORT_ANSWER
-        if row < len(GQA):
+        if row < len(rows):
             questions.append({"question_id": question_id, "image": f"{image}.jpg", "text": prompt})
         if text is not None:
             answers.append({"question_id": question_id, "prompt": prompt, "text": text})
@@ -274,11 +274,11 @@ def write_gqa(folder: Path) -> list[dict]:
     return answers
 
 
-def write_scienceqa(folder: Path) -> list[dict]:
+def write_scienceqa(folder: Path, limit: int | None = None) -> list[dict]:
     """Write the files, with a text-only question among them; returns the answers."""
-    problems, converted, answers = {}, [], []
-    for row, (num_choices, gold, text, _) in enumerate([*SCIENCEQA, (2, "B", "A", 0)]):
-        pid, has_image = str(100 + row), row < len(SCIENCEQA)
+    problems, converted, answers, rows = {}, [], [], SCIENCEQA[:limit]
+    for row, (num_choices, gold, text, _) in enumerate([*rows, (2, "B", "A", 0)]):
+        pid, has_image = str(100 + row), row < len(rows)
         choices = ["the red one", "the blue one", "the green one", "both", "none"][:num_choices]
         problems[pid] = {
             "question": f"Which one, {row}?",
@@ -307,7 +307,7 @@ def write_scienceqa(folder: Path) -> list[dict]:
     return answers
 
 
-def write_mme(folder: Path) -> list[dict]:
+def write_mme(folder: Path, limit: int | None = None) -> list[dict]:
     """Write the files, one category with images and texts apart, as in the release; returns the answers."""
     release, questions, answers = folder / "MME_Benchmark_release_version", [], []
     for category, images in MME.items():
@@ -315,7 +315,7 @@ def write_mme(folder: Path) -> list[dict]:
         texts = release / category / "questions_answers_YN" if is_split else release / category
         pictures = release / category / "images" if is_split else release / category
         texts.mkdir(parents=True)
-        for number, pair in enumerate(images):
+        for number, pair in enumerate(images[:limit]):
             lines = []
             for gold, (text, _) in zip(("Yes", "No"), pair, strict=True):
                 # The release has two blanks before the request here and there.
@@ -338,10 +338,13 @@ WRITERS = {"pope": write_pope, "gqa": write_gqa, "scienceqa": write_scienceqa, "
 WRITERS |= official_vqa.WRITERS | official_choice.WRITERS
 
 
-def write_benchmark(name: str, folder: Path, seed: int | None = None) -> Path:
-    """Write benchmark `name` and the awkward answers to folder/answers.jsonl; `seed` shuffles the answers."""
+def write_benchmark(name: str, folder: Path, seed: int | None = None, limit: int | None = None) -> Path:
+    """Write benchmark `name` and the awkward answers to folder/answers.jsonl.
+
+    `seed` shuffles the answers; of POPE's splits, GQA, ScienceQA and MME's categories, `limit` takes the first rows.
+    """
     folder.mkdir(parents=True)
-    answers = WRITERS[name](folder)
+    answers = WRITERS[name](folder) if limit is None else WRITERS[name](folder, limit)
     if seed is not None:
         random.Random(seed).shuffle(answers)
     write_lines(folder / "answers.jsonl", answers)

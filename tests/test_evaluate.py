@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,10 @@ from dualspeed.files import write_json
 from dualspeed.typed import ConfigError
 
 NAMES = ("gqa", "mme", "pope", "scienceqa")
+LIMITS = {"gqa": 10, "mme": 1, "pope": 4, "scienceqa": 10}
+NUM_QUESTIONS = {"gqa": 10, "mme": 16, "pope": 12, "scienceqa": 10}
+# Many more (KILLS=20 pytest ...) say the same, and take as much longer.
+KILLS = int(os.environ.get("KILLS", "5"))
 PRUNED = {"inference": "pruned", "pruner": "divprune", "pruning_ratio": 0.5}
 
 
@@ -48,7 +53,7 @@ def make_talkative(folder):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmarks")
-    return {name: str(official.write_benchmark(name, root / name)) for name in NAMES}
+    return {name: str(official.write_benchmark(name, root / name, limit=LIMITS[name])) for name in NAMES}
 
 
 def settings(folders, **changes):
@@ -109,14 +114,14 @@ def test_answers_can_be_scored(model, folders, tmp_path):
     generate_answers(settings(folders), model, tmp_path / "state", tmp_path / "out")
     for name, folder in folders.items():
         result = score(name, folder, tmp_path / "out" / f"{name}.jsonl", tmp_path / f"{name}.json")
-        assert (result["num_questions"], result["num_missing"]) == (official.NUM_QUESTIONS[name], 0)
+        assert (result["num_questions"], result["num_missing"]) == (NUM_QUESTIONS[name], 0)
         throughput = json.loads((tmp_path / "out" / f"{name}.throughput.json").read_text())
-        assert throughput["num_questions"] == official.NUM_QUESTIONS[name]
+        assert throughput["num_questions"] == NUM_QUESTIONS[name]
         assert throughput["questions_per_second"] > 0
 
 
 def test_llava_next_answers_images_of_different_shapes_as_each_alone(tmp_path):
-    folder = official.write_benchmark("pope", tmp_path / "pope")
+    folder = official.write_benchmark("pope", tmp_path / "pope", limit=6)
     for number, path in enumerate(sorted((folder / "images").iterdir())):
         Image.open(path).resize((28 + 14 * number, 60 - 8 * number)).save(path)
     model = make_talkative(tiny.make_llava_next(tmp_path / "model"))
@@ -148,9 +153,45 @@ def test_generation_cut_at_any_byte_goes_on_where_it_was(model, folders, tmp_pat
         asked.clear()
         generate_answers(chosen, model, tmp_path / "state", tmp_path / str(number))
         assert (tmp_path / str(number) / "mme.jsonl").read_bytes() == expected
-        assert len(asked) == official.NUM_QUESTIONS["mme"] - kept
+        assert len(asked) == NUM_QUESTIONS["mme"] - kept
         ids = [key for line in state.read_text().splitlines() for key in json.loads(line)["texts"]]
-        assert len(ids) == len(set(ids)) == official.NUM_QUESTIONS["mme"]
+        assert len(ids) == len(set(ids)) == NUM_QUESTIONS["mme"]
+
+
+def test_shards_leave_their_answers_and_the_run_after_them_merges_all_in_order(model, folders, tmp_path, monkeypatch):
+    textvqa = official.write_benchmark("textvqa", tmp_path / "textvqa")
+    chosen = settings({"mme": folders["mme"], "textvqa": str(textvqa)})
+    generate_answers(chosen, model, tmp_path / "state", tmp_path / "whole")
+    answerer, asked = Answerer(model, max_new_tokens=6), []
+    monkeypatch.setattr(evaluate, "load_answerer", lambda *_: answerer)
+    monkeypatch.setattr(answerer, "answer", lambda batch: asked.extend(batch) or Answerer.answer(answerer, batch))
+    for shard in ((2, 2), (1, 2)):
+        generate_answers(chosen, model, tmp_path / "shards", tmp_path / "merged", shard=shard)
+        assert not (tmp_path / "merged").exists()
+    assert len(asked) == len({question.question_id for question in asked}) == 16 + 2 * 42
+    for torn in sorted((tmp_path / "shards").glob("*/answers-1of2.jsonl")):
+        torn.write_bytes(torn.read_bytes()[:-9])  # as a kill leaves it
+    asked.clear()
+    generate_answers(chosen, model, tmp_path / "shards", tmp_path / "merged")
+    assert 0 < len(asked) <= 16
+    for name in ("mme", "textvqa"):
+        assert (tmp_path / "merged" / f"{name}.jsonl").read_bytes() == (tmp_path / f"whole/{name}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_answers_do_not_depend_on_the_side_that_the_processor_pads(padding_side, model, folders, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    saved = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(saved | {"padding_side": padding_side}))
+    assert AutoProcessor.from_pretrained(copy).tokenizer.padding_side == padding_side
+    answers = []
+    for batch_size in (1, 8):
+        chosen = settings({"gqa": folders["gqa"]}, batch_size=batch_size)
+        generate_answers(chosen, copy, tmp_path / "state", tmp_path / str(batch_size))
+        answers.append([line["text"] for line in read(tmp_path / str(batch_size), "gqa")])
+    generate_answers(settings({"gqa": folders["gqa"]}), model, tmp_path / "state", tmp_path / "stock")
+    assert answers[0] == answers[1] == [line["text"] for line in read(tmp_path / "stock", "gqa")]
 
 
 @pytest.mark.slow
@@ -160,7 +201,7 @@ def test_killed_generations_end_with_the_answers_of_an_undisturbed_one(model, fo
     code = "import json, sys, dualspeed.evaluate as e; e.generate_answers(json.loads(sys.argv[1]), *sys.argv[2:])"
     size = sum(path.stat().st_size for path in (tmp_path / "state").glob("*/answers.jsonl"))
     rng = random.Random(0)
-    for number in range(5):
+    for number in range(KILLS):
         state, out = tmp_path / f"state{number}", tmp_path / f"out{number}"
         job = subprocess.Popen([sys.executable, "-c", code, json.dumps(chosen), model, state, out])
         wanted = rng.randrange(1, size * 3 // 4)
@@ -192,7 +233,7 @@ def test_what_is_answered_loads_no_model_and_a_new_benchmark_asks_only_its_own_q
 
 
 def test_other_weights_settings_or_images_never_take_over_answers(model, tmp_path):
-    folder = official.write_benchmark("gqa", tmp_path / "gqa")
+    folder = official.write_benchmark("gqa", tmp_path / "gqa", limit=10)
     other = tiny.make_llava(tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: -value for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
@@ -236,7 +277,7 @@ def test_a_wrong_setting_is_an_error_before_anything_is_loaded(changes, message,
 
 def test_bad_images_are_an_error_before_the_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_answerer", lambda *_: pytest.fail("a model was loaded"))
-    folder = official.write_benchmark("gqa", tmp_path / "gqa")
+    folder = official.write_benchmark("gqa", tmp_path / "gqa", limit=10)
     image = folder / "images" / "n1.jpg"
     whole = image.read_bytes()
     for content, message in [(None, "1 of 4 images are missing: .*n1.jpg"), (whole[:400], r"n1\.jpg \(truncated")]:

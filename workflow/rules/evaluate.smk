@@ -121,3 +121,34 @@ rule submission:
     shell:
         "dualspeed submit {wildcards.name} --data {params.folder:q} --answers {input.answers} --out {output}"
         " > {log} 2>&1"
+
+
+# Not part of `all`: needs lmms-eval, its own data from the Hub, and a GPU. `snakemake evaluate_lmms` runs it for all.
+rule evaluate_lmms:
+    input:
+        expand(f"{RESULTS}/lmms_eval/{{experiment}}.csv", experiment=EXPERIMENTS),
+    message:
+        "lmms-eval's numbers stand beside ours"
+
+
+rule compare_lmms:
+    input:
+        model=f"{RESULTS}/models/{{experiment}}",
+        scores=expand(f"{RESULTS}/scores/{{{{experiment}}}}/full/{{name}}.json", name=PROJECT.scored),
+    output:
+        f"{RESULTS}/lmms_eval/{{experiment}}.csv",
+    log:
+        f"{LOGS}/lmms_eval/{{experiment}}.log",
+    benchmark:
+        f"{TIMES}/lmms_eval/{{experiment}}.tsv"
+    threads: 1
+    resources:
+        **scheduled(lambda wildcards: EXPERIMENTS[wildcards.experiment].model, "answer"),
+    params:
+        scores=f"{RESULTS}/scores/{{experiment}}/full",
+        work=f"{STATE}/lmms_eval/{{experiment}}",
+    message:
+        "Score {wildcards.experiment} with lmms-eval (progress: {log})"
+    shell:
+        "dualspeed lmms --model {input.model} --scores {params.scores} --work {params.work} --out {output}"
+        " > {log} 2>&1"
