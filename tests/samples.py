@@ -4,13 +4,15 @@ With tokens that are single characters, what is expected can be written as text.
 """
 
 import json
+from pathlib import Path
 
 import tiny
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dualspeed.data.conversations import load_conversations
+from dualspeed.data.annotations import read_entries
+from dualspeed.data.conversations import Problem, read_record
 from dualspeed.data.templates import use_template
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
@@ -60,7 +62,14 @@ def entry(*texts, name="x", **image):
 
 def load(tmp_path, entries, images="images"):
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    return load_conversations(tmp_path / "data.json", images)
+    return load_file(tmp_path / "data.json", images)
+
+
+def load_file(path, images="images"):
+    """(records, problems) of a file of annotations."""
+    found = [read_record(entry, Path(images)) for entry in read_entries(path)]
+    records = [record for record in found if not isinstance(record, Problem)]
+    return records, [problem for problem in found if isinstance(problem, Problem)]
 
 
 def write_image(path, kind):

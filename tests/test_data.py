@@ -4,10 +4,11 @@ import json
 
 import pytest
 from PIL import Image
-from samples import BAD_IMAGES, entry, load, write_image
+from samples import BAD_IMAGES, entry, load, load_file, write_image
 
-from dualspeed.data.conversations import AnnotationsError, load_conversations
-from dualspeed.data.images import ImageError, check_image, inspect_image, open_image
+from dualspeed.data import annotations
+from dualspeed.data.annotations import AnnotationsError, count_entries, read_entries
+from dualspeed.data.images import ImageError, check_image, find_image, inspect_image, open_image
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
@@ -112,7 +113,7 @@ def test_a_bad_entry_is_listed_and_the_others_are_kept(reason, tmp_path):
 def test_a_malformed_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([json.dumps(entry("q", "a")), "", '{"id": "torn', json.dumps(entry("q", "a"))]))
-    records, (problem,) = load_conversations(path, "images")
+    records, (problem,) = load_file(path)
     assert len(records) == 2
     assert (problem.id, problem.file, problem.reason) == ("data.jsonl:3", f"{path}:3", "malformed JSON line")
 
@@ -121,16 +122,50 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path):
     ("content", "message"),
     [
         (None, "does not exist"),
-        (b"", "none of its 0 entries"),
-        (b"[]", "none of its 0 entries"),
         (b'[{"id": 1},\n {"id": 2', "line 2 is not valid JSON"),
+        (b'[{"id": 1}\n\n {"id": 2}]', "line 3 is not valid JSON: Expecting one of"),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as UTF-8"),
-        (b"<html>404</html>", r"none of its 1 entries.*data\.json:1: malformed JSON line"),
     ],
 )
-def test_a_file_without_conversations_is_one_clear_error(content, message, tmp_path):
+def test_a_file_that_cannot_be_read_is_one_clear_error(content, message, tmp_path):
     path = tmp_path / "data.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(AnnotationsError, match=rf"data\.json: {message}"):
-        load_conversations(path, "images")
+        count_entries(path)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_a_list_is_read_the_same_in_pieces_of_any_size(piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "PIECE", piece)
+    entries = [{"id": "ü\n]," * 3, "x": [1, {"y": None}]}, 12345, "text", [], entry("q", "a")]
+    for indent in (None, 2):
+        (tmp_path / "data.json").write_text(f"\n {json.dumps(entries, indent=indent)} \n", encoding="utf-8")
+        read = list(read_entries(tmp_path / "data.json"))
+        assert [item.value for item in read] == entries
+        assert [item.number for item in read] == [1, 2, 3, 4, 5]
+    (tmp_path / "data.json").write_text("[ ]")
+    assert count_entries(tmp_path / "data.json") == 0
+
+
+def test_only_a_few_pieces_of_a_broken_list_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "PIECE", 10)
+    monkeypatch.setattr(annotations, "LONGEST_ENTRY", 100)
+    (tmp_path / "data.json").write_text('[{"id": 1},\n {"id": "' + "x" * 10_000 + '"}]')
+    with pytest.raises(AnnotationsError, match="line 2 is not valid JSON"):
+        count_entries(tmp_path / "data.json")
+
+
+def test_loose_ends_of_shared_chats_are_left_out(tmp_path):
+    chat = entry("q", "a", "q2")
+    chat["conversations"].insert(0, {"from": "gpt", "value": "greeting"})
+    (record,), problems = load(tmp_path, [chat])
+    assert contents(record) == [["q"], ["a"]]
+    assert not problems
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".jpeg"])
+def test_an_image_under_another_suffix_is_found(suffix, tmp_path):
+    (tmp_path / f"1.{suffix.strip('.')}").write_bytes(b"")
+    assert find_image(tmp_path / "1.jpg") == tmp_path / f"1{suffix}"
+    assert find_image(tmp_path / "2.jpg") == tmp_path / "2.jpg"

@@ -1,5 +1,6 @@
 """Preparation: a dataset of everything usable, a manifest of everything else, whole or not at all."""
 
+import io
 import json
 import resource
 import signal
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from datasets import load_from_disk
@@ -15,16 +18,12 @@ from PIL import Image
 from samples import BAD_IMAGES, by_character, entry, load, write_image
 from transformers import AutoProcessor, LlavaProcessor
 
+from dualspeed.data.annotations import AnnotationsError
 from dualspeed.data.collator import ConversationCollator
+from dualspeed.data.conversations import Problem
 from dualspeed.data.images import inspect_image
-from dualspeed.data.prepare import (
-    PreparationError,
-    choose_layout,
-    count_tokens,
-    layout_by_pixels,
-    layout_by_size,
-    prepare_dataset,
-)
+from dualspeed.data.lengths import choose_layouts, fit, layouts_by_pixels, layouts_by_size
+from dualspeed.data.prepare import PreparationError, prepare_dataset
 from dualspeed.data.templates import use_template
 from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
@@ -109,6 +108,36 @@ def test_samples_that_a_template_cannot_hold_are_dropped(models_folder, tmp_path
     assert [(item["id"], item["reason"]) for item in manifest["dropped"]] == [("text", "not for this chat template")]
 
 
+def test_an_image_is_opened_once_however_often_it_is_asked_about(models_folder, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("dualspeed.data.prepare.inspect_image", lambda path: opened.append(path) or inspect_image(path))
+    entries = [entry("<image>\nq", "a", name=str(index), image="a.png") for index in range(300)]
+    recipe = make_recipe(tmp_path, [*good_entries(tmp_path), *entries])
+    manifest = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out", workers=2)
+    assert manifest["num_samples"] == 303
+    assert sorted(path.name for path in opened) == ["a.png", "b.png", "c.png"]
+
+
+def test_images_under_another_suffix_are_found_and_listed(models_folder, tmp_path):
+    entries = good_entries(tmp_path)[:1]
+    Image.new("P", (30, 30)).save(tmp_path / "images/ocr.gif")
+    recipe = make_recipe(tmp_path, [*entries, entry("<image>\nq", "a", image="ocr.jpg")])
+    manifest = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    folder = tmp_path / "images"
+    assert load_from_disk(tmp_path / "out")["images"][:] == [[str(folder / "a.png")], [str(folder / "ocr.gif")]]
+    assert manifest["renamed"] == [{"file": str(folder / "ocr.jpg"), "found": str(folder / "ocr.gif")}]
+
+
+def test_preparation_stops_once_too_much_is_unusable(models_folder, tmp_path):
+    lost = [entry("<image>", "a", name=str(index), image="lost.png") for index in range(600)]
+    with pytest.raises(PreparationError, match=r"data\.json: 128 of 128 samples \(of 603, where preparation stopped\)"):
+        prepare_dataset(
+            make_recipe(tmp_path, [*lost, *good_entries(tmp_path)], max_dropped_share=0.1),
+            models_folder / "llava",
+            tmp_path / "out",
+        )
+
+
 def test_too_large_a_share_of_bad_samples_is_an_error(models_folder, tmp_path):
     entries = [*good_entries(tmp_path), entry("<image>", "a", name="lost", image="lost.png")]
     recipe = make_recipe(tmp_path, entries, max_dropped_share=0.2)
@@ -125,6 +154,94 @@ def test_too_large_a_share_of_bad_samples_is_an_error(models_folder, tmp_path):
 def test_data_without_any_usable_sample_is_an_error(models_folder, tmp_path):
     recipe = make_recipe(tmp_path, [entry("<image>", "a", image="lost.png")], max_dropped_share=1.0)
     with pytest.raises(PreparationError, match="1 of 1 samples cannot be used"):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"", AnnotationsError, r"data\.json: has no entry"),
+        (b"[]", AnnotationsError, r"data\.json: has no entry"),
+        (b"<html>404</html>", PreparationError, r"data\.json: 1 of 1 samples cannot be used.*1 x malformed JSON line"),
+    ],
+)
+def test_a_file_without_conversations_is_one_clear_error(content, error, message, models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, [])
+    Path(recipe.annotations).write_bytes(content)
+    with pytest.raises(error, match=message):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+
+
+def picture_bytes(size, kind="JPEG"):
+    """The content of an image file."""
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 80).convert("RGB").save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def write_parquet(folder, rows, name="train-00000-of-00001.parquet"):
+    """Rows in the columns of LLaVA-NeXT-Data."""
+    folder.mkdir(exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
+    columns = {"id": pa.string(), "image": image, "conversations": turns, "data_source": pa.string()}
+    table = pa.Table.from_pylist(rows, schema=pa.schema(columns.items()))
+    pq.write_table(table, folder / name, row_group_size=2)
+
+
+def parquet_rows():
+    """Samples of each kind."""
+    return [
+        entry("<image>\nq", "a", name="jpeg", image={"bytes": picture_bytes((90, 20)), "path": None}),
+        entry("q", "a", "q2", "a2", name="text", image=None),
+        entry("<image>\nq", "a", name="png", image={"bytes": picture_bytes((30, 50), "PNG"), "path": "x.jpg"}),
+        entry("<image>\nq", "a", name="torn", image={"bytes": picture_bytes((30, 50))[:-200], "path": None}),
+        entry("<image>\nq", "a", name="no image", image=None),
+    ]
+
+
+@pytest.mark.parametrize("model", ["llava", "llava_next"])
+def test_parquet_rows_become_files_and_a_dataset(model, models_folder, tmp_path):
+    write_parquet(tmp_path / "data", parquet_rows(), "train-00000-of-00002.parquet")
+    write_parquet(tmp_path / "data", parquet_rows()[:2], "train-00001-of-00002.parquet")
+    images = tmp_path / "images"
+    settings = {"chat_template": "turns", "max_length": 400, "max_dropped_share": 0.5}
+    recipe = DataRecipe(annotations=str(tmp_path / "data"), images=str(images), **settings)
+    manifest = prepare_dataset(recipe, models_folder / model, tmp_path / "out", workers=2)
+    dataset = load_from_disk(tmp_path / "out")
+    assert dataset["id"][:] == ["jpeg", "text", "png", "jpeg", "text"]
+    first, second = images / "train-00000-of-00002", images / "train-00001-of-00002"
+    files = [[first / "0000000.jpg"], [], [first / "0000002.png"], [second / "0000000.jpg"], []]
+    assert dataset["images"][:] == [[str(path) for path in paths] for paths in files]
+    processor = AutoProcessor.from_pretrained(models_folder / model)
+    use_template(processor, "turns")
+    batch = ConversationCollator(processor)(list(dataset))
+    assert dataset["num_tokens"][:] == batch["attention_mask"].sum(dim=1).tolist()
+    assert manifest["dropped_by_reason"] == {
+        "image: truncated or damaged": 1,
+        "number of <image> marks is not the number of images": 1,
+    }
+    before = {path: path.stat().st_mtime_ns for path in images.rglob("*.*")}
+    prepare_dataset(recipe, models_folder / model, tmp_path / "again")
+    assert {path: path.stat().st_mtime_ns for path in images.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda folder: None, "no parquet file in this folder"),
+        (lambda folder: (folder / "a.parquet").write_text("<html>"), r"a\.parquet: cannot be read as parquet"),
+        (
+            lambda folder: pq.write_table(pa.table({"text": ["q"]}), folder / "a.parquet"),
+            r"a\.parquet: has columns text; valid: id, image, conversations",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_parquet_data_is_one_clear_error(write, message, models_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    recipe = DataRecipe(annotations=str(tmp_path / "data"), images=str(tmp_path / "images"))
+    with pytest.raises(AnnotationsError, match=message):
         prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
 
 
@@ -145,10 +262,9 @@ def test_counting_by_size_agrees_with_the_pixels(make, tmp_path):
     processor = by_character("vicuna_v1", make)
     records, _ = load(tmp_path, good_entries(tmp_path), tmp_path / "images")
     reports = {path: inspect_image(path) for record in records for path in record["images"]}
-    layout_of = choose_layout(processor, records, reports)
-    assert layout_of.func is layout_by_size
-    for record in records:
-        quick, exact = layout_of(record), layout_by_pixels(processor, record)
+    assert choose_layouts(processor, records[0], reports) is layouts_by_size
+    both = (layouts(processor, records, reports) for layouts in (layouts_by_size, layouts_by_pixels))
+    for quick, exact in zip(*both, strict=True):
         assert quick.is_image.repeat(quick.widths).tolist() == exact.is_image.tolist()
         assert quick.is_supervised.repeat(quick.widths).tolist() == exact.is_supervised.tolist()
 
@@ -157,18 +273,22 @@ def test_a_sample_is_dropped_at_just_the_lengths_that_the_collator_cannot_use(tm
     processor = by_character("turns")
     records, _ = load(tmp_path, good_entries(tmp_path)[2:], tmp_path / "images")
     reports = {path: inspect_image(path) for path in records[0]["images"]}
+    (layout,) = layouts_by_size(processor, records, reports)
     seen = set()
     for max_length in range(1, 90):
-        rows, num_cut, problems = count_tokens(processor, records, reports, max_length)
+        fitted = fit(records[0], layout, max_length)
         collator = ConversationCollator(processor, max_length)
-        if problems and problems[0].reason == "image tokens beyond max_length":
+        if isinstance(fitted, Problem):
+            seen.add(fitted.reason)
+        if getattr(fitted, "reason", "") == "image tokens beyond max_length":
             with pytest.raises(ValueError, match="would cut image tokens"):
                 collator(records)
-        else:
-            batch = collator(records)
-            assert bool(problems) == (batch["labels"] == IGNORE_INDEX).all()
-            assert [row["num_tokens"] for row in rows] == [batch["input_ids"].shape[1]] * len(rows)
-        seen.add((len(rows), num_cut, *(problem.reason for problem in problems)))
+            continue
+        batch = collator(records)
+        assert isinstance(fitted, Problem) == (batch["labels"] == IGNORE_INDEX).all()
+        if not isinstance(fitted, Problem):
+            assert fitted[0] == batch["input_ids"].shape[1]
+            seen.add("cut" if fitted[1] else "whole")
     assert len(seen) == 4  # image cut, nothing supervised, cut, whole
 
 
@@ -183,7 +303,7 @@ def test_a_processor_whose_count_by_size_is_wrong_is_measured_by_pixels(tmp_path
     processor.__class__ = Miscounting
     records, _ = load(tmp_path, good_entries(tmp_path), tmp_path / "images")
     reports = {path: inspect_image(path) for record in records for path in record["images"]}
-    assert choose_layout(processor, records, reports).func is layout_by_pixels
+    assert choose_layouts(processor, records[0], reports) is layouts_by_pixels
 
 
 KILLED = """

@@ -1,23 +1,19 @@
-"""LLaVA's conversation JSON, read into records with messages in Hugging Face's chat format.
+"""LLaVA's conversations, read into records with messages in Hugging Face's chat format.
 
-Enters: a JSON list, or JSON lines, of {id, image, conversations: [{from: human | gpt, value}]}; `image` is a path, a
-list of paths or absent, and `<image>` marks in the human's turns say where images belong. Leaves: records {id,
-messages, images}, and one `Problem` for each entry that makes no record. Nothing is repaired silently, and nothing
-raises but a file without a single usable entry.
+Enters: entries {id, image, conversations: [{from: human | gpt, value}]}; `image` is a path, a list of paths or absent,
+and `<image>` marks in the human's turns say where images belong. Leaves: a record {id, messages, images} of each entry,
+or a `Problem` if it makes none. Nothing is repaired silently, and nothing raises.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dualspeed.data.annotations import Entry
+
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class AnnotationsError(ValueError):
-    """A file of annotations cannot be used at all; the message names the file and, where there is one, the line."""
 
 
 class RecordError(ValueError):
@@ -38,62 +34,20 @@ class Problem:
         return asdict(self)
 
 
-def load_conversations(annotations: str | Path, images: str | Path) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """Records {id, messages, images} of the file `annotations`, and what is wrong with its other entries.
+def read_record(entry: Entry, images: Path) -> dict[str, Any] | Problem:
+    """The record {id, messages, images} of an entry, or what is wrong with it.
 
-    Image paths in the file start from the folder `images`; those in the records include it. A missing id becomes
+    Image paths in the entry start from the folder `images`; those in the record include it. A missing id becomes
     "<file name>:<number of the entry>".
-
-    Raises:
-        AnnotationsError: the file is missing, not UTF-8, not JSON, or has no usable entry.
     """
-    annotations = Path(annotations)
-    records, problems = [], []
-    for place, entry in read_entries(annotations):
-        name = f"{annotations.name}:{place}"
-        if isinstance(entry, dict) and entry.get("id") not in (None, ""):
-            name = str(entry["id"])
-        try:
-            check_unicode(name)
-            records.append({"id": name, **parse_entry(entry, Path(images))})
-        except RecordError as error:
-            problems.append(Problem(name, f"{annotations}:{place}", *error.args))
-    if not records:
-        first = f"; the first, {problems[0].file}: {problems[0].reason} ({problems[0].detail})" if problems else ""
-        raise AnnotationsError(
-            f"{annotations}: none of its {len(problems)} entries is a usable conversation{first}; "
-            "valid: a JSON list, or JSON lines, of {id, image, conversations}"
-        )
-    return records, problems
-
-
-def read_entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, entry) for each entry of a JSON list, counted from 1, or of JSON lines, by line number.
-
-    A line that is not JSON is passed on as the `json.JSONDecodeError` that it raised.
-    """
+    name = f"{entry.file.name}:{entry.number}"
+    if isinstance(entry.value, dict) and entry.value.get("id") not in (None, ""):
+        name = str(entry.value["id"])
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise AnnotationsError(f"{path}: does not exist; valid: a file of LLaVA conversations") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationsError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except json.JSONDecodeError as error:
-            raise AnnotationsError(f"{path}: line {error.lineno} is not valid JSON: {error}") from error
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parse_line(line)
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return error
+        check_unicode(name)
+        return {"id": name, **parse_entry(entry.value, images)}
+    except RecordError as error:
+        return Problem(name, entry.place, *error.args)
 
 
 def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
@@ -103,7 +57,7 @@ def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise RecordError("not a conversation", "valid: an object with a list `conversations`")
     paths = parse_images(entry.get("image"))
-    turns = entry["conversations"]
+    turns = without_loose_ends(entry["conversations"])
     if not turns or len(turns) % 2:
         raise RecordError("turns do not alternate", f"{len(turns)} turns; valid: pairs of human and gpt")
     messages = [parse_turn(turn, number) for number, turn in enumerate(turns)]
@@ -111,6 +65,18 @@ def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
     if num_marks != len(paths):
         raise RecordError("number of <image> marks is not the number of images", f"{num_marks} marks, {len(paths)}")
     return {"messages": messages, "images": [str(images / path) for path in paths]}
+
+
+def without_loose_ends(turns: list[Any]) -> list[Any]:
+    """The turns from the first question to the last answer.
+
+    ShareGPT's conversations may begin with an answer, which LLaVA leaves out too, or end with a question: nothing after
+    it is supervised, so it trains nothing.
+    """
+    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    start = 1 if speakers[:2] == ["gpt", "human"] else 0
+    end = len(turns) - 1 if speakers[-2:] == ["gpt", "human"] else len(turns)
+    return turns[start:end]
 
 
 def parse_images(image: Any) -> list[str]:

@@ -20,11 +20,15 @@ CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")
 """Pixel modes that convert to RGB without loss of range; 16-bit and float modes would be clipped."""
 
 
+SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
+"""What an image may be called instead: LLaVA's annotations call all of OCR-VQA's .jpg, its downloads don't."""
+
+
 class ImageError(ValueError):
     """An image cannot be used; the message names the file and the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageReport:
     """What `inspect_image` found: the reason why the image is unusable, or its mode and size."""
 
@@ -36,6 +40,15 @@ class ImageReport:
     """Pixel mode in the file; anything but RGB is converted when the image is opened."""
     height: int = 0
     width: int = 0
+
+
+def find_image(path: str | Path) -> Path:
+    """Where the image that annotations call `path` lies: there, or beside it under another suffix."""
+    path = Path(path)
+    if path.exists():
+        return path
+    others = (path.with_suffix(suffix) for suffix in SUFFIXES)
+    return next((other for other in others if other.exists()), path)
 
 
 def check_image(path: str | Path) -> str | None:

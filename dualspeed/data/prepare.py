@@ -3,31 +3,33 @@
 Enters: a recipe (annotations, image folder, chat template, max_length) and a model's processor. Leaves: a folder with a
 `datasets` dataset of rows {id, messages, images, num_tokens} and manifest.json, which names every sample that was
 dropped and why. The folder appears whole or not at all.
+
+Everything streams, chunk by chunk: threads look at the images of the next chunks while this one's tokens are counted.
+Images that lie in the annotations themselves (parquet) are written to the image folder, once.
 """
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import numpy as np
 from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 from transformers import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from dualspeed.data.collator import ConversationCollator
-from dualspeed.data.conversations import Problem, load_conversations
-from dualspeed.data.images import ImageReport, inspect_image
+from dualspeed.data.annotations import AnnotationsError, Entry, count_entries, is_parquet, read_entries
+from dualspeed.data.conversations import Problem, read_record
+from dualspeed.data.images import ImageReport, find_image, inspect_image
+from dualspeed.data.lengths import LayoutsOf, choose_layouts, fit, layouts_by_size
 from dualspeed.data.processing import load_processor
 from dualspeed.files import atomic_folder
-from dualspeed.losses import IGNORE_INDEX
 from dualspeed.recipe import DataRecipe
 
 FEATURES = Features(
@@ -41,6 +43,12 @@ FEATURES = Features(
     }
 )
 
+CHUNK = 128
+"""Samples that are counted, written and checked against max_dropped_share at once."""
+CHUNKS_AHEAD = 4
+"""Chunks whose images are looked at meanwhile."""
+ROWS_IN_MEMORY = 10_000
+"""Rows that are written at once. Data sets up to this size are the same, byte for byte, as those made in memory."""
 NUM_LISTED = 10
 """Dropped samples that an error quotes; the manifest lists all."""
 
@@ -49,14 +57,35 @@ class PreparationError(ValueError):
     """The data cannot be prepared; the message says what is wrong and what to do."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A sample's token sequence before images are expanded, one entry per token."""
+@dataclass
+class Tally:
+    """What has been kept and dropped so far; the manifest in the making."""
 
-    widths: np.ndarray
-    """Positions that a token takes in the model: 1, or an image's number of visual tokens."""
-    is_image: np.ndarray
-    is_supervised: np.ndarray
+    num_total: int
+    num_seen: int = 0
+    num_samples: int = 0
+    num_cut: int = 0
+    num_tokens: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+    """Image path -> pixel mode, where that isn't RGB."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Image path in the annotations -> where the image was found."""
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says."""
+        modes = Counter(f"converted from {mode}" for mode in self.converted.values())
+        return {
+            "num_samples": self.num_samples,
+            "num_dropped": len(self.problems),
+            "num_cut_at_max_length": self.num_cut,
+            "num_tokens": self.num_tokens,
+            "dropped_by_reason": count_reasons(self.problems),
+            "converted_by_mode": dict(modes.most_common()),
+            "dropped": [problem.to_dict() for problem in self.problems],
+            "converted": [{"file": path, "mode": mode} for path, mode in self.converted.items()],
+            "renamed": [{"file": path, "found": found} for path, found in self.renamed.items()],
+        }
 
 
 def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, workers: int = 1) -> dict[str, Any]:
@@ -69,180 +98,183 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
         PreparationError: a folder is missing, the disk is full, or too large a share of the samples is unusable.
         AnnotationsError: the annotations cannot be read at all.
     """
-    recipe_images, model, out = Path(recipe.images), Path(model), Path(out)
+    model, out = Path(model), Path(out)
     check_folders(recipe, model, out)
-    records, problems = load_conversations(recipe.annotations, recipe_images)
-    num_total = len(records) + len(problems)
-    reports = inspect_images(dict.fromkeys(path for record in records for path in record["images"]), workers)
-    records, unusable = split_by_images(records, reports)
-    problems += unusable
+    tally = Tally(count_entries(Path(recipe.annotations)))
+    if not tally.num_total:
+        raise AnnotationsError(f"{recipe.annotations}: has no entry; valid: LLaVA conversations as JSON or parquet")
     processor = load_processor(model, recipe.chat_template, recipe.image_aspect_ratio)
-    rows, num_cut, too_long = count_tokens(processor, records, reports, recipe.max_length)
-    problems += too_long
-    check_share(recipe, problems, num_total)
-    manifest = make_manifest(rows, problems, reports, num_cut)
-    write_dataset(rows, manifest, out)
-    return manifest
+    try:
+        with atomic_folder(out) as folder:
+            write_rows(usable_rows(recipe, processor, workers, tally), folder)
+            manifest = json.dumps(tally.manifest(), indent=1) + "\n"
+            (folder / "manifest.json").write_text(manifest, encoding="utf-8")
+    except OSError as error:
+        raise PreparationError(f"{out}: cannot be written: {error}") from error
+    return tally.manifest()
 
 
 def check_folders(recipe: DataRecipe, model: Path, out: Path) -> None:
     """Raise PreparationError, before any work, for a missing input or a full disk."""
-    if not Path(recipe.annotations).is_file():
-        raise PreparationError(f"annotations: {recipe.annotations} does not exist; valid: a LLaVA conversation file")
-    if not Path(recipe.images).is_dir():
+    annotations, images = Path(recipe.annotations), Path(recipe.images)
+    if not annotations.exists():
         raise PreparationError(
-            f"images: {recipe.images} is not a folder; valid: the folder that image paths start from"
+            f"annotations: {annotations} does not exist; valid: LLaVA conversations, JSON or parquet"
         )
+    if is_parquet(annotations):
+        try:
+            images.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PreparationError(f"images: {images} cannot be made: {error}") from error
+    if not images.is_dir():
+        raise PreparationError(f"images: {images} is not a folder; valid: the folder that image paths start from")
     if not model.is_dir():
         raise PreparationError(f"model: {model} is not a folder; valid: a checkpoint with its processor")
     existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    # The dataset holds what the annotations hold, in Arrow's form; images stay where they are.
-    needed = 2 * Path(recipe.annotations).stat().st_size
+    # The dataset holds what JSON annotations hold, in Arrow's form; its rows are written twice.
+    needed = 0 if is_parquet(annotations) else 3 * annotations.stat().st_size
     if free < needed:
         raise PreparationError(f"{out}: {needed / 1e6:.0f} MB are needed and the disk has {free / 1e6:.0f} MB left")
 
 
-def inspect_images(paths: Iterable[str], workers: int) -> dict[str, ImageReport]:
-    """Path -> report, for each of `paths`, by `workers` threads."""
-    paths = list(paths)
-    progress = {"total": len(paths), "desc": "checking images", "unit": "image", "mininterval": 1}
-    # Threads will do: Pillow decodes without holding Python's lock.
-    with ThreadPoolExecutor(workers) as pool:
-        reports = tqdm(pool.map(inspect_image, paths), **progress)
-        return dict(zip(paths, reports, strict=True))
+def write_rows(rows: Iterable[dict[str, Any]], folder: Path) -> None:
+    """Save the rows as a dataset in `folder`, with no more than a batch of them in memory."""
+    stream = folder / "streamed" / "rows.arrow"  # datasets saves none to the folder that it was read from
+    stream.parent.mkdir()
+    writer = ArrowWriter(features=FEATURES, path=str(stream), writer_batch_size=ROWS_IN_MEMORY)
+    try:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    finally:
+        writer.close()
+    Dataset.from_file(str(stream)).save_to_disk(folder)
+    shutil.rmtree(stream.parent)
 
 
-def split_by_images(
-    records: list[dict[str, Any]], reports: dict[str, ImageReport]
-) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """Records whose images are all usable, and the problem of each other one (its first bad image)."""
-    usable, problems = [], []
-    for record in records:
-        bad = next((reports[path] for path in record["images"] if reports[path].reason), None)
-        if bad is None:
-            usable.append(record)
-        else:
-            problems.append(Problem(record["id"], bad.path, f"image: {bad.reason}", bad.detail))
-    return usable, problems
-
-
-def count_tokens(
-    processor: ProcessorMixin, records: list[dict[str, Any]], reports: dict[str, ImageReport], max_length: int
-) -> tuple[list[dict[str, Any]], int, list[Problem]]:
-    """Rows of the dataset, how many of them are cut at max_length, and the records that cannot be cut to it."""
-    rows, num_cut, problems = [], 0, []
-    layout_of = choose_layout(processor, records, reports)
-    for record in tqdm(records, desc="counting tokens", unit="sample", mininterval=1):
+def usable_rows(recipe: DataRecipe, processor: ProcessorMixin, workers: int, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Rows of the dataset; what is dropped goes to the tally. PreparationError once that is too much."""
+    layouts_of: LayoutsOf | None = None
+    progress = tqdm(total=tally.num_total, desc="checking samples", unit="sample", mininterval=1)
+    with progress, ThreadPoolExecutor(workers) as pool:
         try:
-            layout = layout_of(record)
-        except jinja2.TemplateError as error:
-            problems.append(Problem(record["id"], "", "not for this chat template", str(error)))
-            continue
-        ends = layout.widths.cumsum()
-        length = f"{ends[-1]} tokens, max_length {max_length}"
-        if ends[layout.is_image].max(initial=0) > max_length:
-            problems.append(Problem(record["id"], "", "image tokens beyond max_length", length))
-        elif not (layout.is_supervised & (ends <= max_length)).any():
-            problems.append(Problem(record["id"], "", "nothing supervised within max_length", length))
+            for chunk in inspected_chunks(recipe, pool):
+                records, reports = split_by_images(chunk, tally)
+                sample = next((record for record in records if record["images"]), None)
+                if layouts_of is None and sample is not None:
+                    layouts_of = choose_layouts(processor, sample, reports)
+                layouts = (layouts_of or layouts_by_size)(processor, records, reports)
+                for record, layout in zip(records, layouts, strict=True):
+                    fitted = layout if isinstance(layout, Problem) else fit(record, layout, recipe.max_length)
+                    if isinstance(fitted, Problem):
+                        tally.problems.append(fitted)
+                        continue
+                    tally.num_samples += 1
+                    tally.num_tokens += fitted[0]
+                    tally.num_cut += fitted[1]
+                    yield {**record, "num_tokens": fitted[0]}
+                tally.num_seen += len(chunk)
+                progress.update(len(chunk))
+                check_share(recipe, tally)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+Chunk = list[tuple[dict[str, Any] | Problem, list[tuple[str, ImageReport]]]]
+
+
+def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+    """The samples, a chunk at a time, each with its image paths and their reports; each image is opened once."""
+    images = Path(recipe.images)
+    seen: dict[str, ImageReport | Future] = {}
+    waiting: deque[list] = deque()
+
+    def submit(entry: Entry) -> tuple[dict[str, Any] | Problem, list[str], list[Future]]:
+        record = read_record(entry, images)
+        if isinstance(record, Problem):
+            return record, [], []
+        if entry.image is not None:
+            return (
+                record,
+                record["images"],
+                [pool.submit(extract_image, path, entry.image) for path in record["images"]],
+            )
+        for path in record["images"]:
+            if path not in seen:
+                seen[path] = pool.submit(find_and_inspect, path)
+        return record, record["images"], []
+
+    def collect(chunk: list) -> Chunk:
+        collected = []
+        for record, paths, extracted in chunk:
+            for path in paths:
+                if not extracted and isinstance(seen[path], Future):
+                    seen[path] = seen[path].result()
+            reports = [future.result() for future in extracted] or [seen[path] for path in paths]
+            collected.append((record, list(zip(paths, reports, strict=True))))
+        return collected
+
+    entries = read_entries(Path(recipe.annotations))
+    for chunk in iter(partial(lambda: list(islice(entries, CHUNK))), []):
+        waiting.append([submit(entry) for entry in chunk])
+        if len(waiting) > CHUNKS_AHEAD:
+            yield collect(waiting.popleft())
+    while waiting:
+        yield collect(waiting.popleft())
+
+
+def find_and_inspect(path: str) -> ImageReport:
+    """Report on the image that the annotations call `path`."""
+    return inspect_image(find_image(path))
+
+
+def extract_image(path: str, content: bytes) -> ImageReport:
+    """Write an image from the annotations to `path`, unless it is there, and report on it."""
+    file = Path(path)
+    if not (file.is_file() and file.stat().st_size == len(content)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return inspect_image(file)
+
+
+def split_by_images(chunk: Chunk, tally: Tally) -> tuple[list[dict[str, Any]], dict[str, ImageReport]]:
+    """Records whose images are all usable, and the reports on these; every other one is a problem (first bad image)."""
+    usable, usable_reports = [], {}
+    for record, reports in chunk:
+        for path, report in reports:
+            if report.reason is None and report.mode != "RGB":
+                tally.converted[report.path] = report.mode
+            if report.path != path:
+                tally.renamed[path] = report.path
+        bad = next((report for _, report in reports if report.reason), None)
+        if isinstance(record, Problem):
+            tally.problems.append(record)
+        elif bad is not None:
+            tally.problems.append(Problem(record["id"], bad.path, f"image: {bad.reason}", bad.detail))
         else:
-            num_cut += int(ends[-1] > max_length)
-            rows.append({**record, "num_tokens": min(int(ends[-1]), max_length)})
-    return rows, num_cut, problems
+            usable.append({**record, "images": [report.path for _, report in reports]})
+            usable_reports |= {report.path: report for _, report in reports}
+    return usable, usable_reports
 
 
-def choose_layout(
-    processor: ProcessorMixin, records: Sequence[dict[str, Any]], reports: dict[str, ImageReport]
-) -> Callable[[dict[str, Any]], Layout]:
-    """`layout_by_size`, many times faster, if it gives this processor's very lengths; else `layout_by_pixels`."""
-    exact = partial(layout_by_pixels, processor)
-    if not hasattr(processor, "_get_num_multimodal_tokens"):
-        return exact
-    usable = [report for report in reports.values() if report.reason is None]
-    sizes = [(report.height, report.width) for report in usable]
-    counts = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
-    quick = partial(layout_by_size, processor, dict(zip([report.path for report in usable], counts, strict=True)))
-    sample = next((record for record in records if record["images"]), None)
-    if sample is not None and quick(sample).widths.sum() != exact(sample).widths.sum():
-        return exact
-    return quick
-
-
-def layout_by_size(processor: ProcessorMixin, num_image_tokens: dict[str, int], record: dict[str, Any]) -> Layout:
-    """The layout of a record from its images' numbers of tokens, each image being one token of the text.
-
-    Follows `ProcessorMixin.apply_chat_template`: the same template, the same rule about the tokenizer's special tokens
-    and the same about which tokens a `{% generation %}` block covers.
-    """
-    tokenizer = processor.tokenizer
-    (text,), (spans,) = render_jinja_template(
-        conversations=[record["messages"]],
-        chat_template=processor.chat_template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(text, add_special_tokens=not has_start, return_offsets_mapping=True)
-    starts, ends = np.array(encoded["offset_mapping"]).T
-    is_supervised = np.zeros(len(starts), dtype=bool)
-    for start, end in spans:
-        is_supervised |= (starts < end) & (ends > start)
-    is_image = np.array(encoded["input_ids"]) == processor.image_token_id
-    widths = np.ones(len(starts), dtype=np.int64)
-    widths[is_image] = [num_image_tokens[path] for path in record["images"]]
-    return Layout(widths, is_image, is_supervised)
-
-
-def layout_by_pixels(processor: ProcessorMixin, record: dict[str, Any]) -> Layout:
-    """The layout of a record as the collator makes it, images and all."""
-    batch = ConversationCollator(processor)([record])
-    ids, labels = batch["input_ids"][0].numpy(), batch["labels"][0].numpy()
-    return Layout(np.ones_like(ids), ids == processor.image_token_id, labels != IGNORE_INDEX)
-
-
-def check_share(recipe: DataRecipe, problems: list[Problem], num_total: int) -> None:
-    """Raise PreparationError if more samples are unusable than the recipe allows, or all of them."""
-    allowed = recipe.max_dropped_share * num_total
-    if len(problems) <= allowed and len(problems) < num_total:
+def check_share(recipe: DataRecipe, tally: Tally) -> None:
+    """Raise PreparationError as soon as more samples are unusable than the recipe allows, or if all of them are."""
+    problems, allowed = tally.problems, recipe.max_dropped_share * tally.num_total
+    if len(problems) <= allowed and len(problems) < tally.num_total:
         return
     reasons = ", ".join(f"{count} x {reason}" for reason, count in count_reasons(problems).items())
     listed = "".join(
         f"\n  {problem.id}: {problem.reason} {problem.detail} {problem.file}".rstrip()
         for problem in problems[:NUM_LISTED]
     )
+    so_far = "" if tally.num_seen == tally.num_total else f" (of {tally.num_total}, where preparation stopped)"
     raise PreparationError(
-        f"{recipe.annotations}: {len(problems)} of {num_total} samples cannot be used, and max_dropped_share "
-        f"{recipe.max_dropped_share} allows {int(allowed)}: {reasons}; the first of them:{listed}"
+        f"{recipe.annotations}: {len(problems)} of {tally.num_seen} samples{so_far} cannot be used, and "
+        f"max_dropped_share {recipe.max_dropped_share} allows {int(allowed)}: {reasons}; the first of them:{listed}"
     )
 
 
 def count_reasons(problems: Iterable[Problem]) -> dict[str, int]:
     """Reason -> number of samples, the most frequent first."""
     return dict(Counter(problem.reason for problem in problems).most_common())
-
-
-def make_manifest(
-    rows: list[dict[str, Any]], problems: list[Problem], reports: dict[str, ImageReport], num_cut: int
-) -> dict[str, Any]:
-    """What manifest.json says: samples kept and dropped, images converted to RGB."""
-    converted = [report for report in reports.values() if report.reason is None and report.mode != "RGB"]
-    return {
-        "num_samples": len(rows),
-        "num_dropped": len(problems),
-        "num_cut_at_max_length": num_cut,
-        "num_tokens": sum(row["num_tokens"] for row in rows),
-        "dropped_by_reason": count_reasons(problems),
-        "converted_by_mode": dict(Counter(f"converted from {report.mode}" for report in converted).most_common()),
-        "dropped": [problem.to_dict() for problem in problems],
-        "converted": [{"file": report.path, "mode": report.mode} for report in converted],
-    }
-
-
-def write_dataset(rows: list[dict[str, Any]], manifest: dict[str, Any], out: Path) -> None:
-    """The folder `out` with the dataset and manifest.json, in one step; PreparationError if that fails."""
-    try:
-        with atomic_folder(out) as folder:
-            Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PreparationError(f"{out}: cannot be written: {error}") from error
