@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed.benchmarks import get_benchmark
 from dualspeed.demo.base_model import make_base_model
+from dualspeed.demo.base_training import caption_texts, conversation_texts
 from dualspeed.demo.benchmark_files import WRITERS
 from dualspeed.demo.drawing import CELL, COLOURS, GRID, draw_scene, load_handwriting, sample_scene, samples_of_digit
 from dualspeed.demo.questions import (
@@ -186,6 +187,18 @@ def test_base_model_is_stock_and_has_the_hubs_names(base):
     } <= names
     _, report = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True)
     assert not any(report.values())
+
+
+def test_base_model_learns_answers_and_captions_and_nothing_else(base, data):
+    processor = AutoProcessor.from_pretrained(base)
+    records = {name: json.loads((data / f"{name}.json").read_text())[:5] for name in ("pretrain", "finetune")}
+    texts = caption_texts(processor.tokenizer, records["pretrain"]), conversation_texts(processor, records["finetune"])
+    for name, end, encoded in zip(records, ("", "</s>"), texts, strict=True):
+        for record, (ids, labels) in zip(records[name], encoded, strict=True):
+            answers = "".join(turn["value"] + end for turn in record["conversations"] if turn["from"] == "gpt")
+            assert processor.decode(labels[labels != -100]).replace(" ", "") == answers.replace(" ", "")
+            assert (ids == processor.image_token_id).sum() == 1
+            assert (ids == labels)[labels != -100].all()
 
 
 def test_base_model_takes_pictures_and_its_tokenizer_knows_every_word(base, data):

@@ -22,10 +22,11 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dualspeed.demo.base_training import (
+    caption_texts,
+    conversation_texts,
     encode_images,
     load_pixels,
     patch_labels,
-    supervised_texts,
     train_language_model,
     train_vision_tower,
 )
@@ -52,10 +53,8 @@ def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
     pixels = load_pixels([data / "images" / "train" / scene["image"] for scene in scenes], processor)
     train_vision_tower(model.model.vision_tower, chosen, pixels, scenes)
     features = encode_images(model.model.vision_tower, pixels)
-    captions, conversations = (
-        supervised_texts(processor.tokenizer, one_a_picture(data / file, scenes), template)
-        for file, template in (("pretrain.json", "plain"), ("finetune.json", "turns"))
-    )
+    captions = caption_texts(processor.tokenizer, one_a_picture(data / "pretrain.json", scenes))
+    conversations = conversation_texts(processor, one_a_picture(data / "finetune.json", scenes))
     train_language_model(model, chosen, features, captions, conversations, patch_labels(scenes)[1] > 0)
     save_with_hub_names(model, processor, out)
 

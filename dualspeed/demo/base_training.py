@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dualspeed.data.conversations import parse_entry
+from dualspeed.data.conversations import ROLES
 from dualspeed.data.templates import load_template
 from dualspeed.demo.drawing import COLOURS, GRID
 from dualspeed.demo.settings import BaseModelSettings
@@ -123,6 +123,10 @@ def optimise(
         schedule.step()
         optimizer.zero_grad()
         if number % 50 == 49:
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"{title}: the loss is {loss.item()} at step {number + 1}; try another rate or seed"
+                )
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
@@ -166,20 +170,35 @@ def presence(labels: Tensor, num_classes: int) -> Tensor:
     return torch.stack([(labels == 1 + index).any(dim=1) for index in range(num_classes)], dim=1)
 
 
-def supervised_texts(
-    tokenizer: PreTrainedTokenizerFast, records: list[dict[str, Any]], template: str
-) -> list[SupervisedText]:
-    """Tokens and labels of LLaVA's records under a chat template, with one placeholder for the picture."""
-    encoded = tokenizer.apply_chat_template(
-        [parse_entry(record, Path())["messages"] for record in records],
-        chat_template=load_template(template),
+def caption_texts(tokenizer: PreTrainedTokenizerFast, records: list[dict[str, Any]]) -> list[SupervisedText]:
+    """Tokens and labels of captions behind the picture's placeholder, in LLaVA's plain format."""
+    image = tokenizer("<image>", return_tensors="pt").input_ids[0]
+    captions = [record["conversations"][1]["value"] for record in records]
+    encoded = [torch.tensor(row) for row in tokenizer(captions, add_special_tokens=False).input_ids]
+    ignored = torch.full_like(image, IGNORE_INDEX)
+    return [(torch.cat([image, caption]), torch.cat([ignored, caption])) for caption in encoded]
+
+
+def conversation_texts(processor: LlavaProcessor, records: list[dict[str, Any]]) -> list[SupervisedText]:
+    """Tokens and labels of conversations, with one placeholder for the picture before the first question."""
+    # The processor takes no mark without its picture, so the placeholder follows: behind "<s> USER:".
+    encoded = processor.apply_chat_template(
+        [
+            [
+                {"role": ROLES[turn["from"]], "content": turn["value"].removeprefix("<image>\n")}
+                for turn in record["conversations"]
+            ]
+            for record in records
+        ],
+        chat_template=load_template("turns"),
+        tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
     texts = []
-    for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        ids = torch.tensor([tokenizer.bos_token_id, *row])
-        texts.append((ids, ids.where(torch.tensor([0, *mask], dtype=torch.bool), IGNORE_INDEX)))
+    for row, is_answer in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        ids = torch.tensor([*row[:2], processor.image_token_id, *row[2:]])
+        texts.append((ids, ids.where(torch.tensor([0, *is_answer], dtype=torch.bool), IGNORE_INDEX)))
     return texts
 
 
