@@ -23,6 +23,7 @@ class Answerer:
         model_folder: a checkpoint with its processor.
         max_new_tokens: longest answer.
         pruner, pruning_ratio: pruned inference; None: full tokens.
+        dtype: of the weights; None: the checkpoint's.
     """
 
     def __init__(
@@ -31,15 +32,16 @@ class Answerer:
         max_new_tokens: int,
         pruner: str | None = None,
         pruning_ratio: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.processor = AutoProcessor.from_pretrained(model_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if pruner is None:
             vlm = load_vlm(model_folder)
-            self.generate = vlm.to(device).eval().generate
+            self.generate = vlm.to(device, dtype).eval().generate
         else:
             config = pruned_config(model_folder, pruner, pruning_ratio)
-            model = DualSpeedModel.from_pretrained(model_folder, config).to(device).eval()
+            model = DualSpeedModel.from_pretrained(model_folder, config).to(device, dtype).eval()
             vlm, self.generate = model.vlm, lambda **inputs: model.generate(mode=Mode.FAST, **inputs)
         self.device, self.dtype = vlm.device, vlm.dtype
         eos = vlm.generation_config.eos_token_id
