@@ -1,18 +1,28 @@
 """Planning: each part of the arithmetic against what the real thing measures."""
 
+import copy
+import dataclasses
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from batches import IMAGE_TOKEN
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from dualspeed import DualSpeedConfig, DualSpeedModel
+from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.adapters import add_adapters
+from dualspeed.cli import main
+from dualspeed.config import finetune_settings, load_project
 from dualspeed.efficiency import count_flops, training_steps
-from dualspeed.plan.flops import Sample, Trained, step_flops
+from dualspeed.plan.costs import Processes, stage_cost
+from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
+from dualspeed.plan.memory import activation_bytes, peak_memory
+from dualspeed.plan.report import PlanError, lines_of, plan
 from dualspeed.plan.shapes import make_shape
 from dualspeed.recipe import LoraRecipe
-from dualspeed.stages import set_trainable
+from dualspeed.stages import hold_trained_weights_in_float32, set_trainable
 
 SIZES = [(28, 28), (20, 60), (61, 20), (30, 50), (200, 90), (33, 64), (64, 48)]
 VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "image_size": 56, "patch_size": 7}
@@ -67,6 +77,9 @@ def sample_of(family: str, config: DualSpeedConfig, size=(112, 112), text=NUM_TE
     )
 
 
+REPOSITORY = Path(__file__).parents[1]
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_parameters_are_counted_exactly(family):
     assert sum(shape_of(family).parameters.values()) == sum(p.numel() for p in model_of(family).parameters())
@@ -119,3 +132,145 @@ def test_flops_are_within_a_tenth_of_what_torch_counts(family, name):
     for mode, step in steps.items():
         expected = BATCH * step_flops(shape_of(family), sample_of(family, config), trained, mode)
         assert expected == pytest.approx(count_flops(step), rel=0.03), (mode, expected / count_flops(step))
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_trained_parameters_are_counted_exactly(name):
+    model = DualSpeedModel(model_of("llava_next"), DualSpeedConfig(num_virtual_tokens=0))
+    stage_of(model, TRAININGS[name])
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # The tower's last block and norm never run, so they aren't trained.
+    idle = model.vlm.model.vision_tower.encoder.layers[-1], model.vlm.model.vision_tower.post_layernorm
+    unused = sum(p.numel() for module in idle for p in module.parameters()) if TRAININGS[name].vision else 0
+    assert trained_parameters(shape_of("llava_next"), TRAININGS[name]) == counted + unused
+
+
+MEMORY_BATCH, MEMORY_TEXT = 8, 300
+
+
+def measured_peak(run) -> int:
+    """Most bytes that `run` has allocated at once, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def memory_case(trained: Trained):
+    """A model in bfloat16 and a batch long enough for activations to fill most of its memory."""
+    config = DualSpeedConfig(pruning_ratio=0.75)
+    model = DualSpeedModel(model_of("llava").to(torch.bfloat16), config).train()
+    stage_of(model, trained)
+    batch = batch_of("llava", batch=MEMORY_BATCH, text=MEMORY_TEXT)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    return model, batch, sample_of("llava", config, text=MEMORY_TEXT)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "fast"])
+@pytest.mark.parametrize("name", ["finetune", "finetune with checkpointing"])
+def test_memory_of_bfloat16_weights_is_within_a_tenth_of_what_is_measured(name, mode):
+    # What a process of FSDP2 or ZeRO computes with, whose weights and optimizer are elsewhere.
+    trained = TRAININGS[name]
+    model, batch, sample = memory_case(trained)
+
+    def step():
+        model(**batch, mode=Mode.FAST if mode == "fast" else Mode.SLOW, distill=False).loss.backward()
+        model.zero_grad()
+
+    step()
+    begins, ends = activation_bytes(shape_of("llava"), sample, trained, mode, MEMORY_BATCH)
+    num_gradients = trained_parameters(shape_of("llava"), trained) - TEXT["vocab_size"] * TEXT["hidden_size"]
+    assert max(begins, ends + 2 * num_gradients) == pytest.approx(measured_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "fast"])
+@pytest.mark.parametrize("name", ["pretrain", "lora", "finetune"])
+def test_memory_of_a_whole_training_is_within_a_tenth_of_what_is_measured(name, mode):
+    # Weights, optimizer, gradients and activations of a process that shares nothing.
+    trained = TRAININGS[name]
+    template, batch, sample = memory_case(trained)
+
+    def train():
+        model = copy.deepcopy(template)
+        hold_trained_weights_in_float32(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch, mode=Mode.FAST if mode == "fast" else Mode.SLOW, distill=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    expected = peak_memory(
+        shape_of("llava"), sample, trained, (mode,), MEMORY_BATCH, sharding="ddp", num_gpus=1, accumulates=False
+    )
+    assert expected.total == pytest.approx(measured_peak(train), rel=0.1)
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3", "fsdp2"])
+def test_sharding_divides_what_it_shares(sharding):
+    shape, trained = make_shape({}, {}, 32_064, None), Trained(language=True, checkpointing=True)
+    sample = Sample(full_tokens=700, fast_tokens=200, supervised_tokens=50, visual_tokens=576, tiles=1)
+
+    def peak(num_gpus):
+        return peak_memory(shape, sample, trained, ("fast",), 4, sharding, num_gpus, accumulates=True)
+
+    few, many = peak(8), peak(16)
+    assert few.optimizer == 2 * many.optimizer
+    assert few.activations == many.activations
+    assert (few.weights == many.weights) == (sharding == "zero2")
+    # Sixteen bytes for each of 6.7 billion parameters: weights, gradients, two moments, all in float32.
+    assert 8 * (few.optimizer + few.gradients) + 4 * trained_parameters(shape, trained) > 100e9
+
+
+@pytest.fixture
+def in_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_the_papers_rows_fit_and_cost_what_llava_says(in_repository, capsys):
+    assert main(["plan", "--config", "config/paper"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("| finetune ") == len(load_project("config/paper/config.yaml").experiments)
+    lines = {(line.name, line.settings.stage): line.cost for line in lines_of(load_project("config/paper/config.yaml"))}
+    baseline = lines["llava-1.5-7b-baseline", "pretrain"]
+    assert baseline.processes == Processes(num_gpus=8, sharding="ddp")
+    assert baseline.lengths.samples == 558_128
+    assert baseline.lengths.mean("full_tokens") == 576 + 30
+    fast = lines["llava-next-7b-dualspeed-divprune-p0.9", "finetune"]
+    assert fast.baseline_flops > 3 * fast.flops
+
+
+def test_a_row_that_cannot_fit_is_refused_with_what_would(in_repository, tmp_path):
+    text = Path("config/paper/config.yaml").read_text()
+    assert "accelerate_config: config/accelerate/fsdp2.yaml" in text
+    (tmp_path / "config.yaml").write_text(text.replace("accelerate_config: config/accelerate/fsdp2.yaml", ""))
+    with pytest.raises(PlanError) as raised:
+        plan(tmp_path)
+    refused = [line for line in str(raised.value).split("\n") if "llava-1.5-7b-baseline: finetune: needs" in line]
+    assert len(refused) == 1
+    assert refused[0].endswith("GB)") and "accelerate_config: config/accelerate/fsdp2.yaml would fit (" in refused[0]
+
+
+def test_lengths_are_counted_once_data_is_prepared(in_repository, tmp_path):
+    project = dataclasses.replace(load_project("config/paper/config.yaml"), results=str(tmp_path))
+    experiment = project.experiments[0]
+    assert not stage_cost(project, finetune_settings(project, experiment), experiment.model).lengths.is_counted
+    folder = tmp_path / "prepared" / experiment.model / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"num_samples": 1000, "num_tokens": 700000}')
+    lengths = stage_cost(project, finetune_settings(project, experiment), experiment.model).lengths
+    assert lengths.is_counted and lengths.samples == 1000
+    assert lengths.mean("full_tokens") == pytest.approx(700, abs=1)
+
+
+def test_a_dataset_of_unknown_lengths_is_one_clear_error(in_repository, tmp_path, capsys):
+    text = Path("config/paper/config.yaml").read_text().replace("    data/llava-next-data/data:", "    other:")
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["plan", "--config", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "plan.datasets: no entry for 'data/llava-next-data/data'" in message

@@ -65,12 +65,13 @@ def activation_bytes(
     width, stream = shape.text_width, 4 if in_float32 else 2
     block = tokens * layer_bytes(shape, trained, in_float32)
     kept = shape.text_layers * (tokens * stream * width if trained.checkpointing else block)
-    # Gradients on their way through a block: of the gated product and of the stream.
-    passing = tokens * (6 * shape.text_inner + 2 * stream * width)
+    # Gradients on their way through a block: of both factors of the gated product, whose own takes the place of what
+    # it frees, and of the stream.
+    passing = tokens * (4 * shape.text_inner + 2 * stream * width)
     visual = batch * sample.tiles * shape.side**2 * (2 * shape.vision_width + 6 * width)
     ends = tokens * (2 * stream * width + 4 * width)
     logits = batch * sample.supervised_tokens * shape.vocabulary * 14
-    begins = kept + (block if trained.checkpointing else 0) + visual + ends + max(passing, logits)
+    begins = kept + visual + max(ends + logits, passing + (block if trained.checkpointing else 0))
     return begins, block + passing + visual
 
 
