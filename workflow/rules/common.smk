@@ -46,6 +46,7 @@ PRETRAININGS = {pretrain_key(PROJECT, experiment): experiment for experiment in 
 SPEEDS = {jobs.speed_key(PROJECT, one): one for one in PROJECT.experiments if jobs.speed_key(PROJECT, one)}
 DEMO_MODELS = [name for name, model in PROJECT.models.items() if model.source == "demo"]
 ASSEMBLED_MODELS = [name for name, model in PROJECT.models.items() if model.source == "parts"]
+DOWNLOADED_MODELS = [name for name, model in PROJECT.models.items() if sources_of(model.source, PROJECT.downloads)]
 
 
 def one_of(names):
@@ -92,8 +93,8 @@ def as_json(settings):
 
 def base_model(model):
     """Folder of the checkpoint that a model's training starts from."""
-    source = PROJECT.models[model].source
-    return f"{RESULTS}/models/base/{model}" if source in ("demo", "parts") else source
+    is_made = model in (*DEMO_MODELS, *ASSEMBLED_MODELS, *DOWNLOADED_MODELS)
+    return f"{RESULTS}/models/base/{model}" if is_made else PROJECT.models[model].source
 
 
 def made_from(path):

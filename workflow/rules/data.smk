@@ -129,6 +129,28 @@ rule assemble_base_model:
         "dualspeed assemble --settings {params.settings:q} --out {output.model} > {log} 2>&1"
 
 
+# A download's folder is no rule's output, and these links to its files are.
+rule link_base_model:
+    input:
+        receipt=lambda wildcards: made_from(PROJECT.models[wildcards.model].source),
+    output:
+        model=directory(f"{RESULTS}/models/base/{{model}}"),
+    log:
+        f"{LOGS}/link_base_model/{{model}}.log",
+    benchmark:
+        f"{TIMES}/link_base_model/{{model}}.tsv"
+    wildcard_constraints:
+        model=one_of(DOWNLOADED_MODELS),
+    localrule: True
+    threads: 1
+    params:
+        source=lambda wildcards: Path(PROJECT.models[wildcards.model].source).absolute(),
+    message:
+        "Take the downloaded base model {wildcards.model}"
+    shell:
+        "mkdir {output.model} 2> {log} && ln -s {params.source:q}/* {output.model} 2>> {log}"
+
+
 rule prepare_data:
     input:
         model=lambda wildcards: base_model(wildcards.model),
