@@ -90,6 +90,7 @@ class DualSpeedModel(nn.Module):
         if config.num_virtual_tokens > 0:
             hidden_size = vlm.config.get_text_config().hidden_size
             self.mode_isolator = ModeIsolator(config.num_virtual_tokens, hidden_size, vlm.dtype).to(vlm.device)
+        self._recomputed = recomputing_layers(vlm)
 
     @property
     def config(self):
@@ -117,16 +118,18 @@ class DualSpeedModel(nn.Module):
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        """Whether the VLM recomputes activations."""
-        return self.vlm.is_activation_checkpointing
+        """Whether slow steps recompute activations."""
+        return bool(self._recomputed)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute activations of the VLM's layers in the backward pass."""
+        """Recompute activations of the VLM's layers in the backward pass of slow steps; fast ones keep their few."""
         self.vlm.activation_checkpointing_enable(**kwargs)
+        self._recomputed = recomputing_layers(self.vlm)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
         self.vlm.activation_checkpointing_disable()
+        self._recomputed = []
 
     def forward(
         self,
@@ -153,6 +156,8 @@ class DualSpeedModel(nn.Module):
             inputs: what else the VLM's processor returns: image_grid_thw, token_type_ids and so on.
         """
         mode = Mode(mode)
+        for layer in self._recomputed:
+            layer.gradient_checkpointing = mode is Mode.SLOW
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pixels = image_inputs(self.vlm, inputs | {"pixel_values": pixel_values, "image_sizes": image_sizes})
@@ -390,6 +395,11 @@ class DualSpeedModel(nn.Module):
 def is_sharded() -> bool:
     """Whether other processes train along, so that all of them must call the same modules."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def recomputing_layers(vlm: PreTrainedModel) -> list[nn.Module]:
+    """Those parts of the language model that are set to recompute their activations."""
+    return [module for module in vlm.get_decoder().modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 @contextmanager

@@ -64,6 +64,8 @@ class Recipe(DataRecipe):
     """Samples of one optimizer step, over all devices and accumulation steps."""
     per_device_batch_size: int | None = None
     """Samples that a device takes at once; null: all of its share of the batch."""
+    slow_per_device_batch_size: int | None = None
+    """The same in slow steps, which need more memory a sample; null: as many as in fast ones."""
     projector_learning_rate: float | None = None
     """Learning rate of projector and isolator; null: that of everything else."""
     vision_learning_rate: float | None = None
@@ -80,6 +82,9 @@ class Recipe(DataRecipe):
         check_range("global_batch_size", self.global_batch_size, self.global_batch_size > 0, "above 0")
         if self.per_device_batch_size is not None:
             batch_plan(self.global_batch_size, 1, self.per_device_batch_size)
+        slow, fast = self.slow_per_device_batch_size, self.per_device_batch_size or self.global_batch_size
+        is_valid = slow is None or 0 < slow <= fast
+        check_range("slow_per_device_batch_size", slow, is_valid, f"from 1 to per_device_batch_size, {fast}, or null")
         for name in ("projector_learning_rate", "vision_learning_rate"):
             rate = getattr(self, name)
             check_range(name, rate or 0.0, rate is None or rate >= 0, "0 or more, or null")

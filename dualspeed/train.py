@@ -164,10 +164,13 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=ConversationCollator(processor, recipe.max_length),
+        data_collator=ConversationCollator(
+            processor, recipe.max_length, with_num_images=recipe.slow_per_device_batch_size is not None
+        ),
         processing_class=processor,
         projector_learning_rate=recipe.projector_learning_rate,
         vision_learning_rate=recipe.vision_learning_rate,
+        slow_batch_size=recipe.slow_per_device_batch_size,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from dualspeed.config import DualSpeedConfig
+from dualspeed.micro_batches import micro_batches
 from dualspeed.modeling import DualSpeedModel, DualSpeedOutput, load_vlm
 from dualspeed.modes import Mode, mode_of_step
 from dualspeed.stages import is_projector, is_vision
@@ -25,6 +26,7 @@ class DualSpeedTrainer(Trainer):
         dualspeed: DualSpeedConfig | None = None,
         projector_learning_rate: float | None = None,
         vision_learning_rate: float | None = None,
+        slow_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -34,6 +36,8 @@ class DualSpeedTrainer(Trainer):
             dualspeed: the method's settings; None: those of a wrapped model, or the paper's.
             projector_learning_rate: of projector and isolator; None: `args.learning_rate`.
             vision_learning_rate: of the vision tower, where it is trained; None: `args.learning_rate`.
+            slow_batch_size: samples that a device takes at once in a slow step, where that is less than in a fast one;
+                the data collator then gives `num_images`, a list of how many each sample has, as well.
             kwargs: as for `transformers.Trainer`; the data collator gives input_ids, attention_mask, labels and,
                 where a batch has images, pixel_values and what else the VLM takes.
         """
@@ -50,17 +54,38 @@ class DualSpeedTrainer(Trainer):
         self.learning_rates = {"projector": projector_learning_rate, "vision": vision_learning_rate}
         # Of the weights that are saved; None: as they are trained, which resuming needs.
         self.save_dtype: torch.dtype | None = None
+        self.slow_batch_size = slow_batch_size
         self._losses: dict[str, list[Tensor]] = defaultdict(list)
+        self._steps: dict[Mode, set[int]] = defaultdict(set)
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._logged_at = time.perf_counter()
         self._is_ongoing = False
         super().__init__(model=model, args=args, **kwargs)
+        if slow_batch_size is not None and self.is_deepspeed_enabled:
+            raise ValueError("slow_batch_size is not for DeepSpeed, whose engine counts micro-batches itself")
         self.add_callback(FrozenIsolatorInSlowSteps(self))
 
     def mode_of_step(self, step: int) -> Mode:
         """Mode of an optimizer step, the same on every rank and after every resume."""
         config = self.accelerator.unwrap_model(self.model).dualspeed
         return mode_of_step(self.args.seed, step, config.slow_mode_ratio, config.mode_schedule)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; a slow step's in parts of `slow_batch_size`."""
+        inputs = dict(inputs)
+        num_images, size = inputs.pop("num_images", None), self.slow_batch_size
+        is_fast = self.mode_of_step(self.state.global_step) is Mode.FAST
+        if is_fast or size is None or len(inputs["input_ids"]) <= size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if num_images is None:
+            raise ValueError("slow_batch_size needs `num_images` in each batch, which the data collator doesn't give")
+        *first, last = micro_batches(inputs, num_images, size)
+        with self.accelerator.no_sync(model):
+            losses = [super(DualSpeedTrainer, self).training_step(model, part, num_items_in_batch) for part in first]
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -89,6 +114,7 @@ class DualSpeedTrainer(Trainer):
     def _record(self, inputs: dict[str, Any], outputs: DualSpeedOutput, mode: Mode, scale: int) -> None:
         """Keep a micro-batch's figures on the device; `log` brings them home."""
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        self._steps[mode].add(self.state.global_step)
         self._sums["tokens"].append(inputs["attention_mask"].sum())
         self._sums["samples"].append(inputs["input_ids"].new_tensor(len(inputs["input_ids"])))
         self._sums["batches_without_supervision"].append(inputs["input_ids"].new_tensor(len(outputs.logits) == 0))
@@ -101,8 +127,7 @@ class DualSpeedTrainer(Trainer):
         if "loss" in logs:
             # A step's loss is the sum of its micro-batches' shares.
             for name, values in self._losses.items():
-                num_steps = len(values) / self.args.gradient_accumulation_steps
-                logs[name] = torch.stack(values).sum().item() / num_steps
+                logs[name] = torch.stack(values).sum().item() / len(self._steps[Mode(name.partition("/")[0])])
             totals = {name: torch.stack(values).sum().item() for name, values in self._sums.items()}
             seconds = time.perf_counter() - self._logged_at
             for name in ("tokens", "samples"):
@@ -110,6 +135,7 @@ class DualSpeedTrainer(Trainer):
             logs["batches_without_supervision"] = totals["batches_without_supervision"]
             logs |= self._learning_rates
             self._losses.clear()
+            self._steps.clear()
             self._sums.clear()
             self._logged_at = time.perf_counter()
         super().log(logs, start_time)

@@ -28,7 +28,7 @@ def dataset(num_samples: int = 32) -> Dataset:
 
 
 def trainer(folder, model=None, dualspeed: DualSpeedConfig | None = None, **arguments) -> DualSpeedTrainer:
-    projector_learning_rate = arguments.pop("projector_learning_rate", None)
+    own = {name: arguments.pop(name, None) for name in ("projector_learning_rate", "slow_batch_size")}
     defaults = {
         "output_dir": str(folder),
         "max_steps": NUM_STEPS,
@@ -44,7 +44,7 @@ def trainer(folder, model=None, dualspeed: DualSpeedConfig | None = None, **argu
         model=tiny.llava(dropout=0.1) if model is None else model,
         args=TrainingArguments(**(defaults | arguments)),
         dualspeed=dualspeed or DualSpeedConfig(slow_mode_ratio=0.4, pruning_ratio=0.7, pruner="random"),
-        projector_learning_rate=projector_learning_rate,
+        **own,
         train_dataset=dataset(),
         eval_dataset=dataset(6),
         data_collator=collate_rows,
@@ -159,6 +159,30 @@ def test_accumulation_gives_the_gradients_of_one_batch(tmp_path):
     assert_close(parts, whole, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("slow_batch_size", [None, 1, 3])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_slow_steps_in_parts_give_the_gradients_of_whole_ones(tmp_path, slow_batch_size, activation_checkpointing):
+    """Parts with different numbers of images and supervised tokens, in the same steps as fast ones."""
+    settings = DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified", pruner="random")
+    arguments = {"dualspeed": settings, "optim": "sgd", "max_steps": 4}
+    whole = trainer(tmp_path, model=tiny.llava(), **arguments)
+    whole.train()
+    parts = trainer(tmp_path, tiny.llava(), activation_checkpointing=activation_checkpointing, **arguments)
+    parts.slow_batch_size = slow_batch_size
+    parts.data_collator = lambda rows: collate_rows(rows) | {"num_images": [row["num_images"] for row in rows]}
+    parts.train()
+    for entry, expected in zip(losses(parts), losses(whole), strict=True):
+        assert entry == pytest.approx(expected, rel=1e-5)
+    assert_close(parts.model.state_dict(), whole.model.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+def test_slow_steps_in_parts_need_to_know_whose_images_they_are(tmp_path):
+    settings = DualSpeedConfig(slow_mode_ratio=1.0)
+    parts = trainer(tmp_path, dualspeed=settings, slow_batch_size=2)
+    with pytest.raises(ValueError, match="needs `num_images`"):
+        parts.train()
+
+
 def test_evaluation_is_cross_entropy_on_all_tokens(tmp_path):
     evaluated = trainer(tmp_path, per_device_eval_batch_size=6)
     expected = tiny.llava().eval()(**collate_rows(list(dataset(6)))).loss.item()
@@ -218,3 +242,23 @@ def test_activation_checkpointing_changes_no_result(tmp_path):
     assert_close(checkpointed.model.state_dict(), plain.model.state_dict(), atol=1e-6, rtol=1e-5)
     checkpointed.model.activation_checkpointing_disable()
     assert not checkpointed.model.is_activation_checkpointing
+
+
+def test_only_slow_steps_recompute_activations(tmp_path):
+    """Counted: how often a step, its backward pass included, enters the language model's first layer."""
+    trained = trainer(tmp_path, activation_checkpointing=True, logging_steps=1)
+    calls = []
+    trained.model.vlm.get_decoder().layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    per_step = []
+    training_step = trained.training_step
+
+    def counted(*args, **kwargs):
+        calls.clear()
+        loss = training_step(*args, **kwargs)
+        per_step.append((trained.mode_of_step(trained.state.global_step), len(calls)))
+        return loss
+
+    trained.training_step = counted
+    trained.train()
+    # A slow step is the teacher's forward pass, the student's, and its recomputation.
+    assert set(per_step) == {(Mode.FAST, 1), (Mode.SLOW, 3)}

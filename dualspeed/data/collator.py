@@ -32,14 +32,22 @@ class ConversationCollator:
         max_length: longer rows are cut at their end, whichever side is padded; None cuts nothing. Image tokens are
             never cut: a row that would need it is an error.
         padding_side: "right" or "left".
+        with_num_images: whether a batch says how many images each row has, in a list `num_images`.
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int | None = None, padding_side: str = "right") -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int | None = None,
+        padding_side: str = "right",
+        with_num_images: bool = False,
+    ) -> None:
         check_padding_side(padding_side)
         check_template(processor)
         self.processor = processor
         self.max_length = max_length
         self.padding_side = padding_side
+        self.with_num_images = with_num_images
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> BatchFeature:
         """Batch of `examples`; errors name the sample by its id."""
@@ -59,6 +67,8 @@ class ConversationCollator:
         labels = [np.where(mask, row, IGNORE_INDEX) for row, mask in zip(rows, masks, strict=True)]
         batch = batch_of(rows, encoded, self.processor.tokenizer.pad_token_id, self.padding_side)
         batch["labels"] = pad(labels, IGNORE_INDEX, self.padding_side)
+        if self.with_num_images:
+            batch["num_images"] = [len(example["images"]) for example in examples]
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
