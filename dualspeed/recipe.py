@@ -82,9 +82,10 @@ class Recipe(DataRecipe):
         check_range("global_batch_size", self.global_batch_size, self.global_batch_size > 0, "above 0")
         if self.per_device_batch_size is not None:
             batch_plan(self.global_batch_size, 1, self.per_device_batch_size)
-        slow, fast = self.slow_per_device_batch_size, self.per_device_batch_size or self.global_batch_size
-        is_valid = slow is None or 0 < slow <= fast
-        check_range("slow_per_device_batch_size", slow, is_valid, f"from 1 to per_device_batch_size, {fast}, or null")
+        if (slow := self.slow_per_device_batch_size) is not None:
+            fast = self.per_device_batch_size or self.global_batch_size
+            valid = f"from 1 to the samples of a fast step, {fast}, or null"
+            check_range("slow_per_device_batch_size", slow, 0 < slow <= fast, valid)
         for name in ("projector_learning_rate", "vision_learning_rate"):
             rate = getattr(self, name)
             check_range(name, rate or 0.0, rate is None or rate >= 0, "0 or more, or null")

@@ -93,7 +93,8 @@ def test_several_images_keep_their_places(picture):
         row("two", [question, assistant("b")], [picture(colour="red"), picture(colour="blue")]),
         row("one", [user("q", 1), assistant("c")], [picture(colour="white")]),
     ]
-    batch = ConversationCollator(processor)(rows)
+    batch = ConversationCollator(processor, with_num_images=True)(rows)
+    assert batch["num_images"] == [0, 2, 1]
     assert text_of(processor, batch["input_ids"][1]) == "<s>USER: 1: <image>\n2: <image> ASSISTANT: b</s>"
     assert supervised_of(processor, batch["labels"][1]) == " b</s>"
     num_image_tokens = (batch["input_ids"] == processor.image_token_id).sum(dim=1)
