@@ -1,0 +1,109 @@
+"""Models with random weights in real shapes, and batches like those they are trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+)
+
+IMAGE_TOKEN, PAD_TOKEN = 3, 0
+PATCH = 14
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a model and of its steps."""
+
+    text: dict[str, int]
+    vision: dict[str, int]
+    batch_size: int
+    fast_batch_size: int
+    """Samples at once in fast steps."""
+    slow_batch_size: int
+    """The same in steps on full tokens."""
+    text_tokens: int
+    """Mean number of text tokens; lengths are log-normal about it, as those of instruction data roughly are."""
+    spread: float
+    """Standard deviation of their logarithm."""
+    supervised: int
+    """Mean number of supervised tokens."""
+    has_tiles: bool = False
+    side: int = 336
+    """Pixels on a side of a tile."""
+    vocabulary: int = 32_000
+    dtype: torch.dtype = torch.float32
+
+
+VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+REAL = {"batch_size": 16, "text_tokens": 130, "spread": 0.6, "supervised": 80, "dtype": torch.bfloat16}
+MODELS = {
+    "small": Size(
+        text={"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
+        vision={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+        batch_size=8,
+        fast_batch_size=8,
+        slow_batch_size=4,
+        text_tokens=60,
+        spread=0.15,
+        supervised=30,
+    ),
+    "llava-1.5-7b": Size(text=VICUNA, vision=CLIP_L, fast_batch_size=4, slow_batch_size=4, **REAL),
+    "llava-next-7b": Size(text=VICUNA, vision=CLIP_L, fast_batch_size=2, slow_batch_size=2, has_tiles=True, **REAL),
+}
+
+
+def build(size: Size) -> PreTrainedModel:
+    """A LLaVA-1.5, or a LLaVA-NeXT whose pictures have four tiles and the base one, with random weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**size.vision, image_size=size.side, patch_size=PATCH)
+    text = LlamaConfig(**size.text, vocab_size=size.vocabulary, pad_token_id=PAD_TOKEN, max_position_embeddings=4096)
+    config, model = (
+        (LlavaNextConfig, LlavaNextForConditionalGeneration)
+        if size.has_tiles
+        else (LlavaConfig, LlavaForConditionalGeneration)
+    )
+    pinpoints = {"image_grid_pinpoints": [[2 * size.side] * 2]} if size.has_tiles else {}
+    with torch.device(device):
+        return model(config(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, **pinpoints)).to(
+            size.dtype
+        )
+
+
+def batch_of(size: Size) -> dict[str, torch.Tensor]:
+    """One global batch, an image a sample, text before and after it; answers are at the end."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    row_length = size.side // PATCH
+    # Of a square picture in four tiles: the base tile, and rows that end in a newline.
+    num_visual = row_length**2 + (2 * row_length * (2 * row_length + 1) if size.has_tiles else 0)
+    scale = torch.exp(size.spread * torch.randn(size.batch_size, generator=generator) - size.spread**2 / 2)
+    texts = (size.text_tokens * scale).long().clamp(min=16)
+    answers = (texts * size.supervised / size.text_tokens).long()
+    length = int(texts.max()) + num_visual
+    input_ids = torch.full((size.batch_size, length), PAD_TOKEN)
+    labels = torch.full_like(input_ids, -100)
+    for row, (text, answer) in enumerate(zip(texts.tolist(), answers.tolist(), strict=True)):
+        end = text + num_visual
+        input_ids[row, :end] = torch.randint(10, size.vocabulary, (end,), generator=generator)
+        input_ids[row, 4 : 4 + num_visual] = IMAGE_TOKEN
+        labels[row, end - answer : end] = input_ids[row, end - answer : end]
+    tiles = (5,) if size.has_tiles else ()
+    pixels = torch.randn(size.batch_size, *tiles, 3, size.side, size.side, generator=generator)
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != PAD_TOKEN).long(),
+        "labels": labels,
+        "pixel_values": pixels.to(size.dtype),
+    }
+    if size.has_tiles:
+        batch["image_sizes"] = torch.full((size.batch_size, 2), 2 * size.side)
+    return {name: values.to(device) for name, values in batch.items()}
