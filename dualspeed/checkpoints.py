@@ -115,6 +115,7 @@ class ResumableTrainer(DualSpeedTrainer):
             if (folder / name).exists():  # torn by a crash of the machine
                 shutil.rmtree(folder / name)
             os.replace(self._unfinished / name, folder / name)
+            self._unfinished.rmdir()
             for old in list_checkpoints(folder)[NUM_KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MILD, STRONG = ROWS = ("dualspeed-divprune-p0.75-seed0", "dualspeed-divprune-p0.9-seed0")
-NUM_STEPS = 400
+NUM_STEPS = 700
 # Without an accounting database the plugin has to ask squeue; and tests don't wait half a minute to look.
 OPTIONS = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
 OPTIONS += ["--seconds-between-status-checks", "1", "--latency-wait", "10", "--slurm-no-account"]

@@ -72,9 +72,9 @@ def next_trainer(project: Path, row: str, before: int | None = None, steps: int 
         process = live_trainer(project, row)
         return process if process != before else None
 
-    process = wait_for(found, 200, "new training")
+    process = wait_for(found, 600, "new training")
     done = len(steps_of(project, row))
-    wait_for(lambda: len(steps_of(project, row)) >= done + steps, 60, "more steps")
+    wait_for(lambda: len(steps_of(project, row)) >= done + steps, 120, "more steps")
     return process
 
 
@@ -90,12 +90,11 @@ def start(project: Path, *targets: str) -> subprocess.Popen:
 
 
 def interrupt(project: Path, events: dict[str, object]) -> None:
-    """All that happens to the run, up to the end of its snakemake."""
-    run = start(project)
+    """All that happens to the run while its snakemake lives."""
     mild, strong = next_trainer(project, MILD), next_trainer(project, STRONG)
     slurm("scancel", job_of(MILD))
     os.kill(strong, signal.SIGKILL)
-    wait_for(lambda: is_gone(mild), 40, "end after scancel")
+    wait_for(lambda: is_gone(mild), 60, "end after scancel")
     events["after_scancel"] = [path.name for path in (state_of(project, MILD) / "checkpoints").iterdir()]
 
     mild, strong = next_trainer(project, MILD, mild), next_trainer(project, STRONG, strong)
@@ -103,16 +102,15 @@ def interrupt(project: Path, events: dict[str, object]) -> None:
     slurm("scontrol", "requeue", job_of(MILD))
     # Meanwhile a second job of a live run, as if it had been submitted twice.
     again = [word for word in Path(f"/proc/{strong}/cmdline").read_bytes().decode().split("\0") if word]
-    double = subprocess.run(again, cwd=project, capture_output=True, text=True, timeout=120)
+    os.kill(strong, signal.SIGSTOP)  # alive, but in no hurry to the end of its time
+    double = subprocess.run(again, cwd=project, capture_output=True, text=True, timeout=300)
+    os.kill(strong, signal.SIGCONT)
     events["double_submission"] = (double.returncode, double.stderr.strip().splitlines()[-1])
-    wait_for(lambda: is_gone(strong), 60, "end by the time limit")
+    wait_for(lambda: is_gone(strong), 120, "end by the time limit")
     events["out_of_time"] = (project / f"results/logs/finetune/{STRONG}.log").read_text().strip().splitlines()[-1]
 
     next_trainer(project, MILD, mild, steps=1)
     events["after_requeue"] = job_of(MILD)
-    run.kill()
-    run.wait()
-    events["left_over"] = job_of(MILD)
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +128,16 @@ def disturbed(cluster, prepared, tmp_path_factory) -> tuple[Path, Monitor, dict[
     project = shutil.copytree(prepared, tmp_path_factory.mktemp("disturbed") / "project")
     monitor, events = Monitor(), {}
     monitor.start()
-    interrupt(project, events)
+    run = start(project)
+    try:
+        interrupt(project, events)
+    finally:
+        run.kill()
+        run.wait()
+    events["left_over"] = job_of(MILD)
     options = [*OPTIONS, "--set-resources", "finetune:runtime=20"]
     command = ["make", "resume", f"BIN={BIN}", f"ARGS={' '.join(options)}"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=900)
     events["resumed"] = (done.returncode, done.stdout + done.stderr)
     monitor.done.set()
     return project, monitor, events
@@ -220,11 +224,11 @@ def test_two_nodes_train_one_model_by_the_settings_of_their_dag(disturbed, tmp_p
     try:
         run = start(project, target)
         queued = ["squeue", "--noheader", "--states=PD", "--format=%k"]
-        wait_for(lambda: slurm(*queued) == f"rule_finetune_wildcards_{STRONG}", 60, "job in the queue")
+        wait_for(lambda: slurm(*queued) == f"rule_finetune_wildcards_{STRONG}", 200, "job in the queue")
         edit_row(project, STRONG, distillation_weight="0.5")
     finally:
         slurm("scontrol", "update", "nodename=ALL", "state=resume")
-    assert run.wait(200) == 0, (project / "snakemake.log").read_text()[-5000:]
+    assert run.wait(600) == 0, (project / "snakemake.log").read_text()[-5000:]
 
     log = (project / f"results/logs/finetune/{STRONG}.log").read_text()
     for node in range(2):
