@@ -16,6 +16,8 @@ from dualspeed.config import load_project
 from dualspeed.gpus import take_gpus
 from dualspeed.launch import launch, must_launch
 
+DEMO = "config/demo/config.yaml"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a wrong setting or file is one line on stderr and exit status 1."""
@@ -76,6 +78,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
+    comparison = add("compare", run_compare)
+    comparison.add_argument("rows", nargs=2, metavar="row", help="id of a row in the sheet")
+    comparison.add_argument("--configfile", default=DEMO, help=f"the project's configuration; default {DEMO}")
+    comparison.add_argument("--experiments", help="another sheet than the one that the configuration names")
     add("end-jobs", run_end_jobs)
     plan = add("plan", run_plan, "config")
     plan.add_argument("--experiments", type=Path, help="another sheet than the configuration's")
@@ -83,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(add("report", run_report, "figures", "out"))
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
-    track.add_argument("--configfile", default="config/demo/config.yaml", help="names store and results")
+    track.add_argument("--configfile", default=DEMO, help=f"names store and results; default {DEMO}")
     track.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment, instead of a configfile's")
     track.add_argument("--state", type=Path, help="state folder, likewise")
     return parser
@@ -231,6 +237,15 @@ def run_tables(options: argparse.Namespace) -> None:
     from dualspeed.tables import write_tables
 
     write_tables(options.settings, out=options.out, figures=options.figures, tracking=options.tracking)
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Show two rows side by side: settings, scores, time and memory."""
+    from dualspeed import jobs
+    from dualspeed.compare import compare
+
+    project = load_project(options.configfile, experiments=options.experiments)
+    print(compare(jobs.table_settings(project), *options.rows))
 
 
 def run_end_jobs(options: argparse.Namespace) -> None:
