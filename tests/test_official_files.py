@@ -69,6 +69,9 @@ def test_vizwiz_ids_may_lack_their_ending_or_be_those_of_a_converted_file(tmp_pa
     write_lines(folder / "stems.jsonl", [line | {"question_id": line["question_id"][:-4]} for line in lines])
     assert score("vizwiz", folder, folder / "stems.jsonl", tmp_path / "out.json") == expected
     images = [question.image.name for question in BENCHMARKS["vizwiz"].load_questions(folder)]
+    numbers = [line | {"question_id": int(line["question_id"][11:-4])} for line in lines]
+    write_lines(folder / "numbers.jsonl", numbers)
+    assert score("vizwiz", folder, folder / "numbers.jsonl", tmp_path / "out.json") == expected
     write_lines(
         folder / "llava_val.jsonl", [{"question_id": 7 * row, "image": image} for row, image in enumerate(images)]
     )

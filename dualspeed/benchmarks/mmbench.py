@@ -59,11 +59,11 @@ def question_file(names: Sequence[str], folder: Path) -> Path:
 
 
 def read_rows(path: Path, *columns: str) -> list[tuple[str, dict[str, str]]]:
-    """Rows of the table with their places; those `columns` have to be there beside index, question and image."""
+    """Rows of the table with their places; those `columns` have to be there beside index, question and options."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     header = next(reader)
-    for column in ("index", "question", "A", "B", "image", *columns):
+    for column in ("index", "question", "A", "B", *columns):
         if column not in header:
             raise BenchmarkError(f"{path}, line 1: there is no column {column!r}")
     rows = []
@@ -119,7 +119,7 @@ def write_image(content: str, folder: Path, place: str) -> Path:
 
 def load_questions(names: Sequence[str], request: str, folder: Path) -> list[Question]:
     """Every row of the table, rotations too."""
-    rows = read_rows(question_file(names, folder))
+    rows = read_rows(question_file(names, folder), "image")
     by_index = {row["index"]: row for _, row in rows}
     questions = []
     for place, row in rows:

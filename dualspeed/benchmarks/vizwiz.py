@@ -1,12 +1,13 @@
 """VizWiz: val, which is scored here, and test, whose answers go to a server.
 
 Files: val.json (official; images in val/), test.json's questions as LLaVA puts them, llava_test.jsonl (images in
-test/). A question of val has its image's name for id, with or without its ending; a llava_val.jsonl, if there is one,
-says which image an id of its own belongs to. The rule is that of the official API: the answer is normalised, what the
-annotators wrote is not.
+test/). A question of val has its image's name for id, with or without its ending, or that name's number; a
+llava_val.jsonl, if there is one, says instead which image an id of its own belongs to. The rule is that of the official
+API: the answer is normalised, what the annotators wrote is not.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from dualspeed.benchmarks.records import (
 from dualspeed.benchmarks.vqa_accuracy import clean, evalai, leave_one_out, normalise
 from dualspeed.benchmarks.vqav2 import read_annotators
 
+NUMBERED_IMAGE = re.compile(r"VizWiz_val_(\d+)")
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+PROMPT_END = UNANSWERABLE + SHORT_ANSWER
 
 
 def question_file(folder: Path) -> Path:
@@ -59,22 +62,21 @@ def load_questions(folder: Path) -> list[Question]:
     ]
 
 
-PROMPT_END = UNANSWERABLE + SHORT_ANSWER
-
-
 def answer_key(record: dict, place: str) -> str:
     """The image's name without its ending."""
     return official_key(record, place).removesuffix(".jpg")
 
 
 def by_image(folder: Path, answers: Mapping[str, str], known: set[str]) -> dict[str, str]:
-    """Answers by image; those to ids of llava_val.jsonl are translated. Raises UnknownAnswerError."""
-    path, images = folder / "llava_val.jsonl", {}
+    """Answers by image; an id of llava_val.jsonl, or else a bare number, is translated. Raises UnknownAnswerError."""
+    path = folder / "llava_val.jsonl"
     if path.exists():
         images = {
             answer_key(line, place): Path(get_field(line, "image", str, place)).stem
             for place, line in read_json_lines(path)
         }
+    else:
+        images = {str(int(found[1])): found[0] for found in map(NUMBERED_IMAGE.fullmatch, known) if found}
     reject_unknown(answers, known | images.keys(), question_file(folder))
     return {images.get(key, key): text for key, text in answers.items()}
 
