@@ -1,10 +1,10 @@
 """Preparation of many samples: time, cores used and peak memory, from JSON and from parquet.
 
-    python benchmarks/prepare.py [--rows 100000]
+    python benchmarks/prepare.py [--rows 100000] [--kinds JSON parquet]
 
-Writes a data set of that many samples to a temporary folder: photographs of COCO's size, one to each two samples as in
-LLaVA's instruction data, a tenth of the samples text alone; for parquet a picture in each row. Then `dualspeed prepare`
-runs on it as a process of its own, and what the system counted for that process is printed.
+Writes a data set of that many samples to a temporary folder: noisy JPEG pictures of 320 x 240 pixels, one to each two
+samples as in LLaVA's instruction data, a tenth of the samples text alone; for parquet a picture in each row. Then
+`dualspeed prepare` runs on it as a process of its own, and what the system counted for that process is printed.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from llama_tokenizer import train_llama_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
@@ -30,17 +30,17 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 WORDS = "the a man dog red car street holds looks stands beside near many small bright old photograph of two".split()
-SIZE = (640, 480)
+SIZE = (320, 240)
 
 
 def main() -> None:
     """Make the data, prepare it both ways, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--kinds", nargs="+", choices=["JSON", "parquet"], default=["JSON", "parquet"])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     print(f"{options.rows} rows, {options.workers} workers, {os.cpu_count()} CPUs", flush=True)
@@ -50,8 +50,8 @@ def main() -> None:
         folder = Path(name)
         write_model(folder / "model")
         pictures = make_pictures(16)
-        for kind, write in (("JSON", write_json), ("parquet", write_parquet)):
-            settings = write(folder / kind, options.rows, pictures)
+        for kind in options.kinds:
+            settings = {"JSON": write_json, "parquet": write_parquet}[kind](folder / kind, options.rows, pictures)
             seconds, cpu, peak = measure(settings, folder, options.workers)
             print(
                 f"| {kind} | {seconds:.1f} | {options.rows / seconds:.0f} | {cpu:.1f} | {cpu / seconds:.2f} "
@@ -74,7 +74,7 @@ def measure(settings: dict, folder: Path, workers: int) -> tuple[float, float, i
 
 
 def make_pictures(number: int) -> list[bytes]:
-    """JPEG files about as large and as hard to decode as COCO's."""
+    """JPEG files with the noise of photographs, so that decoding takes its time."""
     generator, pictures = np.random.default_rng(0), []
     for _ in range(number):
         coarse = generator.integers(0, 255, (60, 80, 3), dtype=np.uint8)
@@ -99,14 +99,16 @@ def conversation(generator: random.Random, has_image: bool) -> list[dict[str, st
 def write_json(folder: Path, num_rows: int, pictures: list[bytes]) -> dict:
     """LLaVA's layout: a JSON list and a folder of images, of which each is in two samples."""
     (folder / "images").mkdir(parents=True)
-    generator = random.Random(0)
+    generator, originals = random.Random(0), [folder / f"{index}.jpg" for index in range(len(pictures))]
+    for path, picture in zip(originals, pictures, strict=True):
+        path.write_bytes(picture)
     with open(folder / "data.json", "w", encoding="utf-8") as file:
         for row in tqdm(range(num_rows), desc="writing JSON", disable=None):
             has_image, name = row % 10 != 0, f"{row // 2 // 1000:03d}/{row // 2:06d}.jpg"
             path = folder / "images" / name
             if has_image and not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(pictures[row % len(pictures)])
+                path.hardlink_to(originals[row // 2 % len(originals)])
             entry = {"id": str(row), "conversations": conversation(generator, has_image)}
             file.write(("[" if row == 0 else ",\n") + json.dumps(entry | ({"image": name} if has_image else {})))
         file.write("]")
@@ -141,24 +143,10 @@ def write_parquet(folder: Path, num_rows: int, pictures: list[bytes]) -> dict:
 
 
 def write_model(folder: Path) -> None:
-    """The processor and configuration of a LLaVA-1.5 with a Llama-style tokenizer of 1,000 tokens."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, show_progress=False)
+    """The processor and configuration of a LLaVA-1.5 with a tokenizer of Llama's kind."""
     generator = random.Random(0)
     lines = [" ".join(generator.choices([*WORDS, "USER:", "ASSISTANT:"], k=30)) for _ in range(2000)]
-    backend.train_from_iterator(lines, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    tokenizer = train_llama_tokenizer(lines, 700)
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     LlavaProcessor(
         image_processor=image_processor,
