@@ -36,12 +36,14 @@ class Answerer:
     ) -> None:
         self.processor = AutoProcessor.from_pretrained(model_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.question_tokenizer = None
         if pruner is None:
             vlm = load_vlm(model_folder)
             self.generate = vlm.to(device, dtype).eval().generate
         else:
             config = pruned_config(model_folder, pruner, pruning_ratio)
             model = DualSpeedModel.from_pretrained(model_folder, config).to(device, dtype).eval()
+            self.question_tokenizer = model.question_tokenizer(self.processor)
             vlm, self.generate = model.vlm, lambda **inputs: model.generate(mode=Mode.FAST, **inputs)
         self.device, self.dtype = vlm.device, vlm.dtype
         eos = vlm.generation_config.eos_token_id
@@ -67,7 +69,8 @@ class Answerer:
     def answer(self, questions: Sequence[Question]) -> tuple[list[str], int]:
         """Texts of the answers to one batch, and the number of tokens generated for them."""
         examples = [{"image": question.image, "prompt": question.prompt} for question in questions]
-        inputs = generation_inputs(self.processor, examples, padding_side="left").to(self.device, dtype=self.dtype)
+        inputs = generation_inputs(self.processor, examples, question_tokenizer=self.question_tokenizer)
+        inputs = inputs.to(self.device, dtype=self.dtype)
         output = self.generate(
             **inputs,
             do_sample=False,

@@ -56,6 +56,8 @@ class DualSpeedConfig:
     """`bernoulli` draws each step (the paper), `stratified` spaces slow steps evenly."""
     prune_budget: str = "image"
     """What p is a share of: an `image`'s packed tokens, or those of each any-resolution `tile`."""
+    relevance_clip: str | None = None
+    """Folder of the CLIP whose text tower tells cdpruner what matters to the user's text; None: the language model."""
 
     def __post_init__(self) -> None:
         check_choice("pruner", self.pruner, PRUNER_NAMES)
@@ -67,6 +69,13 @@ class DualSpeedConfig:
         check_range("distillation_weight", self.distillation_weight, self.distillation_weight >= 0, "0 or more")
         temperature = self.distillation_temperature
         check_range("distillation_temperature", temperature, temperature > 0, "above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without a CLIP where none is asked: what was trained before there was that choice stays."""
+        settings = dataclasses.asdict(self)
+        if self.relevance_clip is None:
+            del settings["relevance_clip"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +242,13 @@ def read_experiment(row: Mapping[str, Any], models: Mapping[str, ModelConfig], f
             check_choice("tables", name, TABLES)
         seed = row["seed"] or 0
         check_range("seed", seed, seed >= 0, "0 or more")
+        model, cells = models[row["model"]], resolve_cells(row)
+        relevance_clip = model.relevance_clip if cells.get("pruner") == "cdpruner" else None
         return Experiment(
             id=row["id"],
             model=row["model"],
             method=row["method"],
-            dualspeed=DualSpeedConfig(**resolve_cells(row), prune_budget=models[row["model"]].prune_budget),
+            dualspeed=DualSpeedConfig(**cells, prune_budget=model.prune_budget, relevance_clip=relevance_clip),
             seed=seed,
             tables=tables,
         )
@@ -267,7 +278,7 @@ class StageSettings:
         """JSON form, without the launcher's file: how processes share a model doesn't change what they train."""
         settings = dataclasses.asdict(self)
         del settings["recipe"]["accelerate_config"]
-        return settings
+        return settings | {"dualspeed": self.dualspeed.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
@@ -283,7 +294,9 @@ def pretrain_settings(project: ProjectConfig, experiment: Experiment) -> StageSe
     config = dataclasses.replace(experiment.dualspeed, distillation_weight=0.0)
     if config.slow_mode_ratio == 1:
         default = DualSpeedConfig()
-        config = dataclasses.replace(config, pruner=default.pruner, pruning_ratio=default.pruning_ratio)
+        config = dataclasses.replace(
+            config, pruner=default.pruner, pruning_ratio=default.pruning_ratio, relevance_clip=None
+        )
     else:
         config = dataclasses.replace(config, slow_mode_ratio=0.0)
     recipe = project.models[experiment.model].stages.pretrain

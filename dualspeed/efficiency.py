@@ -50,7 +50,7 @@ def measure_speed(
     torch.set_num_threads(threads)
     model = DualSpeedModel(load_vlm(model_folder), dualspeed)
     set_trainable(model, "finetune")
-    batch = training_batch(model_folder, data_folder, chat_template, batch_size).to(model.device)
+    batch = training_batch(model, model_folder, data_folder, chat_template, batch_size).to(model.device)
     steps = training_steps(model, dict(batch))
     seconds, pruner_seconds = time_in_turns(model, steps, repeats)
     flops = {name: count_flops(step) for name, step in steps.items()}
@@ -71,12 +71,13 @@ def measure_speed(
     )
 
 
-def training_batch(model_folder: Path, data_folder: Path, chat_template: str, batch_size: int):
+def training_batch(model: DualSpeedModel, model_folder: Path, data_folder: Path, chat_template: str, batch_size: int):
     """The first `batch_size` samples of a prepared dataset, collated."""
     processor = AutoProcessor.from_pretrained(model_folder)
     use_template(processor, chat_template)
     dataset = load_from_disk(data_folder)
-    return ConversationCollator(processor)([dataset[i] for i in range(min(batch_size, len(dataset)))])
+    collate = ConversationCollator(processor, question_tokenizer=model.question_tokenizer(processor))
+    return collate([dataset[i] for i in range(min(batch_size, len(dataset)))])
 
 
 def training_steps(model: DualSpeedModel, batch: dict[str, Any]) -> dict[str, Step]:

@@ -58,7 +58,7 @@ def speed_settings(project: ProjectConfig, experiment: Experiment) -> dict[str, 
     weight = 1.0 if experiment.dualspeed.distillation_weight else 0.0
     method = dataclasses.replace(experiment.dualspeed, slow_mode_ratio=ratio, distillation_weight=weight)
     return {
-        "dualspeed": dataclasses.asdict(method),
+        "dualspeed": method.to_dict(),
         "chat_template": recipe.chat_template,
         "batch_size": recipe.per_device_batch_size or recipe.global_batch_size,
         "repeats": SPEED_REPEATS,

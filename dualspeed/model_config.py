@@ -68,6 +68,8 @@ class ModelConfig:
     """What a model of source `parts` is put together from."""
     prune_budget: str = "image"
     """See DualSpeedConfig."""
+    relevance_clip: str | None = None
+    """See DualSpeedConfig; for rows with cdpruner."""
     resources: ModelResources = field(default_factory=ModelResources)
     """What its jobs ask a scheduler for."""
 
@@ -99,4 +101,5 @@ class ModelConfig:
             }
         elif self.source != "demo":
             files["source"] = self.source
+        files["relevance_clip"] = self.relevance_clip
         return {key: path for key, path in files.items() if path is not None}

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ModelOutput
 
 from dualspeed.config import DualSpeedConfig
@@ -39,7 +39,8 @@ from dualspeed.isolator import ISOLATOR_FILE, ModeIsolator
 from dualspeed.losses import IGNORE_INDEX, cross_entropy, distillation, supervised_labels, supervised_positions
 from dualspeed.modes import Mode
 from dualspeed.pruners import MergedTokens, VisualTokens, get_pruner, num_tokens_to_keep
-from dualspeed.sequences import Sequences, mask_for_attention, prune_inputs, text_relevance
+from dualspeed.relevance import ClipRelevance, relevance_by_llm, sample_of_token
+from dualspeed.sequences import Sequences, mask_for_attention, prune_inputs
 from dualspeed.vision import (
     EncodedImages,
     encode_images,
@@ -86,6 +87,8 @@ class DualSpeedModel(nn.Module):
         self.dualspeed = config
         self.pruner = get_pruner(config.pruner)
         check_family(vlm, config.pruner, self.pruner.needs, config.prune_budget)
+        goes_by_clip = config.relevance_clip is not None and "relevance" in self.pruner.needs
+        self.clip_relevance = ClipRelevance(config.relevance_clip, vlm) if goes_by_clip else None
         self.mode_isolator = None
         if config.num_virtual_tokens > 0:
             hidden_size = vlm.config.get_text_config().hidden_size
@@ -138,6 +141,7 @@ class DualSpeedModel(nn.Module):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        question_ids: Tensor | None = None,
         mode: Mode = Mode.SLOW,
         distill: bool = True,
         pruning_seed: int = 0,
@@ -149,6 +153,7 @@ class DualSpeedModel(nn.Module):
         Args:
             input_ids, attention_mask, labels: (B, L), padded on either side; -100 marks labels without supervision.
             pixel_values, image_sizes: all images of the batch in reading order, as the VLM takes them; None: no image.
+            question_ids: (B, Q) what the user asks, which cdpruner goes by; ConversationCollator gives it.
             mode: FAST trains on pruned tokens, SLOW on all of them.
             distill: whether a slow step also learns from the fast mode (if the distillation weight isn't 0).
             pruning_seed: moves random pruners from step to step.
@@ -161,7 +166,7 @@ class DualSpeedModel(nn.Module):
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pixels = image_inputs(self.vlm, inputs | {"pixel_values": pixel_values, "image_sizes": image_sizes})
-        full = Sequences(input_ids, attention_mask, labels)
+        full = Sequences(input_ids, attention_mask, labels, question_ids=question_ids)
         full = full._replace(by_token=token_inputs(self.vlm, full, inputs, pixels))
         has_images = pixel_values is not None
         distill = distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0
@@ -194,7 +199,7 @@ class DualSpeedModel(nn.Module):
         return encode_images(
             self.vlm,
             images or blank_image(self.vlm),
-            needs=self.pruner.needs,
+            needs=self.pruner.needs if self.clip_relevance is None else ("pre_projection",),
             with_tiles=self.dualspeed.prune_budget == "tile",
         )
 
@@ -224,8 +229,7 @@ class DualSpeedModel(nn.Module):
         num_keep = torch.tensor([num_tokens_to_keep(len(unit), self.dualspeed.pruning_ratio) for unit in units])
         described = images.described
         if "relevance" in self.pruner.needs:
-            embed, token = self.vlm.get_input_embeddings(), self.config.image_token_id
-            described = described | {"relevance": text_relevance(inputs, features, embed, token)}
+            described = described | {"relevance": self._relevance(inputs, features, described)}
         kept, kept_features = self._keep(features, units, num_keep, described, unit_seeds)
 
         num_copies = torch.zeros(len(features), dtype=torch.long, device=features.device)
@@ -235,6 +239,25 @@ class DualSpeedModel(nn.Module):
         unit_features = [torch.cat([*isolator, vectors]) for vectors in kept_features]
         compacted = prune_inputs(inputs, self.config.image_token_id, num_copies, padding_side)
         return compacted, images.keeping(unit_features, kept, self.dualspeed.num_virtual_tokens)
+
+    def _relevance(self, inputs: Sequences, features: Tensor, described: dict[str, Tensor]) -> Tensor:
+        """(P,) how near each visual token is to what its sample's user asks."""
+        if self.clip_relevance is None:
+            embed = self.vlm.get_input_embeddings()
+            return relevance_by_llm(inputs, features, embed, self.config.image_token_id)
+        if inputs.question_ids is None:
+            raise ValueError(
+                "relevance_clip needs question_ids: give ConversationCollator or generation_inputs "
+                "question_tokenizer=model.question_tokenizer(processor)"
+            )
+        samples = sample_of_token(inputs, self.config.image_token_id)
+        return self.clip_relevance(inputs.question_ids, described["pre_projection"], samples)
+
+    def question_tokenizer(self, processor: ProcessorMixin) -> PreTrainedTokenizerBase | None:
+        """What turns the user's text into `question_ids`; None for pruners that don't go by it."""
+        if "relevance" not in self.pruner.needs:
+            return None
+        return processor.tokenizer if self.clip_relevance is None else self.clip_relevance.tokenizer
 
     def _keep(
         self,
@@ -279,6 +302,7 @@ class DualSpeedModel(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        question_ids: Tensor | None = None,
         mode: Mode = Mode.SLOW,
         **kwargs: Any,
     ) -> Tensor:
@@ -306,7 +330,7 @@ class DualSpeedModel(nn.Module):
         takes = inspect.signature(self.vlm.get_image_features).parameters
         inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in takes or name in TOKEN_INPUTS}
         pixels = image_inputs(self.vlm, inputs | images)
-        whole = Sequences(input_ids, attention_mask, None)
+        whole = Sequences(input_ids, attention_mask, None, question_ids=question_ids)
         whole = whole._replace(by_token=token_inputs(self.vlm, whole, inputs, pixels))
         pruned, kept = self._pruned(whole, self._encode(pixels), self._seeds(pixels, 0), padding_side="left")
         output = self.vlm.generate(
@@ -352,7 +376,7 @@ class DualSpeedModel(nn.Module):
             # transformers has noted the type that training holds weights in.
             self.vlm.config.dtype = dtype
             self.vlm.config.save_pretrained(folder)
-        write_json(Path(folder) / CONFIG_FILE, asdict(self.dualspeed))
+        write_json(Path(folder) / CONFIG_FILE, self.dualspeed.to_dict())
 
     @classmethod
     def from_pretrained(

@@ -5,8 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from dualspeed.losses import IGNORE_INDEX
 
@@ -19,6 +18,8 @@ class Sequences(NamedTuple):
     labels: Tensor | None
     by_token: Mapping[str, Tensor] = MappingProxyType({})
     """(..., B, L) what else belongs to tokens: position_ids, token_type_ids."""
+    question_ids: Tensor | None = None
+    """(B, Q) what the user asks, for pruners that go by it (dualspeed.relevance)."""
 
 
 def mask_for_attention(inputs: Sequences) -> Tensor | None:
@@ -43,7 +44,7 @@ def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, pad
     Raises:
         ValueError: placeholders and visual tokens differ in number.
     """
-    input_ids, attention_mask, labels, by_token = inputs
+    input_ids, attention_mask, labels, by_token, _ = inputs
     is_image = (input_ids == image_token_id) & attention_mask.bool()
     num_placeholders = int(is_image.sum())
     if num_placeholders != len(num_copies):
@@ -71,28 +72,3 @@ def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, pad
         # The isolator's places take over what belongs to the token after them, its position among others.
         by_token={name: compact(values, 0) for name, values in by_token.items()},
     )
-
-
-@torch.no_grad()
-def text_relevance(inputs: Sequences, features: Tensor, embed: nn.Module, image_token_id: int) -> Tensor:
-    """How near each visual token is to its sample's question, in the language model's own embedding space.
-
-    The mean cosine similarity to the tokens of the prompt: what is attended to, is no image and isn't supervised.
-    CDPruner asks the text tower of the CLIP model that the vision tower belongs to, which VLM checkpoints don't hold.
-
-    Args:
-        features: (P, D) projected features of the batch's images.
-        embed: the language model's input embeddings.
-
-    Returns:
-        (P,) float32.
-    """
-    is_image = (inputs.input_ids == image_token_id) & inputs.attention_mask.bool()
-    is_prompt = inputs.attention_mask.bool() & ~is_image
-    if inputs.labels is not None:
-        is_prompt &= inputs.labels == IGNORE_INDEX
-    prompt_ids = inputs.input_ids.masked_fill(~is_prompt, 0)
-    words = F.normalize(embed(prompt_ids).float(), dim=-1) * is_prompt[..., None]
-    prompts = words.sum(dim=1) / is_prompt.sum(dim=1, keepdim=True).clamp(min=1)
-    sample_of_token = is_image.nonzero()[:, 0]
-    return (F.normalize(features.float(), dim=-1) * prompts[sample_of_token]).sum(dim=-1)

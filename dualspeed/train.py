@@ -165,7 +165,10 @@ def make_trainer(
         args=arguments,
         train_dataset=dataset,
         data_collator=ConversationCollator(
-            processor, recipe.max_length, with_num_images=recipe.slow_per_device_batch_size is not None
+            processor,
+            recipe.max_length,
+            with_num_images=recipe.slow_per_device_batch_size is not None,
+            question_tokenizer=model.question_tokenizer(processor),
         ),
         processing_class=processor,
         projector_learning_rate=recipe.projector_learning_rate,

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode, ModeIsolator
 from dualspeed.modeling import load_vlm
 from dualspeed.pruners import PRUNERS, VisualTokens
-from dualspeed.sequences import Sequences, prune_inputs, text_relevance
+from dualspeed.sequences import Sequences, prune_inputs
 from dualspeed.tower import note_missing_cls_token
 from dualspeed.vision import encode_images, pruning_units
 
@@ -214,21 +214,6 @@ def test_keys_and_pre_projection_belong_to_their_tokens(family):
     layer = tower.encoder.layers[-2]
     keys = layer.self_attn.k_proj(layer.layer_norm1(before))[0, 1:]
     assert_close(described["keys"][: tiny.NUM_IMAGE_TOKENS].flatten(1), keys, atol=1e-5, rtol=1e-5)
-
-
-def test_relevance_is_mean_similarity_to_the_prompt_alone():
-    """Answers, images and padding have no part in it."""
-    vlm = tiny.llava()
-    samples = [sample("llava", seed, 1) for seed in range(2)]
-    batch = collate([samples[0], sample("llava", 5, 0), samples[1]])
-    features = torch.cat(encode_images(vlm, image_part(batch)).features)
-    inputs = Sequences(batch["input_ids"], batch["attention_mask"], batch["labels"])
-    relevance = text_relevance(inputs, features, vlm.get_input_embeddings(), IMAGE_TOKEN)
-    for one, vectors, scores in zip(samples, features.split(16), relevance.split(16), strict=True):
-        words = [word for word, label in zip(one["ids"], one["labels"], strict=True) if label == -100]
-        embeddings = vlm.get_input_embeddings()(torch.tensor([word for word in words if word != IMAGE_TOKEN]))
-        similarity = torch.nn.functional.cosine_similarity(vectors[:, None], embeddings[None], dim=-1)
-        assert_close(scores, similarity.mean(dim=1), atol=1e-5, rtol=1e-5)
 
 
 def test_unused_vision_layers_are_skipped_and_come_back():

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from dualspeed.data.images import open_image
 from dualspeed.data.pixels import leaves_bytes, pixel_values
+from dualspeed.data.questions import text_of_user, tokenize_questions
 from dualspeed.losses import IGNORE_INDEX
 
 PADDING_SIDES = ("left", "right")
@@ -33,6 +34,8 @@ class ConversationCollator:
             never cut: a row that would need it is an error.
         padding_side: "right" or "left".
         with_num_images: whether a batch says how many images each row has, in a list `num_images`.
+        question_tokenizer: adds `question_ids`, the user's turns by this tokenizer, for pruners that go by them
+            (`DualSpeedModel.question_tokenizer`).
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class ConversationCollator:
         max_length: int | None = None,
         padding_side: str = "right",
         with_num_images: bool = False,
+        question_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         check_padding_side(padding_side)
         check_template(processor)
@@ -48,6 +52,7 @@ class ConversationCollator:
         self.max_length = max_length
         self.padding_side = padding_side
         self.with_num_images = with_num_images
+        self.question_tokenizer = question_tokenizer
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> BatchFeature:
         """Batch of `examples`; errors name the sample by its id."""
@@ -69,6 +74,9 @@ class ConversationCollator:
         batch["labels"] = pad(labels, IGNORE_INDEX, self.padding_side)
         if self.with_num_images:
             batch["num_images"] = [len(example["images"]) for example in examples]
+        if self.question_tokenizer is not None:
+            questions = [text_of_user(example["messages"]) for example in examples]
+            batch["question_ids"] = tokenize_questions(questions, self.question_tokenizer)
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
@@ -82,7 +90,10 @@ class ConversationCollator:
 
 
 def generation_inputs(
-    processor: ProcessorMixin, examples: Sequence[dict[str, Any]], padding_side: str = "left"
+    processor: ProcessorMixin,
+    examples: Sequence[dict[str, Any]],
+    padding_side: str = "left",
+    question_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> BatchFeature:
     """Model inputs for questions {image: path or None, prompt}, up to where the answer begins.
 
@@ -92,7 +103,10 @@ def generation_inputs(
     conversations = [[{"role": "user", "content": question_content(example)}] for example in examples]
     encoded = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=True)
     rows = [np.array(row) for row in encoded["input_ids"]]
-    return batch_of(rows, encoded, processor.tokenizer.pad_token_id, padding_side)
+    batch = batch_of(rows, encoded, processor.tokenizer.pad_token_id, padding_side)
+    if question_tokenizer is not None:
+        batch["question_ids"] = tokenize_questions([example["prompt"] for example in examples], question_tokenizer)
+    return batch
 
 
 def question_content(example: dict[str, Any]) -> list[dict[str, Any]]:

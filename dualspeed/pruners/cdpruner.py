@@ -13,9 +13,10 @@ EPSILON = 1e-6
 def cdpruner(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     """Greedy MAP of a determinantal point process whose kernel is cosine similarity times relevance to the text.
 
-    Different from the repository: relevance is scaled to [0, 1] within each image, not within the batch, so that an
-    image's tokens don't depend on its batch mates; picked tokens are masked, so that a budget above the rank of the
-    features repeats none: once nothing adds to the determinant, the lower index comes first.
+    Relevance comes from CLIP or from the language model (dualspeed.relevance). Different from the repository: it is
+    scaled to [0, 1] within each image, not within the batch, so that an image's tokens don't depend on its batch
+    mates; picked tokens are masked, so that a budget above the rank of the features repeats none: once nothing adds
+    to the determinant, the lower index comes first.
     """
     tokens.check("cdpruner", *cdpruner.needs)
     valid = tokens.valid()

@@ -1,0 +1,25 @@
+"""What the user asks in a conversation, as tokens: pruners that follow the question get it beside the prompt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+PADDING = -1
+"""Fills up shorter questions."""
+
+
+def text_of_user(messages: Sequence[dict[str, Any]]) -> str:
+    """What the user says in all turns of a conversation; neither the system's part nor the answers."""
+    items = [item for message in messages if message["role"] == "user" for item in message["content"]]
+    return "\n".join(item["text"] for item in items if item["type"] == "text")
+
+
+def tokenize_questions(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(B, Q) tokens of each text without special ones, PADDING behind those of shorter texts."""
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=PADDING)
