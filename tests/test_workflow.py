@@ -158,6 +158,12 @@ def add_benchmark(content: dict) -> None:
     content["benchmarks"]["mme"] = {"folder": "results/data/demo/test/mme"}
 
 
+def add_test_split(content: dict) -> None:
+    content["benchmarks"]["vqav2_test"] = {"folder": "results/data/demo/test/vqav2"}
+
+
+ANSWER = {job for job in evaluate(*ROWS) if job.startswith("Answer")}
+
 # edit -> (how, jobs of the dry run)
 EDITS: dict[str, tuple[Edit, set[str]]] = {
     "nothing": (lambda project: None, set()),
@@ -205,9 +211,21 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
     "resources": (edit_config(change_resources), set()),
     "accelerate_config": (edit_config(change_launcher), set()),
     "new benchmark": (edit_config(add_benchmark), evaluate(*ROWS) | TABLES),
+    "new test split": (
+        edit_config(add_test_split),
+        {f"Write what the server of vqav2_test takes from {row}" for row in ROWS}
+        | evaluate(*ROWS, inferences=("full",))
+        | TABLES,
+    ),
     "inference": (
         edit_config(lambda content: content["inference"].update(max_new_tokens=4)),
         evaluate(*ROWS) | TABLES,
+    ),
+    "shards": (
+        edit_config(lambda content: content["inference"].update(shards=2)),
+        {f"Answer part {part} of 2 with{job.partition('with')[2]}" for part in (1, 2) for job in ANSWER}
+        | evaluate(*ROWS)
+        | TABLES,
     ),
     "data": (
         edit_config(lambda content: content["data"].update(seed=7)),
@@ -247,8 +265,8 @@ LINES = {
         "finetuning template",
         "pretraining length",
     ),
-    "a new benchmark": ("new benchmark",),
-    "`inference.*`": ("inference",),
+    "a new benchmark": ("new benchmark", "new test split"),
+    "`inference.*`": ("inference", "shards"),
     "`data.*`": ("data",),
     "`base_model.*`": ("base_model",),
     "`accelerate_config`": ("accelerate_config",),
