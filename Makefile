@@ -50,6 +50,7 @@ report: install  ## Snakemake's own page, with every job's run time: results/sna
 	$(BIN)/snakemake --config experiments=$(SHEET) --report results/snakemake-report.html
 
 ui: install  ## browse the runs with MLflow at http://localhost:$(PORT)
+	@echo "Which run is best, and what did it cost? http://localhost:$(PORT)/#/experiments/1/runs?viewStateShareKey=best"
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --port $(PORT)
 
 test: install  ## the tests, a few minutes

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dualspeed import first_page
 from dualspeed.delivery import LOCK_FILE, ParentRun, find_parent_run, sync_state
 from dualspeed.files import write_json
 from dualspeed.labels import averaged
@@ -28,7 +29,7 @@ from dualspeed.mlflow_store import (
     warn_undelivered,
 )
 from dualspeed.relative import Cell, relative, resample_scores
-from dualspeed.results import Results, read_results, score_path, training_path
+from dualspeed.results import Results, read_json, read_results, score_path, training_path
 from dualspeed.summary import baseline_pairs
 
 SHEETS = "sheets"
@@ -87,8 +88,8 @@ def log_sheet(store: Store, sheet: dict[str, Any], results: Results, scores: dic
     root = Path(settings["results"])
     with FileLock(root / "state" / "row_runs.lock", timeout=LOCK_SECONDS):
         trained = [one for one in settings["experiments"] if training_path(root, one, "finetune").exists()]
-        for experiment in trained:
-            log_row(store, settings, experiment, results, scores)
+        metrics = [log_row(store, settings, experiment, results, scores) for experiment in trained]
+        first_page.arrange(store, {name for row in metrics for name in row})
         identity = {"kind": "sheet", "sheet": settings["sheet"]}
         run_id = find_or_create_run(store, root / "state" / LOCK_FILE, f"tables of {settings['sheet']}", identity)
         for folder in map(Path, sheet["folders"]):
@@ -102,25 +103,36 @@ def log_row(
     experiment: dict[str, Any],
     results: Results,
     scores: dict[Cell, np.ndarray],
-) -> None:
-    """Log one row's run: params, metrics, its benchmarks as child runs, its configuration as artifacts."""
+) -> dict[str, float]:
+    """Log one row's run: params, metrics (returned), its benchmarks as child runs, its configuration as artifacts."""
     root = Path(settings["results"])
-    run_id = find_parent_run(
-        store, root / "state" / LOCK_FILE, ParentRun(experiment["id"], experiment["settings_hash"])
-    )
-    log_params(store, run_id, {key: experiment[key] for key in ("model", "method", "seed", "dualspeed")})
+    lock, parent = root / "state" / LOCK_FILE, ParentRun(experiment["id"], experiment["settings_hash"])
+    run_id = find_parent_run(store, lock, parent, _started_ms(root, experiment))
+    log_params(store, run_id, row_params(experiment))
     if experiment["pretrain_key"]:
         link = {"pretrain_key": experiment["pretrain_key"]}
         pretrain = find_runs(store, {"kind": "stage"} | link)
         log_tags(store, run_id, link | ({"pretrain_run_id": pretrain[0].info.run_id} if pretrain else {}))
     run = store.client.get_run(run_id)
     finished_ms = _finished_ms(root, experiment)
-    log_new_values(store, run, row_metrics(settings, experiment, results, scores), finished_ms)
+    metrics = row_metrics(settings, experiment, results, scores)
+    log_new_values(store, run, metrics, finished_ms)
     log_scores(store, run_id, root, experiment, results)
     store.client.log_dict(run_id, experiment, "config/experiment.json")
     store.client.log_artifact(run_id, str(training_path(root, experiment, "finetune")), "config")
     if run.info.status != "FINISHED":
-        store.client.set_terminated(run_id, end_time=finished_ms)
+        store.client.set_terminated(run_id, end_time=max(finished_ms, run.info.start_time))
+    return metrics
+
+
+def row_params(experiment: dict[str, Any]) -> dict[str, Any]:
+    """A row's settings; first those that name it in the tables, where a Baseline has no pruner."""
+    method = experiment["dualspeed"]
+    params = {key: experiment[key] for key in ("model", "method", "seed", "dualspeed")}
+    params |= {"r": method["slow_mode_ratio"]}
+    if experiment["method"] != "baseline":
+        params |= {"pruner": method["pruner"], "p": method["pruning_ratio"]}
+    return params
 
 
 def row_metrics(
@@ -174,6 +186,12 @@ def log_new_values(store: Store, run: Any, values: dict[str, float], timestamp_m
 
 def _modified_ms(path: Path) -> int:
     return path.stat().st_mtime_ns // 1_000_000
+
+
+def _started_ms(root: Path, experiment: dict[str, Any]) -> int:
+    """When a row's finetuning started, for one whose jobs could not say so to MLflow."""
+    path = training_path(root, experiment, "finetune")
+    return _modified_ms(path) - int(1000 * read_json(path)["train_seconds"])
 
 
 def _finished_ms(root: Path, experiment: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WAIT_SECONDS = 60
+WAIT_SECONDS = 180
 
 
 @contextmanager

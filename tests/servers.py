@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """Rows reach a real MLflow store with their scores and config, their sheet's tables once, even if it was away."""
 
+import json
 import os
 
 import pytest
@@ -36,6 +37,11 @@ def test_rows_reach_mlflow_with_scores_tables_and_config_once(settings, tmp_path
     assert row.info.status == "FINISHED" and row.info.end_time == 2_000_000_000_000
     assert row.data.tags["pretrain_run_id"] == pretrain.info.run_id
     assert row.data.params["dualspeed.pruning_ratio"] == "0.9" and row.data.params["method"] == "dualspeed"
+    assert row.data.params["pruner"] == "divprune" and row.data.params["p"] == "0.9"
+    assert "pruner" not in parents["base-0"].data.params  # it was trained without one
+    assert all(run.info.start_time < run.info.end_time for run in parents.values())
+    view = json.loads(client.get_experiment_by_name("demo").tags["mlflow.sharedViewState.best"])
+    assert {"metrics.`score/mean`", "metrics.`train_hours`", "params.`method`"} <= set(view["selectedColumns"])
     assert row.data.metrics["score/gqa"] == 72 and row.data.metrics["rel"] == pytest.approx(92.5)
     assert row.data.metrics["speedup_measured"] == pytest.approx(2.985, abs=1e-3)
     (point,) = client.get_metric_history(row.info.run_id, "score/gqa")
