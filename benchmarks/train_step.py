@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,11 +43,12 @@ def main() -> None:
     parser.add_argument("--model", default="small", choices=sorted(MODELS))
     parser.add_argument("--rounds", type=int, default=7, help="how often each step is timed, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="time the processor's work, where others share it")
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
     options = parser.parse_args()
     size = MODELS[options.model]
     memory = {name: in_fresh_process(peak, name, size, options.threads) for name in (*OURS, *PLAIN)}
-    measured = in_fresh_process(measure, size, options.threads, options.rounds)
+    measured = in_fresh_process(measure, size, options.threads, options.rounds, options.cpu_time)
     seconds = {name: statistics.median(values) for name, values in measured["seconds"].items()}
     print(
         f"{options.model} on {machine()}, torch {torch.__version__}, {options.threads} threads, batch {size.batch_size}"
@@ -64,7 +66,7 @@ def in_fresh_process(function: Callable, *arguments):
         return pool.apply(function, arguments)
 
 
-def measure(size: Size, threads: int, rounds: int) -> dict:
+def measure(size: Size, threads: int, rounds: int, cpu_time: bool) -> dict:
     """Seconds of each repetition of each step, its FLOPs, the pruner's seconds, and the batch's size."""
     torch.set_num_threads(threads)
     models, steps = make_steps(size, (*OURS, *PLAIN))
@@ -73,7 +75,7 @@ def measure(size: Size, threads: int, rounds: int) -> dict:
     for round_number in range(rounds + 1):
         for name, step in steps.items():
             with time_pruner(models["fast"]) as pruner_seconds:
-                elapsed = timed(step)
+                elapsed = processor_time(step) if cpu_time else timed(step)
             if round_number > 0:
                 seconds[name].append(elapsed)
                 if name == "fast":
@@ -87,6 +89,13 @@ def measure(size: Size, threads: int, rounds: int) -> dict:
         "batch_size": size.batch_size,
         "matmul_flops_per_second": matmul_flops_per_second(),
     }
+
+
+def processor_time(call: Step) -> float:
+    """Seconds that all threads of this process spend on a call, whatever else the machine does meanwhile."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def peak(name: str, size: Size, threads: int) -> int:
