@@ -135,7 +135,7 @@ def parquet_files(path: Path) -> list[Path]:
 def open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
     """The parquet file with its columns checked."""
     try:
-        opened = pyarrow.parquet.ParquetFile(file, memory_map=True)
+        opened = pyarrow.parquet.ParquetFile(file)
     except FileNotFoundError:
         raise AnnotationsError(f"{file}: does not exist; valid: a file of LLaVA conversations") from None
     except (OSError, pyarrow.ArrowException) as error:

@@ -45,7 +45,7 @@ FEATURES = Features(
 
 CHUNK = 128
 """Samples that are counted, written and checked against max_dropped_share at once."""
-CHUNKS_AHEAD = 4
+CHUNKS_AHEAD = 2
 """Chunks whose images are looked at meanwhile."""
 ROWS_IN_MEMORY = 10_000
 """Rows that are written at once. Data sets up to this size are the same, byte for byte, as those made in memory."""
