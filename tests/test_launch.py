@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -98,7 +99,19 @@ def test_a_killed_process_ends_the_job_and_its_log_is_named(two_processes):
     file.write_text(file.read_text().replace("max_steps: 4", "max_steps: 4000"))
     log = f"results/logs/finetune/{MILD}.log"
     (two_processes / log).unlink()
-    command = ["snakemake", "--cores", "2", "--forcerun", "finetune", "--allowed-rules", "finetune", "--", TARGET]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--forcerun",
+        "finetune",
+        "--allowed-rules",
+        "finetune",
+        "--",
+        TARGET,
+    ]
     run = subprocess.Popen(command, cwd=two_processes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (second := process_of_rank(1, two_processes)) or "'loss'" not in (two_processes / log).read_text():
