@@ -39,6 +39,9 @@ NOTE = (
     "Columns marked (paper) are the paper's own numbers, not ours; certain: in its abstract; medium: second-hand, from "
     "public digests of it. They name LLaVA-1.5 and LLaVA-NeXT without a size and stand beside our 7B models."
 )
+MISMATCH_NOTE = (
+    "The paper's own mismatch table is known only in unclear second-hand words: none of its numbers is shown."
+)
 
 
 def add_paper_values(rows: pd.DataFrame) -> pd.DataFrame:

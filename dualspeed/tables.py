@@ -110,6 +110,8 @@ def table2(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
         f"Pruned inference uses the pruner and p of training; the Baseline's uses {baseline}.",
         REL_NOTE.replace("the Baseline of", "full-token inference of the Baseline of"),
     )
+    if rows["model"].isin(paper.FAMILIES).any():
+        notes += (paper.MISMATCH_NOTE,)
     # Every model against itself: what it answers better on.
     settings_of_model = ["model", "method", *SETTINGS]
     best = best_scores(rows, settings["benchmarks"], lambda row: tuple(row[settings_of_model].map(str)))

@@ -204,6 +204,7 @@ def test_the_papers_numbers_stand_beside_its_own_models_and_settings_alone(setti
     assert (row["speedup_paper"], row["rel_paper_certainty"]) == ("2.1", "medium")
     assert "\\textcolor{gray}{99.61 (medium)}" in (tmp_path / "tables/table1.tex").read_text()
     assert paper.NOTE in (tmp_path / "tables/table1.md").read_text()
+    assert paper.MISMATCH_NOTE in (tmp_path / "tables/table2.md").read_text()
 
 
 def test_speed_table_says_how_near_the_limit_a_run_is_and_what_it_costs(settings, tmp_path):
