@@ -54,7 +54,7 @@ def test_a_resumed_bfloat16_training_ends_where_an_uninterrupted_one_does(half, 
     chosen = changed("pretrain", {"bf16": True})
     whole = run(inputs, tmp_path / "whole", chosen, half)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.DualSpeedTrainer, "save_model", raise_interrupt)
+        patch.setattr(training.ResumableTrainer, "save_model", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(inputs, tmp_path / "cut", chosen, half)
     resumed = run(inputs, tmp_path / "cut", chosen, half)

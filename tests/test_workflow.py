@@ -235,6 +235,7 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
         edit_config(lambda content: content["base_model"].update(seed=7)),
         finetune(*ROWS) | TIME | PRETRAIN | PREPARE | BASE,
     ),
+    "plan": (edit_config(lambda content: content.update(plan={"gpu": "h100"})), set()),
     "tracking": (
         edit_config(lambda content: content["tracking"].update(uri="sqlite:///elsewhere.db")),
         {"Make sure of the MLflow store"},
@@ -271,6 +272,7 @@ LINES = {
     "`base_model.*`": ("base_model",),
     "`accelerate_config`": ("accelerate_config",),
     "`models.<model>.resources`": ("resources",),
+    "`plan.*`": ("plan",),
     "`tracking.*`": ("tracking",),
     "a file touched, its content unchanged": ("touched files",),
     "a comment or blank line in either file": ("comment",),
