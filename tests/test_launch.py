@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_rerun import shrunk_project
-from test_workflow import MILD, edit_cell, plan, snakemake
+from test_workflow import MILD, edit_cell, edit_config, finetune_recipe, plan, snakemake
 
 from dualspeed.config import load_project
 from dualspeed.launch import accelerate_command, must_launch
@@ -95,23 +95,10 @@ def test_two_processes_train_through_the_workflow(two_processes):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_its_log_is_named(two_processes):
     edit_cell("distillation_weight", "0.5")(two_processes)  # trains anew
-    file = two_processes / "config/demo/config.yaml"
-    file.write_text(file.read_text().replace("max_steps: 4", "max_steps: 4000"))
+    edit_config(lambda content: finetune_recipe(content)["training_arguments"].update(max_steps=4000))(two_processes)
     log = f"results/logs/finetune/{MILD}.log"
     (two_processes / log).unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        "2",
-        "--forcerun",
-        "finetune",
-        "--allowed-rules",
-        "finetune",
-        "--",
-        TARGET,
-    ]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--", TARGET]
     run = subprocess.Popen(command, cwd=two_processes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (second := process_of_rank(1, two_processes)) or "'loss'" not in (two_processes / log).read_text():
