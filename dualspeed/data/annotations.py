@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import pyarrow
-import pyarrow.parquet
+# Imported where it is used: a library user's JSON needs no pyarrow, which comes with the workflow.
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 PIECE = 1 << 20
 """Characters read at once."""
@@ -132,8 +133,10 @@ def parquet_files(path: Path) -> list[Path]:
     return files
 
 
-def open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
+def open_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
     """The parquet file with its columns checked."""
+    import pyarrow.parquet
+
     try:
         opened = pyarrow.parquet.ParquetFile(file)
     except FileNotFoundError:
@@ -148,6 +151,8 @@ def open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
 
 def read_parquet(file: Path) -> Iterator[Entry]:
     """Rows of a parquet file; an image in a row gets the name <file>/<row>.<type>."""
+    import pyarrow
+
     opened, number = open_parquet(file), 0
     columns = [name for name in PARQUET_COLUMNS if name in opened.schema_arrow.names]
     try:
