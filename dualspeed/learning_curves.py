@@ -96,18 +96,10 @@ def draw_final_scores(axes: Axes, rows: pd.DataFrame, unit_hours: float) -> None
             markersize=13 if row.method == "baseline" else 8,
             markerfacecolor=COLORS[row.method] if is_full else "white",
             capsize=2,
+            linestyle="none",
+            label=f"{METHOD_LABELS[row.method]}, {'full' if is_full else 'pruned'} tokens",
         )
-        # Beside the point, on the side where there is room.
-        is_late = row.train_hours > 0.7 * known["train_hours"].max()
-        axes.annotate(
-            f"{METHOD_LABELS[row.method]}, {'full' if is_full else 'pruned'} tokens",
-            (row.train_hours / unit_hours, row.mean),
-            (-9 if is_late else 9, 0),
-            textcoords="offset points",
-            ha="right" if is_late else "left",
-            va="center",
-            fontsize=9,
-        )
+    axes.legend(loc="center right", fontsize=9)
     baseline = known["mean"][(known["method"] == "baseline") & (known["inference"] == "full")]
     if len(baseline):
         axes.axhline(baseline.iloc[0], color=GREY, linewidth=0.8, zorder=0)
