@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -77,14 +78,8 @@ class ResumableTrainer(DualSpeedTrainer):
         return time.monotonic() - self._started
 
     def get_train_dataloader(self) -> DataLoader:
-        """The stock one, whose workers leave SIGTERM to the trainer.
-
-        Slurm sends it to every process of a job; a worker that dies of it raises in the middle of a training step.
-        """
-        loader = super().get_train_dataloader()
-        for one in {id(part): part for part in (loader, getattr(loader, "base_dataloader", loader))}.values():
-            one.worker_init_fn = partial(_init_worker, one.worker_init_fn)
-        return loader
+        """The stock one, whose workers leave SIGTERM to the trainer."""
+        return shield_workers(super().get_train_dataloader())
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The stock loop looks whether training is over after a step; resumed at the end, it would train one more.
@@ -121,7 +116,25 @@ class ResumableTrainer(DualSpeedTrainer):
         self.accelerator.wait_for_everyone()
 
 
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Let the workers of a loader, which may be accelerate's wrapper, end on their parent's SIGTERM alone.
+
+    Slurm sends it to every process of a job; a worker that dies of it raises in the middle of a training step.
+    """
+    for one in {id(part): part for part in (loader, getattr(loader, "base_dataloader", loader))}.values():
+        one.worker_init_fn = partial(_init_worker, one.worker_init_fn)
+    return loader
+
+
 def _init_worker(stock_init: Any, worker_id: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_parent_alone, daemon=True).start()
     if stock_init is not None:
         stock_init(worker_id)
+
+
+def _end_for_parent_alone() -> None:
+    # The trainer ends its workers by SIGTERM too, and waits for them when it exits.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

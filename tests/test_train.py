@@ -16,10 +16,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed import DualSpeedConfig
-from dualspeed.checkpoints import WorldSizeError, last_checkpoint, list_checkpoints
+from dualspeed.checkpoints import WorldSizeError, last_checkpoint, list_checkpoints, shield_workers
 from dualspeed.config import StageSettings
 from dualspeed.recipe import Recipe
 from dualspeed.run_lock import RunIsLiveError, run_lock
@@ -202,6 +203,23 @@ def test_sigterm_to_all_processes_of_a_job_leaves_a_checkpoint_of_the_step(input
     run(inputs, tmp_path, interruptible())
     assert_same_weights(tmp_path / "out", whole)
     assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
+
+
+def test_a_data_loading_worker_ends_on_its_parents_sigterm_alone():
+    """Slurm's must not end it, while Python's exit sends it one and waits."""
+    batches = iter(shield_workers(DataLoader(range(64), num_workers=1, prefetch_factor=1)))
+    next(batches)
+    (worker,) = batches._workers
+    for _ in range(3):
+        subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}"], check=True)
+    assert [int(batch) for batch in batches] == list(range(1, 64))
+
+    batches = iter(shield_workers(DataLoader(range(64), num_workers=1, prefetch_factor=1)))
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_training_stops_in_time_and_goes_on(inputs, whole, tmp_path):
