@@ -4,6 +4,7 @@ A Slurm job has one task on each node; the node's processes are spawned inside i
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -53,15 +54,18 @@ def accelerate_command(nodes: int, processes: int, accelerate_config: str | None
         command.append("--multi_gpu")  # on CPUs too: the way to have it spawn processes without MPI
     command += [f"--num_processes={nodes * processes}", f"--num_machines={nodes}", "--dynamo_backend=no"]
     if nodes > 1:
-        command += [f"--machine_rank={os.environ['SLURM_NODEID']}", f"--main_process_ip={_first_host()}"]
+        command += [f"--machine_rank={os.environ['SLURM_NODEID']}", f"--main_process_ip={_first_address()}"]
     return [*command, f"--main_process_port={_port(nodes)}"]
 
 
-def _first_host() -> str:
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
-    )
-    return hosts.stdout.split()[0]
+def _first_address() -> str:
+    """Address of the first node, which need not be its name."""
+    first = _scontrol("hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
+    return re.search(r"NodeAddr=(\S+)", _scontrol("node", first)).group(1)
+
+
+def _scontrol(*what: str) -> str:
+    return subprocess.run(["scontrol", "show", *what], check=True, capture_output=True, text=True).stdout
 
 
 def _port(nodes: int) -> int:

@@ -80,6 +80,9 @@ class Cluster:
         """End all jobs, then all daemons."""
         slurm("scancel", "--full", "--signal=KILL", "--user=root")
         slurm("scancel", "--user=root")
+        deadline = time.monotonic() + 2 * KILL_WAIT_SECONDS
+        while slurm("squeue", "--noheader") and time.monotonic() < deadline:
+            time.sleep(0.5)
         for process in reversed(self.processes):
             process.terminate()
         for process in self.processes:

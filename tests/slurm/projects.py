@@ -12,14 +12,14 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MILD, STRONG = ROWS = ("dualspeed-divprune-p0.75-seed0", "dualspeed-divprune-p0.9-seed0")
-NUM_STEPS = 700
+NUM_STEPS = 300
 # Without an accounting database the plugin has to ask squeue; and tests don't wait half a minute to look.
 OPTIONS = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
 OPTIONS += ["--seconds-between-status-checks", "1", "--latency-wait", "10", "--slurm-no-account"]
 
 
 def make_project(folder: Path, resources: dict | None = None) -> Path:
-    """The demo with two rows and one benchmark, few pictures and few steps; finetuning takes less than a minute."""
+    """The demo with two rows and one benchmark, few pictures and few steps; finetuning takes half a minute."""
     for name in ("config", "workflow", "profiles"):
         shutil.copytree(REPOSITORY / name, folder / name)
     for name in ("Snakefile", "Makefile"):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,8 @@ def job_of(row: str) -> str | None:
     return None
 
 
-def next_trainer(project: Path, row: str, before: int | None = None, steps: int = 10) -> int:
-    """Process that trains a row now, not `before`, once so many more steps are logged."""
+def paused_trainer(project: Path, row: str, before: int | None = None) -> int:
+    """Process that trains a row now, not `before`, stopped after some steps, so that it can't end by itself."""
 
     def found():
         process = live_trainer(project, row)
@@ -74,7 +75,8 @@ def next_trainer(project: Path, row: str, before: int | None = None, steps: int 
 
     process = wait_for(found, 600, "new training")
     done = len(steps_of(project, row))
-    wait_for(lambda: len(steps_of(project, row)) >= done + steps, 120, "more steps")
+    wait_for(lambda: len(steps_of(project, row)) >= done + 10, 120, "more steps")
+    os.kill(process, signal.SIGSTOP)
     return process
 
 
@@ -91,25 +93,26 @@ def start(project: Path, *targets: str) -> subprocess.Popen:
 
 def interrupt(project: Path, events: dict[str, object]) -> None:
     """All that happens to the run while its snakemake lives."""
-    mild, strong = next_trainer(project, MILD), next_trainer(project, STRONG)
-    slurm("scancel", job_of(MILD))
+    mild, strong = paused_trainer(project, MILD), paused_trainer(project, STRONG)
+    slurm("scancel", job_of(MILD))  # Slurm lets a stopped process go on, to hear SIGTERM
     os.kill(strong, signal.SIGKILL)
     wait_for(lambda: is_gone(mild), 60, "end after scancel")
     events["after_scancel"] = [path.name for path in (state_of(project, MILD) / "checkpoints").iterdir()]
 
-    mild, strong = next_trainer(project, MILD, mild), next_trainer(project, STRONG, strong)
+    mild, strong = paused_trainer(project, MILD, mild), paused_trainer(project, STRONG, strong)
+    began = time.monotonic()
     events["requeued"] = job_of(MILD)
     slurm("scontrol", "requeue", job_of(MILD))
     # Meanwhile a second job of a live run, as if it had been submitted twice.
     again = [word for word in Path(f"/proc/{strong}/cmdline").read_bytes().decode().split("\0") if word]
-    os.kill(strong, signal.SIGSTOP)  # alive, but in no hurry to the end of its time
     double = subprocess.run(again, cwd=project, capture_output=True, text=True, timeout=300)
-    os.kill(strong, signal.SIGCONT)
     events["double_submission"] = (double.returncode, double.stderr.strip().splitlines()[-1])
-    wait_for(lambda: is_gone(strong), 120, "end by the time limit")
+    time.sleep(max(0.0, began + 31 - time.monotonic()))  # a job of one minute trains for half of it
+    os.kill(strong, signal.SIGCONT)
+    wait_for(lambda: is_gone(strong), 60, "end by the time limit")
     events["out_of_time"] = (project / f"results/logs/finetune/{STRONG}.log").read_text().strip().splitlines()[-1]
 
-    next_trainer(project, MILD, mild, steps=1)
+    paused_trainer(project, MILD, mild)
     events["after_requeue"] = job_of(MILD)
 
 
@@ -228,7 +231,10 @@ def test_two_nodes_train_one_model_by_the_settings_of_their_dag(disturbed, tmp_p
         edit_row(project, STRONG, distillation_weight="0.5")
     finally:
         slurm("scontrol", "update", "nodename=ALL", "state=resume")
-    assert run.wait(600) == 0, (project / "snakemake.log").read_text()[-5000:]
+    try:
+        assert run.wait(300) == 0, (project / "snakemake.log").read_text()[-5000:]
+    finally:
+        run.kill()
 
     log = (project / f"results/logs/finetune/{STRONG}.log").read_text()
     for node in range(2):
