@@ -19,6 +19,7 @@ from dualspeed.callbacks import MetricLogCallback, StopInTime
 from dualspeed.checkpoints import ResumableTrainer, check_num_processes, last_checkpoint, read_progress
 from dualspeed.config import StageSettings
 from dualspeed.data.collator import ConversationCollator
+from dualspeed.data.grouping import group_lengths
 from dualspeed.data.processing import load_processor
 from dualspeed.efficiency import machine, peak_memory_bytes
 from dualspeed.environment import environment
@@ -148,6 +149,7 @@ def make_trainer(
     """The trainer of a stage, which `started` at this `time.monotonic()` if it never was interrupted."""
     recipe, num_processes = settings.recipe, world_size()
     per_device_batch_size = recipe.per_device_batch_size or recipe.global_batch_size // num_processes
+    dataset, length_column = group_lengths(dataset, settings.dualspeed)
     arguments = TrainingArguments(
         **{
             "output_dir": str(checkpoints),
@@ -155,7 +157,7 @@ def make_trainer(
             "per_device_train_batch_size": per_device_batch_size,
             "gradient_accumulation_steps": batch_plan(recipe.global_batch_size, num_processes, per_device_batch_size),
             "logging_nan_inf_filter": False,
-            "length_column_name": "num_tokens",
+            "length_column_name": length_column,
             **recipe.training_arguments,
         }
     )

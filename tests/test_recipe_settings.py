@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from batches import collate, sample
+from datasets import Dataset, load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
 from test_train import inputs, run, settings  # noqa: F401 (inputs is a fixture)
@@ -14,9 +15,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed import train as training
+from dualspeed.data.grouping import group_lengths
 from dualspeed.data.processing import load_processor
 from dualspeed.stages import hold_trained_weights_in_float32, is_vision, set_trainable
-from dualspeed.train import load_model
+from dualspeed.train import load_model, train
 from dualspeed.typed import ConfigError
 
 
@@ -119,3 +121,21 @@ def test_a_handling_of_pictures_that_a_model_lacks_is_refused(tmp_path):
         load_processor(tmp_path / "llava", "turns", "anyres")
     with pytest.raises(ConfigError, match="'pad' is not for a LlavaNextProcessor; valid: anyres"):
         load_processor(tmp_path / "next", "turns", "pad")
+
+
+@pytest.mark.parametrize("ratio, column", [(1.0, "num_tokens"), (0.1, "num_pruned_tokens")])
+def test_batches_are_grouped_by_the_length_that_most_steps_see(ratio, column):
+    rows = Dataset.from_dict({"num_tokens": [700, 650, 100], "num_image_tokens": [576, 576, 0]})
+    method = DualSpeedConfig(slow_mode_ratio=ratio)
+    grouped, name = group_lengths(rows, method)
+    expected = [700, 650, 100] if ratio == 1 else [700 - 576 + 57 + 4, 650 - 576 + 57 + 4, 100]
+    assert (name, grouped[name][:]) == (column, expected)
+
+
+def test_grouped_training_runs_on_pruned_lengths(inputs, tmp_path):  # noqa: F811
+    rows = load_from_disk(inputs / "data")
+    sizes = [tiny.NUM_IMAGE_TOKENS * len(images) for images in rows["images"][:]]
+    rows.add_column("num_image_tokens", sizes).save_to_disk(tmp_path / "data")
+    chosen = changed(arguments={"train_sampling_strategy": "group_by_length", "max_steps": 2})
+    train(chosen, inputs / "base", tmp_path / "data", tmp_path / "state", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()

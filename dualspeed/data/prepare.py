@@ -1,8 +1,8 @@
 """Preparation of a stage's data: annotations and images are checked once, and what cannot be trained on is listed.
 
 Enters: a recipe (annotations, image folder, chat template, max_length) and a model's processor. Leaves: a folder with a
-`datasets` dataset of rows {id, messages, images, num_tokens} and manifest.json, which names every sample that was
-dropped and why. The folder appears whole or not at all.
+`datasets` dataset of rows {id, messages, images, num_tokens, num_image_tokens} and manifest.json, which names every
+sample that was dropped and why. The folder appears whole or not at all.
 
 Everything streams, chunk by chunk: threads look at the images of the next chunks while this one's tokens are counted.
 Images that lie in the annotations themselves (parquet) are written to the image folder, once.
@@ -40,6 +40,7 @@ FEATURES = Features(
         ),
         "images": List(Value("string")),
         "num_tokens": Value("int32"),
+        "num_image_tokens": Value("int32"),
     }
 )
 
@@ -173,7 +174,8 @@ def usable_rows(recipe: DataRecipe, processor: ProcessorMixin, workers: int, tal
                     tally.num_samples += 1
                     tally.num_tokens += fitted[0]
                     tally.num_cut += fitted[1]
-                    yield {**record, "num_tokens": fitted[0]}
+                    num_image_tokens = int(layout.widths[layout.is_image].sum())
+                    yield {**record, "num_tokens": fitted[0], "num_image_tokens": num_image_tokens}
                 tally.num_seen += len(chunk)
                 progress.update(len(chunk))
                 check_share(recipe, tally)
