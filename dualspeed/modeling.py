@@ -125,13 +125,14 @@ class DualSpeedModel(nn.Module):
         return bool(self._recomputed)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute activations of the VLM's layers in the backward pass of slow steps; fast ones keep their few."""
-        self.vlm.activation_checkpointing_enable(**kwargs)
+        """Recompute the language model's activations in the backward pass of slow steps; fast ones keep their few."""
+        # The whole model's switch would have a gradient flow through the frozen vision tower as well.
+        self.vlm.get_decoder().activation_checkpointing_enable(**kwargs)
         self._recomputed = recomputing_layers(self.vlm)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self.vlm.activation_checkpointing_disable()
+        self.vlm.get_decoder().activation_checkpointing_disable()
         self._recomputed = []
 
     def forward(

@@ -170,17 +170,17 @@ def stage_cost(project: ProjectConfig, settings: StageSettings, model: str) -> S
     wanted = project.models[model].resources_of(settings.stage)
     recipe, trained, processes = settings.recipe, trained_by(settings), processes_of(settings.recipe, wanted)
     batch = recipe.per_device_batch_size or recipe.global_batch_size // processes.num_gpus
-    accumulation = batch_plan(recipe.global_batch_size, processes.num_gpus, batch)
+    batch_plan(recipe.global_batch_size, processes.num_gpus, batch)
     modes = modes_of(settings)
+    batches = {mode: batch if mode == "fast" else recipe.slow_per_device_batch_size or batch for mode in modes}
     peak = peak_memory(
         shape,
         lengths.longest,
         trained,
-        tuple("fast" if mode == "fast" else "baseline" for mode in modes),
-        batch=batch,
+        batches,
         sharding=processes.sharding,
         num_gpus=processes.num_gpus,
-        accumulates=accumulation > 1,
+        accumulates=min(batches.values()) * processes.num_gpus < recipe.global_batch_size,
     )
     num_passes = recipe.training_arguments.get("num_train_epochs", 3)
     if (max_steps := recipe.training_arguments.get("max_steps", -1)) > 0:

@@ -4,6 +4,7 @@ A forward pass costs one unit of a linear layer; its backward pass one for the g
 gradient of its weights where they are trained. L tokens of a sequence, S of them supervised, N visual ones.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from dualspeed.plan.shapes import ModelShape
@@ -32,7 +33,11 @@ class Trained:
     """0: no adapters; else the language model itself is frozen."""
     lora_dropout: bool = False
     checkpointing: bool = False
-    """Whether blocks of the language model run twice, so that their activations needn't be kept."""
+    """Whether blocks of the language model run twice in steps on full tokens, and needn't keep their activations."""
+
+    def in_mode(self, mode: str) -> "Trained":
+        """As a step of this mode has it: fast ones keep what they compute."""
+        return dataclasses.replace(self, checkpointing=self.checkpointing and mode != "fast")
 
 
 def language_flops(shape: ModelShape, tokens: int, supervised: int, trained: Trained, backward: bool = True) -> float:
@@ -74,6 +79,7 @@ def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, d
     Args:
         mode: `baseline`, `fast`, or `slow`, whose teacher runs in fast mode unless `distill` is False.
     """
+    trained = trained.in_mode(mode)
     visual = vision_flops(shape, sample.tiles, trained) + projector_flops(shape, sample.tiles, trained)
     # Similarities of all pairs of visual tokens, which DivPrune and its like select by.
     pruner = 2 * sample.visual_tokens**2 * shape.text_width

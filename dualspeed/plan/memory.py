@@ -61,6 +61,7 @@ def activation_bytes(
     shape: ModelShape, sample: Sample, trained: Trained, mode: str, batch: int, in_float32: bool = False
 ) -> tuple[float, float]:
     """What a micro-batch of `batch` samples holds when the backward pass begins, and when it ends."""
+    trained = trained.in_mode(mode)
     tokens = batch * (sample.fast_tokens if mode == "fast" else sample.full_tokens)
     width, stream = shape.text_width, 4 if in_float32 else 2
     block = tokens * layer_bytes(shape, trained, in_float32)
@@ -79,8 +80,7 @@ def peak_memory(
     shape: ModelShape,
     sample: Sample,
     trained: Trained,
-    modes: tuple[str, ...],
-    batch: int,
+    batches: dict[str, int],
     sharding: str,
     num_gpus: int,
     accumulates: bool,
@@ -88,7 +88,7 @@ def peak_memory(
     """Peak of the fullest of the modes that a run's steps have.
 
     Args:
-        batch: samples of a micro-batch.
+        batches: mode -> samples of a micro-batch.
         sharding: one of SHARDINGS.
         accumulates: whether a step has several micro-batches.
     """
@@ -116,7 +116,7 @@ def peak_memory(
         weights += 2 * (of_block + parts["embeddings"] / 2 if trained.checkpointing else num_trained)
     trains_blocks = trained.language and not trained.lora_rank
     gradients_to_come = gradients * (of_block + parts["embeddings"] / 2) / num_trained if trains_blocks else 0
-    fullest = [activation_bytes(shape, sample, trained, mode, batch, in_float32) for mode in modes]
+    fullest = [activation_bytes(shape, sample, trained, mode, batch, in_float32) for mode, batch in batches.items()]
     return Peak(
         weights=weights,
         optimizer=optimizer,

@@ -60,4 +60,8 @@ def possible_changes(settings: StageSettings, num_gpus: int) -> Iterator[tuple[s
 
 def with_batch(batch: int) -> Change:
     """The change to micro-batches of `batch` samples."""
-    return lambda recipe: dataclasses.replace(recipe, per_device_batch_size=batch)
+    return lambda recipe: dataclasses.replace(
+        recipe,
+        per_device_batch_size=batch,
+        slow_per_device_batch_size=recipe.slow_per_device_batch_size and min(recipe.slow_per_device_batch_size, batch),
+    )
