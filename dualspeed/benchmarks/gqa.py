@@ -17,8 +17,8 @@ from dualspeed.benchmarks.records import (
     accuracy,
     accuracy_from_sums,
     accuracy_statistics,
+    official_and_lmms_accuracy,
     official_key,
-    other_accuracy,
     read_questions,
     reject_unknown,
 )
@@ -78,7 +78,7 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
     """Accuracy over all questions, by lmms-eval's rule too, and over open and binary ones where there are any."""
-    result = {"accuracy": accuracy(records), "accuracy_lmms_eval": other_accuracy(records, "lmms_eval")}
+    result = official_and_lmms_accuracy(records)
     for category in ("open", "binary"):
         chosen = [record for record in records if record.category == category]
         if chosen:

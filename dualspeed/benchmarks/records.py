@@ -159,6 +159,11 @@ def other_accuracy(records: Sequence[Record], name: str) -> float:
     return 100 * sum(record.others[name] for record in records) / max(1, len(records))
 
 
+def official_and_lmms_accuracy(records: Sequence[Record]) -> dict[str, float]:
+    """Accuracy by the official rule, and by lmms-eval's."""
+    return {"accuracy": accuracy(records), "accuracy_lmms_eval": other_accuracy(records, "lmms_eval")}
+
+
 def number_repeats(keys: Iterable[str]) -> list[str]:
     """The keys with ` #2`, ` #3` and so on behind those that came before."""
     seen: Counter[str] = Counter()

@@ -5,7 +5,7 @@ out here); images where the latter says. The rule is that of LLaVA's convert_see
 letter and nothing else. Ids are numbers in answers and text in annotations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, get_field, read_json, read_json_lines
@@ -13,11 +13,10 @@ from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
     Record,
-    accuracy,
     accuracy_from_sums,
     accuracy_statistics,
+    official_and_lmms_accuracy,
     official_key,
-    other_accuracy,
     reject_duplicates,
     reject_unknown,
 )
@@ -87,11 +86,6 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
     return records
 
 
-def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Accuracy by the official rule, and by lmms-eval's."""
-    return {"accuracy": accuracy(records), "accuracy_lmms_eval": other_accuracy(records, "lmms_eval")}
-
-
 SEEDBENCH = Benchmark(
     name="seedbench",
     headline="accuracy",
@@ -100,7 +94,7 @@ SEEDBENCH = Benchmark(
     load_questions=load_questions,
     answer_key=answer_key,
     score_answers=score_answers,
-    metrics=metrics,
+    metrics=official_and_lmms_accuracy,
     statistics=accuracy_statistics,
     percent_from_sums=accuracy_from_sums,
 )

@@ -17,11 +17,10 @@ from dualspeed.benchmarks.records import (
     Question,
     Record,
     ServerBenchmark,
-    accuracy,
     accuracy_from_sums,
     accuracy_statistics,
+    official_and_lmms_accuracy,
     official_key,
-    other_accuracy,
     read_questions,
     reject_duplicates,
     reject_unknown,
@@ -111,11 +110,6 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
     return records
 
 
-def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Accuracy by the official rule, and by lmms-eval's."""
-    return {"accuracy": accuracy(records), "accuracy_lmms_eval": other_accuracy(records, "lmms_eval")}
-
-
 def test_file(folder: Path) -> Path:
     """LLaVA's questions of test-dev."""
     return find_path(folder, "llava_vqav2_mscoco_test-dev2015.jsonl")
@@ -144,7 +138,7 @@ VQAV2 = Benchmark(
     load_questions=load_questions,
     answer_key=official_key,
     score_answers=score_answers,
-    metrics=metrics,
+    metrics=official_and_lmms_accuracy,
     statistics=accuracy_statistics,
     percent_from_sums=accuracy_from_sums,
 )
