@@ -225,6 +225,17 @@ def test_the_workflow_downloads_once_and_prepares_what_it_downloaded(server, tmp
     assert plan(project, "downloads") == set()
     assert "Download vg" not in plan(project, prepared)
 
+    (project / "config/demo/config.yaml").write_text(
+        yaml.safe_dump(config | {"downloads": {"vg": config["downloads"]["vg"] | {"files": files[::-1]}}})
+    )
+    assert plan(project, "downloads") == {
+        "Download vg",
+        "Everything is downloaded",
+    }  # an edit of a source: that download alone,
+    snakemake(project, "downloads")
+    assert len(server.gets("/images.zip")) == len(server.gets("/vg.json")) == 1  # and what it has is kept
+    assert plan(project, "downloads") == set()
+
 
 # Archives
 
