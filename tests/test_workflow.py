@@ -377,6 +377,7 @@ def test_a_configuration_of_ones_own_replaces_the_demo(finished, tmp_path):
     (project / "mine.yaml").write_text(yaml.safe_dump(content))
     jobs = plan(project, "--configfile", "mine.yaml")
     assert "Make the base model other" in jobs
+    assert "Write the page that shows the sheet mine-mine: mine/report-mine-mine.html" in jobs
     assert not [job for job in jobs if "tiny" in job]
 
 

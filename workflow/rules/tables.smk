@@ -19,8 +19,9 @@ FIGURE_FILES = expand(
     kind=["png", "svg"],
 )
 
-# The sheet's own, so that another one's tables, figures and page stay: report.html, report-full.html.
-REPORT = f"{RESULTS}/report{PROJECT.sheet.removeprefix(PROJECT.name)}.html"
+# The sheet's own, so that another one's page stays, as its tables do: report-paper.html. The demo's are report.html and
+# report-full.html, for it is what runs where nothing else is named.
+REPORT = f"{RESULTS}/report" + f"-{PROJECT.sheet}".removeprefix("-demo") + ".html"
 # What makes this sheet again; the page says so.
 COMMAND = " ".join(
     ["snakemake"]
