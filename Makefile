@@ -59,10 +59,11 @@ test: install  ## the tests, a few minutes
 test-all: install  ## the longer ones too
 	$(BIN)/pytest
 
-lint: install  ## what CI checks of the style
+lint: install  ## what CI checks of style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --line-length 120 --check Snakefile workflow
+	$(BIN)/mypy
 
 clean:  ## delete every result
 	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -4,6 +4,7 @@ The public names are resolved when they are first used, so that `import dualspee
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,7 +19,7 @@ _MODULE_OF_NAME = {
 __all__ = sorted(_MODULE_OF_NAME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module 'dualspeed' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_MODULE_OF_NAME[name]), name)

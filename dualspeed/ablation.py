@@ -19,7 +19,7 @@ def ablation_step(method: str, num_virtual_tokens: int, distillation_weight: flo
 
 def keep_common_seeds(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` with Table 3 cut down to the seeds that all of its lines have: a seed can matter more than a part."""
-    steps = {}
+    steps: dict[int, set[int]] = {}
     for one in settings["experiments"]:
         config = one["dualspeed"]
         step = ablation_step(one["method"], config["num_virtual_tokens"], config["distillation_weight"])

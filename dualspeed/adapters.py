@@ -60,7 +60,7 @@ def adapter_layers(vlm: PreTrainedModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in vlm.named_modules() if isinstance(module, LoraLayer)}
 
 
-def save_merged(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+def save_merged(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: str | Path) -> None:
     """Write a stock checkpoint whose layers hold their adapters' products.
 
     Args:

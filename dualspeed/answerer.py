@@ -37,7 +37,7 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(model_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.question_tokenizer = None
-        if pruner is None:
+        if pruner is None or pruning_ratio is None:
             vlm = load_vlm(model_folder)
             self.generate = vlm.to(device, dtype).eval().generate
         else:
@@ -56,7 +56,8 @@ class Answerer:
         """Batches of questions of like length, so that little is padded: first by image size, then by prompt."""
         tokens = self.processor.tokenizer([question.prompt for question in questions]).input_ids
         keys = [
-            (image_sizes.get(question.image, (0, 0)), len(row)) for question, row in zip(questions, tokens, strict=True)
+            (image_sizes[question.image] if question.image else (0, 0), len(row))
+            for question, row in zip(questions, tokens, strict=True)
         ]
         # Longest first: what doesn't fit into memory fails at once.
         order = sorted(range(len(questions)), key=keys.__getitem__, reverse=True)

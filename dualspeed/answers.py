@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dualspeed.benchmarks import BenchmarkError, Question, QuestionSet
 from dualspeed.benchmarks.files import UnknownAnswerError, get_field, read_json_lines
@@ -48,7 +49,7 @@ def write_answers(
     lines = []
     for question in questions:
         mark = benchmark.image_mark if question.image is not None else ""
-        record = {
+        record: dict[str, Any] = {
             "question_id": question.official_id,
             "prompt": mark + question.prompt,
             "text": texts[question.question_id],

@@ -36,7 +36,9 @@ class MetricLogCallback(TrainerCallback):
         is_sum_of_part = "train_runtime" in (logs or {}) and state.global_step < state.max_steps
         if not state.is_world_process_zero or not logs or is_sum_of_part:
             return
-        numbers = {key: value for key, value in logs.items() if isinstance(value, Real) and not isinstance(value, bool)}
+        numbers = {
+            key: float(value) for key, value in logs.items() if isinstance(value, Real) and not isinstance(value, bool)
+        }
         self.metric_log.log(state.global_step, numbers)
 
 

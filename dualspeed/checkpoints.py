@@ -55,7 +55,7 @@ def read_progress(checkpoint: Path | None) -> dict[str, Any]:
 def check_num_processes(checkpoint: Path | None, num_processes: int) -> None:
     """Raise WorldSizeError unless the run was started on this many processes."""
     before = read_progress(checkpoint).get("num_processes", num_processes)
-    if before != num_processes:
+    if checkpoint and before != num_processes:
         raise WorldSizeError(
             f"this run was started on {before} processes and this job has {num_processes}: it would see its data in "
             f"another order. Run it on {before}, or delete {checkpoint.parent} to train it from its first step"

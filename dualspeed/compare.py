@@ -14,7 +14,7 @@ from dualspeed.results import Results, read_results
 from dualspeed.table_format import NOT_APPLICABLE, NOT_RUN
 from dualspeed.typed import ConfigError, check_choice
 
-Line = tuple[str, str, str, str]  # what, first row's, second row's, difference
+Line = tuple[str, ...]  # what, first row's, second row's, difference
 
 # Of each number: its column in speed or costs, its unit, what it is divided by, decimals.
 COSTS = (
@@ -98,8 +98,11 @@ def _score_line(what: str, drawn: list[np.ndarray | None]) -> Iterator[Line]:
     if all(one is None for one in drawn):
         return
     cells = [NOT_RUN if one is None else _with_interval(one, lambda value: f"{value:.1f}") for one in drawn]
-    both = all(one is not None for one in drawn)
-    yield what, *cells, _with_interval(drawn[1] - drawn[0], lambda value: f"{value:+.1f}") if both else ""
+    first, second = drawn
+    difference = ""
+    if first is not None and second is not None:
+        difference = _with_interval(second - first, lambda value: f"{value:+.1f}")
+    yield what, *cells, difference
 
 
 def _with_interval(drawn: np.ndarray, text: Callable[[float], str]) -> str:

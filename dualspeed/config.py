@@ -224,10 +224,10 @@ def load_project(
     if isinstance(data, Mapping) and "source" in data:
         check_choice(f"{file}: data.source", data["source"], ("demo",))
         values["data"] = {key: value for key, value in data.items() if key != "source"}
-    experiments = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
+    rows = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
     added = sheet_path.stem.removeprefix("experiments").strip("-")
     sheet = f"{values.get('name')}-{added}" if added else values.get("name")
-    return read_dataclass(ProjectConfig, values, file, experiments=experiments, sheet=sheet)
+    return read_dataclass(ProjectConfig, values, file, experiments=rows, sheet=sheet)
 
 
 def read_experiment(row: Mapping[str, Any], models: Mapping[str, ModelConfig], file: str) -> Experiment:

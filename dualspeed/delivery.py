@@ -48,7 +48,8 @@ def sync_state(state: Path, tracking: dict[str, str]) -> int:
     Raises:
         TrackingError: some folders could not be delivered; all the others were.
     """
-    num_sent, failed = 0, {}
+    num_sent = 0
+    failed: dict[Path, Exception] = {}
     for spec in sorted(Path(state).glob(f"*/{SPEC_FILE}")):
         open_store(tracking["uri"], tracking["experiment"])  # raises, as nothing can be delivered
         try:
@@ -57,10 +58,10 @@ def sync_state(state: Path, tracking: dict[str, str]) -> int:
             failed[spec.parent] = error
             open_store.cache_clear()
     if failed:
-        folder, error = next(iter(failed.items()))
+        folder, reason = next(iter(failed.items()))
         raise TrackingError(
             f"{len(failed)} of the folders in {state} were not delivered to {redact(tracking['uri'])}; the first, "
-            f"{folder.name}: {redact(str(error))}"
+            f"{folder.name}: {redact(str(reason))}"
         )
     return num_sent
 

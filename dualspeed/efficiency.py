@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from datasets import load_from_disk
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BatchFeature
 
 from dualspeed.config import DualSpeedConfig
 from dualspeed.data.collator import ConversationCollator
@@ -71,7 +72,9 @@ def measure_speed(
     )
 
 
-def training_batch(model: DualSpeedModel, model_folder: Path, data_folder: Path, chat_template: str, batch_size: int):
+def training_batch(
+    model: DualSpeedModel, model_folder: Path, data_folder: Path, chat_template: str, batch_size: int
+) -> BatchFeature:
     """The first `batch_size` samples of a prepared dataset, collated."""
     processor = AutoProcessor.from_pretrained(model_folder)
     use_template(processor, chat_template)
@@ -131,6 +134,7 @@ def time_pruner(model: DualSpeedModel) -> Iterator[list[float]]:
     pruner = model.pruner
     seconds: list[float] = []
 
+    @wraps(pruner)
     def wrapped(*args: Any) -> Any:
         result = None
 
@@ -141,8 +145,7 @@ def time_pruner(model: DualSpeedModel) -> Iterator[list[float]]:
         seconds.append(timed(call))
         return result
 
-    wrapped.needs = pruner.needs
-    model.pruner = wrapped
+    model.pruner = wrapped  # type: ignore[assignment]  # to mypy, functions have no attributes
     try:
         yield seconds
     finally:

@@ -110,23 +110,23 @@ def generate_answers(
     Raises:
         ConfigError, BenchmarkError: a setting or a file is wrong; before the model is loaded.
     """
-    settings = read_dataclass(AnswerSettings, settings, "settings")
+    wanted: AnswerSettings = read_dataclass(AnswerSettings, settings, "settings")
     checkpoint = checkpoint_checksum(Path(model))
-    tasks = [make_task(settings, name, checkpoint, Path(state), shard) for name in settings.benchmarks]
+    tasks = [make_task(wanted, name, checkpoint, Path(state), shard) for name in wanted.benchmarks]
     image_sizes = check_images([question for task in tasks for question in task.remaining])
     answerer = None
     for task in tasks:
         if task.remaining:
-            answerer = answerer or load_answerer(settings, Path(model))
-            answer_remaining(task, answerer, image_sizes, settings.batch_size)
+            answerer = answerer or load_answerer(wanted, Path(model))
+            answer_remaining(task, answerer, image_sizes, wanted.batch_size)
         if shard:
             continue
         file = Path(out) / f"{task.benchmark.name}.jsonl"
-        write_json(file.with_suffix(".throughput.json"), throughput(task, settings))
-        write_answers(file, task.benchmark, task.questions, task.answers.texts, settings.experiment)
+        write_json(file.with_suffix(".throughput.json"), throughput(task, wanted))
+        write_answers(file, task.benchmark, task.questions, task.answers.texts, wanted.experiment)
     if tracking and not shard:
-        folder = Path(state) / sha256_of_json([asdict(settings), checkpoint])[:16]
-        log_throughput(tasks, settings, folder, tracking, ParentRun(**parent) if parent else None)
+        folder = Path(state) / sha256_of_json([asdict(wanted), checkpoint])[:16]
+        log_throughput(tasks, wanted, folder, tracking, ParentRun(**parent) if parent else None)
 
 
 def make_task(
@@ -233,7 +233,7 @@ def score(benchmark: str, data: str | Path, answers: str | Path, out: str | Path
     metrics, statistics = chosen.metrics(records), chosen.statistics(records)
     percent_interval = bootstrap_interval(chosen.name, statistics, chosen.percent_from_sums)
     interval = percent_interval
-    if chosen.headline_statistics:
+    if chosen.headline_statistics and chosen.headline_from_sums:
         interval = bootstrap_interval(chosen.name, chosen.headline_statistics(records), chosen.headline_from_sums)
     result = {
         "benchmark": chosen.name,

@@ -5,7 +5,8 @@ Those are `get_image_features`, a forward that takes `mm_encoder_outputs` and `l
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def check_family(vlm: PreTrainedModel, pruner: str, needs: tuple[str, ...], prun
         raise ValueError(f"prune_budget 'tile' is for models that cut images into tiles, not for {family}; use 'image'")
 
 
-def image_inputs(vlm: PreTrainedModel, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def image_inputs(vlm: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Those of a batch's inputs that the vision tower takes; a TypeError names what neither it nor a text takes."""
     takes = inspect.signature(vlm.get_image_features).parameters
     unknown = [name for name in inputs if name not in takes and name not in TOKEN_INPUTS and inputs[name] is not None]
@@ -91,7 +92,7 @@ def has_3d_positions(vlm: PreTrainedModel) -> bool:
 
 
 def token_inputs(
-    vlm: PreTrainedModel, sequences: Sequences, inputs: dict[str, Tensor | None], images: dict[str, Tensor]
+    vlm: PreTrainedModel, sequences: Sequences, inputs: Mapping[str, Tensor | None], images: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What the language model wants to know about each token, (..., B, L): token types, 3-D positions.
 
@@ -100,7 +101,7 @@ def token_inputs(
         inputs: what the processor gave, TOKEN_INPUTS among it.
         images: as from `image_inputs`.
     """
-    by_token = {name: inputs[name] for name in TOKEN_INPUTS if inputs.get(name) is not None}
+    by_token = {name: values for name in TOKEN_INPUTS if (values := inputs.get(name)) is not None}
     if not has_3d_positions(vlm):
         return by_token
     # The model needs the types for nothing else, and computes 1-D positions of a text alone itself.
@@ -137,7 +138,7 @@ def blank_square(vlm: PreTrainedModel) -> dict[str, Tensor]:
 
 def blank_tiles(vlm: PreTrainedModel) -> dict[str, Tensor]:
     """For LLaVA-NeXT and -OneVision: the base tile and those of a square picture."""
-    module = inspect.getmodule(type(vlm))
+    module = import_module(type(vlm).__module__)
     side = vlm.config.vision_config.image_size
     num_tiles = module.image_size_to_num_patches([side, side], vlm.config.image_grid_pinpoints, side)
     return {"pixel_values": torch.zeros(1, num_tiles, 3, side, side), "image_sizes": torch.tensor([[side, side]])}

@@ -141,7 +141,7 @@ def draw_speedup(rows: pd.DataFrame) -> Figure:
         label = f"{METHOD_LABELS[method]}, measured"
         axes.barh(places[mine], rows["speedup_measured"][mine], 0.62, color=COLORS[method], label=label)
     axes.vlines(rows["speedup_theory"], places - 0.42, places + 0.42, colors="black", label="limit by FLOPs")
-    for place, row in zip(places, rows.itertuples(), strict=True):
+    for place, row in enumerate(rows.itertuples()):
         share = row.speedup_measured / row.speedup_theory
         end = max(row.speedup_measured, row.speedup_theory)
         axes.text(end, place, f"  {row.speedup_measured:.2f}x, {share:.0%} of the limit", va="center", fontsize=9)

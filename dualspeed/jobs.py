@@ -10,7 +10,6 @@ from typing import Any
 from dualspeed.config import (
     DualSpeedConfig,
     Experiment,
-    ModelConfig,
     ProjectConfig,
     finetune_settings,
     pretrain_key,
@@ -19,6 +18,7 @@ from dualspeed.config import (
 from dualspeed.data.sources import Source
 from dualspeed.files import sha256_of_json
 from dualspeed.labels import in_paper_order
+from dualspeed.model_config import ModelParts
 from dualspeed.recipe import Recipe
 
 # Steps of each mode that a measurement of speed takes the median of.
@@ -126,9 +126,9 @@ def base_model_settings(project: ProjectConfig) -> dict[str, Any]:
     return dataclasses.asdict(project.base_model)
 
 
-def parts_settings(model: ModelConfig) -> dict[str, Any]:
+def parts_settings(parts: ModelParts) -> dict[str, Any]:
     """What a base model is put together from."""
-    return dataclasses.asdict(model.parts)
+    return dataclasses.asdict(parts)
 
 
 def preparation_settings(recipe: Recipe) -> dict[str, Any]:

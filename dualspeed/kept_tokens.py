@@ -6,6 +6,7 @@ drawn. Needs torch and a checkpoint, and is therefore a command of its own.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from math import ceil, isqrt
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def draw_kept_tokens(
     lines = ceil((1 + len(models)) / COLUMNS)
     with styled():
         figure = Figure(figsize=(1.75 * COLUMNS, (2.05 * lines + 0.4) * len(questions)))
-        blocks = np.atleast_1d(figure.subfigures(len(questions), 1))
+        blocks = figure.subfigures(len(questions), 1, squeeze=False).flat
         for block, question in zip(blocks, questions, strict=True):
             block.suptitle(question.prompt.split("\n")[0], fontsize=10.5)
             panels = block.subplots(lines, COLUMNS).flat
@@ -76,7 +77,7 @@ def models_by_pruner(vlm: PreTrainedModel, pruning_ratio: float) -> dict[str, Du
 def pick_questions(questions: list[Question], number: int) -> list[Question]:
     """The first question of each of `number` pictures, spread evenly over the benchmark."""
     by_image = {question.image: question for question in reversed(questions) if question.image is not None}
-    firsts = [question for question in questions if by_image.get(question.image) is question]
+    firsts = [question for question in questions if question.image is not None and by_image[question.image] is question]
     return firsts[:: max(1, len(firsts) // number)][:number]
 
 
@@ -112,16 +113,17 @@ def kept_positions(model: DualSpeedModel, inputs: BatchFeature) -> tuple[np.ndar
 @contextmanager
 def record_choice(model: DualSpeedModel) -> Iterator[list[tuple[Tensor, int]]]:
     """Collect (kept indices (K,), number of tokens) of the first unit in each call of the model's pruner."""
-    pruner, choices = model.pruner, []
+    pruner = model.pruner
+    choices: list[tuple[Tensor, int]] = []
 
+    @wraps(pruner)
     def wrapped(tokens: VisualTokens, num_keep: Tensor) -> Any:
         chosen = pruner(tokens, num_keep)
         indices = chosen.indices if isinstance(chosen, MergedTokens) else chosen
         choices.append((indices[0], int(tokens.valid()[0].sum())))
         return chosen
 
-    wrapped.needs = pruner.needs
-    model.pruner = wrapped
+    model.pruner = wrapped  # type: ignore[assignment]  # to mypy, functions have no attributes
     try:
         yield choices
     finally:

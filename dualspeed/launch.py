@@ -61,7 +61,7 @@ def accelerate_command(nodes: int, processes: int, accelerate_config: str | None
 def _first_address() -> str:
     """Address of the first node, which need not be its name."""
     first = _scontrol("hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
-    return re.search(r"NodeAddr=(\S+)", _scontrol("node", first)).group(1)
+    return re.findall(r"NodeAddr=(\S+)", _scontrol("node", first))[0]
 
 
 def _scontrol(*what: str) -> str:

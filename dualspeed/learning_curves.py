@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dualspeed.labels import METHOD_LABELS
 from dualspeed.plot_style import COLORS, GREY, MARKERS, empty_figure
-from dualspeed.results import read_json, training_path
+from dualspeed.results import finetune_path, read_json
 from dualspeed.summary import members_of
 
 LOSSES = {"slow/ce_loss": ("full tokens", "-"), "fast/ce_loss": ("pruned tokens", (0, (3, 1.5)))}
@@ -46,7 +46,7 @@ def read_curve(folder: Path) -> pd.DataFrame:
 def draw_learning_curves(settings: dict[str, Any], rows: pd.DataFrame) -> Figure:
     """Loss against training time on the left, the score at its end on the right; `rows` are those of `typical_rows`."""
     root = Path(settings["results"])
-    curves = {one["id"]: read_curve(training_path(root, one, "finetune").parent) for one in members_of(settings, rows)}
+    curves = {one["id"]: read_curve(finetune_path(root, one).parent) for one in members_of(settings, rows)}
     if all(curve.empty for curve in curves.values()):
         return empty_figure("Learning curves: not run, or trained without keeping metrics")
     longest = (rows["train_hours"].max() if rows["train_hours"].notna().any() else 0) * 3600

@@ -78,8 +78,8 @@ def compare(scores: str | Path, lmms: str | Path, out: str | Path) -> list[dict[
         task, metric, rule, scale = TASKS[ours["benchmark"]]
         value = results.get(task, {}).get(metric)
         cells = (ours["benchmark"], ours["metric"], ours["score"], rule, ours["metrics"].get(rule), task)
-        is_number = isinstance(value, int | float)
-        rows.append(dict(zip(COLUMNS, (*cells, scale * value if is_number else None), strict=True)))
+        theirs = scale * value if isinstance(value, int | float) else None
+        rows.append(dict(zip(COLUMNS, (*cells, theirs), strict=True)))
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

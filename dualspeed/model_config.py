@@ -77,9 +77,8 @@ class ModelConfig:
         check_choice("prune_budget", self.prune_budget, PRUNE_BUDGETS)
         for stage in STAGES:
             recipe, wanted = getattr(self.stages, stage), self.resources_of(stage)
-            num_processes = wanted.nodes * wanted.processes
             try:
-                batch_plan(recipe.global_batch_size, num_processes, recipe.per_device_batch_size or 1)
+                batch_plan(recipe.global_batch_size, wanted.num_processes, recipe.per_device_batch_size or 1)
             except ConfigError as error:
                 raise ConfigError(f"stages.{stage}.{error} (resources.{stage})") from None
         if (self.source == "parts") != (self.parts is not None):

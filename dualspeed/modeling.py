@@ -11,7 +11,7 @@ M supervised tokens, D width of the language model, l length of the isolator, V 
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import ModelOutput
 
 from dualspeed.config import DualSpeedConfig
@@ -66,10 +72,11 @@ def load_vlm(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 class DualSpeedOutput(ModelOutput):
     """Losses of one batch. `distillation_loss` is None in fast mode, 0.0 in slow mode where no teacher ran."""
 
-    loss: Tensor | None = None
-    ce_loss: Tensor | None = None
+    # All but the distillation's are always there; ModelOutput wants defaults.
+    loss: Tensor = None  # type: ignore[assignment]
+    ce_loss: Tensor = None  # type: ignore[assignment]
     distillation_loss: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]
     """(M, V) logits that predict the supervised tokens, sample after sample."""
 
 
@@ -87,8 +94,8 @@ class DualSpeedModel(nn.Module):
         self.dualspeed = config
         self.pruner = get_pruner(config.pruner)
         check_family(vlm, config.pruner, self.pruner.needs, config.prune_budget)
-        goes_by_clip = config.relevance_clip is not None and "relevance" in self.pruner.needs
-        self.clip_relevance = ClipRelevance(config.relevance_clip, vlm) if goes_by_clip else None
+        clip = config.relevance_clip if "relevance" in self.pruner.needs else None
+        self.clip_relevance = None if clip is None else ClipRelevance(clip, vlm)
         self.mode_isolator = None
         if config.num_virtual_tokens > 0:
             hidden_size = vlm.config.get_text_config().hidden_size
@@ -96,7 +103,7 @@ class DualSpeedModel(nn.Module):
         self._recomputed = recomputing_layers(vlm)
 
     @property
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         """The VLM's own configuration."""
         return self.vlm.config
 
@@ -116,7 +123,7 @@ class DualSpeedModel(nn.Module):
         return hasattr(self.vlm, "peft_config")
 
     @property
-    def _no_split_modules(self):
+    def _no_split_modules(self) -> Collection[str] | None:
         return self.vlm._no_split_modules
 
     @property
@@ -163,25 +170,26 @@ class DualSpeedModel(nn.Module):
         """
         mode = Mode(mode)
         for layer in self._recomputed:
-            layer.gradient_checkpointing = mode is Mode.SLOW
+            layer.gradient_checkpointing = mode is Mode.SLOW  # type: ignore[assignment]  # to torch's hints, a tensor
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pixels = image_inputs(self.vlm, inputs | {"pixel_values": pixel_values, "image_sizes": image_sizes})
+        pixels = image_inputs(self.vlm, {**inputs, "pixel_values": pixel_values, "image_sizes": image_sizes})
         full = Sequences(input_ids, attention_mask, labels, question_ids=question_ids)
         full = full._replace(by_token=token_inputs(self.vlm, full, inputs, pixels))
         has_images = pixel_values is not None
         distill = distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0
         images = self._encode(pixels) if has_images or is_sharded() else None
+        shown = images if has_images else None
         seeds = self._seeds(pixels, pruning_seed)
 
         teacher_logits = None
         if distill and images is not None:
             with torch.no_grad(), evaluation_mode(self.vlm):
-                teacher_logits = self._logits(*(self._pruned(full, images, seeds) if has_images else (full, None)))
-        if has_images and mode is Mode.FAST:
-            logits = self._logits(*self._pruned(full, images, seeds))
+                teacher_logits = self._logits(*(self._pruned(full, shown, seeds) if shown else (full, None)))
+        if shown and mode is Mode.FAST:
+            logits = self._logits(*self._pruned(full, shown, seeds))
         else:
-            logits = self._logits(full, images.output if has_images else None)
+            logits = self._logits(full, shown.output if shown else None)
 
         # At least 1: a step without any supervised token has a loss of 0.
         num_items = torch.as_tensor(len(logits) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
@@ -216,7 +224,7 @@ class DualSpeedModel(nn.Module):
             input_ids=inputs.input_ids,
             attention_mask=mask_for_attention(inputs),
             mm_encoder_outputs={} if images is None else {"image": images},
-            logits_to_keep=supervised_positions(inputs.labels),
+            logits_to_keep=supervised_positions(inputs.labels),  # type: ignore[arg-type]  # None in generation alone
             use_cache=False,
             **inputs.by_token,
         ).logits

@@ -1,7 +1,9 @@
 """The one look of all figures, and how they are written: png for a screen, svg for print, the same bytes each time."""
 
 import io
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -12,7 +14,7 @@ from dualspeed.files import write_atomic
 COLORS = {"baseline": "#4D4D4D", "naive_prune": "#D55E00", "dualspeed": "#0072B2"}
 MARKERS = {"baseline": "*", "naive_prune": "s", "dualspeed": "o"}
 LIGHT, DARK, ORANGE, GREY = "#9CCBEB", "#0072B2", "#E69F00", "#BBBBBB"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -26,7 +28,7 @@ STYLE = {
 }
 
 
-def styled() -> matplotlib.rc_context:
+def styled() -> AbstractContextManager[None]:
     """A context in which figures are drawn in this style."""
     return matplotlib.rc_context(STYLE)
 

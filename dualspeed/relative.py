@@ -30,7 +30,7 @@ def resample_scores(statistics: dict[Cell, np.ndarray]) -> dict[Cell, np.ndarray
     cells = defaultdict(list)
     for cell in statistics:
         cells[cell[2]].append(cell)
-    scores = {}
+    scores: dict[Cell, np.ndarray] = {}
     for benchmark, members in cells.items():
         stacked = np.stack([statistics[cell] for cell in members])
         percents = _resample(benchmark, stacked, get_benchmark(benchmark).percent_from_sums)
@@ -69,9 +69,10 @@ def relative(
     """
     found = []
     for experiment, baseline in pairs:
-        mine = [scores.get((experiment, inference, benchmark)) for benchmark in benchmarks]
-        theirs = [scores.get((baseline, "full", benchmark)) for benchmark in benchmarks]
-        if all(score is not None for score in mine + theirs):
+        mine = [(experiment, inference, benchmark) for benchmark in benchmarks]
+        theirs = [(baseline, "full", benchmark) for benchmark in benchmarks]
+        if all(cell in scores for cell in mine + theirs):
+            ours, full = (np.stack([scores[cell] for cell in cells]) for cells in (mine, theirs))
             with np.errstate(divide="ignore", invalid="ignore"):
-                found.append(100 * np.mean(np.stack(mine) / np.stack(theirs), axis=0))
+                found.append(100 * np.mean(ours / full, axis=0))
     return np.stack(found) if found else None

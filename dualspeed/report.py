@@ -17,7 +17,7 @@ from dualspeed.examples import read_examples
 from dualspeed.files import write_atomic
 from dualspeed.labels import BENCHMARK_LABELS, METHOD_LABELS, PRUNER_LABELS, in_paper_order
 from dualspeed.relative import resample_scores
-from dualspeed.results import Results, read_json, read_results, score_path, training_path
+from dualspeed.results import Results, finetune_path, read_json, read_results, score_path, training_path
 from dualspeed.summary import summarise, typical_rows
 from dualspeed.table_cells import format_relative, time_unit
 from dualspeed.table_format import NOT_RUN, TEXT_COLUMNS, format_mean, format_number
@@ -122,7 +122,8 @@ def embed_svg(path: Path) -> str:
 
 def environments(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """What the stages were trained on: {"machine", "commit", "versions", "stages"}, equal ones together."""
-    root, found = Path(settings["results"]), {}
+    root = Path(settings["results"])
+    found: dict[tuple[str, str, str], dict[str, None]] = {}
     for experiment in settings["experiments"]:
         for stage in ("pretrain", "finetune"):
             path = training_path(root, experiment, stage)
@@ -141,7 +142,7 @@ def environments(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def experiment_view(settings: dict[str, Any], results: Results, experiment: dict[str, Any]) -> dict[str, Any]:
     """Where the numbers of one experiment come from: settings, training, and a line for each score."""
     root, name = Path(settings["results"]), experiment["id"]
-    training = training_path(root, experiment, "finetune")
+    training = finetune_path(root, experiment)
     record = read_json(training) if training.exists() else {}
     facts = {
         "model": experiment["model"],

@@ -34,6 +34,11 @@ class JobResources:
         check_range("gpu", self.gpu or 0, (self.gpu or 0) >= 0, "0 or more, or null")
         check_range("processes", self.processes or 0, self.processes is None or self.processes > 0, "above 0, or null")
 
+    @property
+    def num_processes(self) -> int:
+        """How many train together, over all nodes; where that is still null, one on each."""
+        return self.nodes * (self.processes or 1)
+
     def resolved(self, use_cpu: bool) -> "JobResources":
         """With a number for each null but partition and account; `use_cpu`: the recipe trains on the CPU."""
         gpu = self.gpu if self.gpu is not None else int(not use_cpu)
@@ -43,7 +48,7 @@ class JobResources:
         """Resources of a rule in the Slurm plugin's names; `gpu` is over all nodes, the others are of each."""
         resources = {
             "nodes": self.nodes,
-            "gpu": self.nodes * self.gpu,
+            "gpu": self.nodes * (self.gpu or 0),
             "mem_mb": self.mem_mb,
             "runtime": self.runtime,
             "slurm_partition": self.partition,

@@ -50,7 +50,8 @@ class Results:
 def read_results(settings: dict[str, Any]) -> Results:
     """Read what there is of a sheet. Raises ValueError naming a file that is broken or scored on other questions."""
     root = Path(settings["results"])
-    scores, detail, types, headlines, statistics, checksums = [], [], [], [], {}, {}
+    scores, detail, types, headlines, statistics = [], [], [], [], {}
+    checksums: dict[str, str] = {}
     for experiment, inference, benchmark in _cells(settings):
         path = score_path(root, experiment["id"], inference, benchmark)
         if not path.exists():
@@ -95,10 +96,15 @@ def score_path(root: Path, experiment: str, inference: str, benchmark: str) -> P
     return root / "scores" / experiment / inference / f"{benchmark}.json"
 
 
+def finetune_path(root: Path, experiment: dict[str, Any]) -> Path:
+    """Where an experiment's finetuning says how it went."""
+    return root / "models" / experiment["id"] / "training.json"
+
+
 def training_path(root: Path, experiment: dict[str, Any], stage: str) -> Path | None:
     """Where a stage of an experiment says how it went; None if its model has no such stage."""
     if stage == "finetune":
-        return root / "models" / experiment["id"] / "training.json"
+        return finetune_path(root, experiment)
     return root / "pretrain" / experiment["pretrain_key"] / "training.json" if experiment["pretrain_key"] else None
 
 
@@ -171,7 +177,7 @@ def _all_metrics(content: dict[str, Any]) -> dict[str, float]:
 
 def _speed_row(root: Path, experiment: dict[str, Any]) -> dict[str, Any]:
     row = _identity(experiment) | _read_times(root, experiment)
-    training = training_path(root, experiment, "finetune")
+    training = finetune_path(root, experiment)
     row["train_seconds"] = read_json(training)["train_seconds"] if training.exists() else None
     config = experiment["dualspeed"]
     if experiment["method"] == "baseline":

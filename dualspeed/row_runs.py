@@ -29,7 +29,7 @@ from dualspeed.mlflow_store import (
     warn_undelivered,
 )
 from dualspeed.relative import Cell, relative, resample_scores
-from dualspeed.results import Results, read_json, read_results, score_path, training_path
+from dualspeed.results import Results, finetune_path, read_json, read_results, score_path
 from dualspeed.summary import baseline_pairs
 
 SHEETS = "sheets"
@@ -87,7 +87,7 @@ def log_sheet(store: Store, sheet: dict[str, Any], results: Results, scores: dic
     settings = sheet["settings"]
     root = Path(settings["results"])
     with FileLock(root / "state" / "row_runs.lock", timeout=LOCK_SECONDS):
-        trained = [one for one in settings["experiments"] if training_path(root, one, "finetune").exists()]
+        trained = [one for one in settings["experiments"] if finetune_path(root, one).exists()]
         metrics = [log_row(store, settings, experiment, results, scores) for experiment in trained]
         first_page.arrange(store, {name for row in metrics for name in row})
         identity = {"kind": "sheet", "sheet": settings["sheet"]}
@@ -119,7 +119,7 @@ def log_row(
     log_new_values(store, run, metrics, finished_ms)
     log_scores(store, run_id, root, experiment, results)
     store.client.log_dict(run_id, experiment, "config/experiment.json")
-    store.client.log_artifact(run_id, str(training_path(root, experiment, "finetune")), "config")
+    store.client.log_artifact(run_id, str(finetune_path(root, experiment)), "config")
     if run.info.status != "FINISHED":
         store.client.set_terminated(run_id, end_time=max(finished_ms, run.info.start_time))
     return metrics
@@ -139,7 +139,8 @@ def row_metrics(
     settings: dict[str, Any], experiment: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]
 ) -> dict[str, float]:
     """score/<benchmark>, score_pruned/<benchmark>, their means, Rel. with its interval, and speed and cost of a row."""
-    metrics, benchmarks = {}, averaged(settings["benchmarks"])
+    metrics: dict[str, float] = {}
+    benchmarks = averaged(settings["benchmarks"])
     mine = results.scores[results.scores["experiment"] == experiment["id"]]
     for inference, rows in mine.groupby("inference"):
         prefix = "score" if inference == "full" else f"score_{inference}"
@@ -190,11 +191,11 @@ def _modified_ms(path: Path) -> int:
 
 def _started_ms(root: Path, experiment: dict[str, Any]) -> int:
     """When a row's finetuning started, for one whose jobs could not say so to MLflow."""
-    path = training_path(root, experiment, "finetune")
+    path = finetune_path(root, experiment)
     return _modified_ms(path) - int(1000 * read_json(path)["train_seconds"])
 
 
 def _finished_ms(root: Path, experiment: dict[str, Any]) -> int:
     """When the last of a row's scores was written, or its training if there are none."""
     scores = list((root / "scores" / experiment["id"]).glob("*/*.json"))
-    return max(_modified_ms(path) for path in [training_path(root, experiment, "finetune"), *scores])
+    return max(_modified_ms(path) for path in [finetune_path(root, experiment), *scores])

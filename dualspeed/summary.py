@@ -142,7 +142,7 @@ def _mean_scores(
         [[scores.get((member["id"], inference, name), missing)[0] for name in benchmarks] for member in members]
     )
     mean = table[:, [name in averaged(benchmarks) for name in benchmarks]].mean(axis=1)
-    row = {}
+    row: dict[str, Any] = {}
     for name, values in zip([*benchmarks, "mean"], [*table.T, mean], strict=True):
         row |= _mean_and_std(name, values)
     absent = [

@@ -106,7 +106,7 @@ def table2(settings: dict[str, Any], results: Results, scores: dict[Cell, np.nda
     cells |= {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, settings["benchmarks"])
     chosen = settings["inference"]
     baseline = f"{PRUNER_LABELS.get(chosen['pruner'], chosen['pruner'])} at p = {chosen['pruning_ratio']:g}"
-    notes = (
+    notes: tuple[str, ...] = (
         f"Pruned inference uses the pruner and p of training; the Baseline's uses {baseline}.",
         REL_NOTE.replace("the Baseline of", "full-token inference of the Baseline of"),
     )

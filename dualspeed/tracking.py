@@ -54,7 +54,9 @@ class MetricLog:
         path = self.folder / METRICS_FILE
         self._written = _end_torn_line(path)
         self._file = path.open("ab")
-        self._thread = threading.Thread(target=self._deliver_until_closed, name="mlflow-delivery", daemon=True)
+        self._thread = threading.Thread(
+            target=self._deliver_until_closed, args=(tracking,), name="mlflow-delivery", daemon=True
+        )
         if tracking:
             self._thread.start()
 
@@ -75,7 +77,7 @@ class MetricLog:
         self._file.close()
         write_json(self.folder / SPEC_FILE, self._spec | {"status": status, "ended": now_ms()})
         self._closing.set()
-        if self._thread.is_alive():
+        if self.tracking and self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():
                 warn_undelivered(self.tracking["uri"], TimeoutError(f"no answer within {CLOSE_SECONDS:g} s"))
@@ -86,18 +88,18 @@ class MetricLog:
     def __exit__(self, error_type: type | None, *_: object) -> None:
         self.close("FINISHED" if error_type is None else "FAILED")
 
-    def _deliver_until_closed(self) -> None:
+    def _deliver_until_closed(self, tracking: dict[str, str]) -> None:
         wait, is_last, has_warned = 0.0, False, False
         while not is_last:
             is_last = self._closing.wait(wait)
             try:
                 with _delivering:
-                    deliver(self.folder, self.tracking)
+                    deliver(self.folder, tracking)
                 wait = DELIVERY_SECONDS
             except Exception as error:  # whatever MLflow raises, training goes on
                 wait = RETRY_SECONDS
                 if not has_warned:
-                    warn_undelivered(self.tracking["uri"], error)
+                    warn_undelivered(tracking["uri"], error)
                 has_warned = True
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from dualspeed.config import DualSpeedConfig
 from dualspeed.micro_batches import micro_batches
@@ -119,7 +127,7 @@ class DualSpeedTrainer(Trainer):
         self._sums["samples"].append(inputs["input_ids"].new_tensor(len(inputs["input_ids"])))
         self._sums["batches_without_supervision"].append(inputs["input_ids"].new_tensor(len(outputs.logits) == 0))
         self._losses[f"{mode}/ce_loss"].append(outputs.ce_loss.detach() * scale)
-        if mode is Mode.SLOW:
+        if outputs.distillation_loss is not None:
             self._losses[f"{mode}/distillation_loss"].append(outputs.distillation_loss.detach() * scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -145,7 +153,7 @@ class DualSpeedTrainer(Trainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(self._parameter_groups(model), **arguments)
+            self.optimizer: torch.optim.Optimizer = optimizer_class(self._parameter_groups(model), **arguments)
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -189,16 +197,16 @@ class DualSpeedTrainer(Trainer):
             # Sharded weights lie beside the stock checkpoint, in accelerate's own format.
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        if model.has_adapters:
+        inner: DualSpeedModel = self.accelerator.unwrap_model(self.model if model is None else model)
+        if inner.has_adapters:
             from dualspeed import adapters  # needs peft
 
-            adapters.load_adapters(model.vlm, Path(resume_from_checkpoint) / adapters.ADAPTER_FOLDER)
+            adapters.load_adapters(inner.vlm, Path(resume_from_checkpoint) / adapters.ADAPTER_FOLDER)
         else:
             # Trained weights may be held in more bits than frozen ones.
-            saved = load_vlm(resume_from_checkpoint, dtype=torch.promote_types(model.vlm.dtype, torch.float32))
-            model.vlm.load_state_dict(saved.state_dict(), strict=True)
-        if model.mode_isolator is not None and not model.load_isolator(resume_from_checkpoint):
+            saved = load_vlm(resume_from_checkpoint, dtype=torch.promote_types(inner.vlm.dtype, torch.float32))
+            inner.vlm.load_state_dict(saved.state_dict(), strict=True)
+        if inner.mode_isolator is not None and not inner.load_isolator(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint}: the checkpoint has no mode isolator to resume with")
 
 
@@ -208,7 +216,9 @@ class FrozenIsolatorInSlowSteps(TrainerCallback):
     def __init__(self, trainer: DualSpeedTrainer) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Hide the isolator from the optimizer in a slow step."""
         isolator = self.trainer.accelerator.unwrap_model(self.trainer.model).mode_isolator
         if isolator is not None and self.trainer.mode_of_step(state.global_step) is Mode.SLOW:

@@ -56,14 +56,18 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> None:
 @cache
 def training_argument_types() -> dict[str, tuple[tuple[type, ...], tuple[str, ...]]]:
     """name -> (types a YAML value may have, valid strings or () for any), from the installed transformers."""
-    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    spec = importlib.util.find_spec("transformers")
+    assert spec and spec.origin, "transformers is installed: the core needs it"
+    folder = Path(spec.origin).parent
     source = ast.parse((folder / "training_args.py").read_text(encoding="utf-8"))
     helpers = ast.parse((folder / "trainer_utils.py").read_text(encoding="utf-8"))
     classes = {node.name: node for tree in (source, helpers) for node in tree.body if isinstance(node, ast.ClassDef)}
     return {
         field.target.id: _read_annotation(field.annotation, classes)
         for field in classes["TrainingArguments"].body
-        if isinstance(field, ast.AnnAssign) and not field.target.id.startswith("_")
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and not field.target.id.startswith("_")
     }
 
 

@@ -78,7 +78,7 @@ def read_value(hint: Any, value: Any, file: str, key: str) -> Any:
     """`value` as the type `hint` asks for: scalars, unions, lists, tuples, dicts and dataclasses."""
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, file, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):

@@ -3,9 +3,10 @@
 Everything goes through the model's public `get_image_features`; what it doesn't offer is in tower.py.
 """
 
-import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class EncodedImages:
             num_virtual_tokens: l.
         """
         pooled = self.output.pooler_output
-        changed = {"pooler_output": torch.cat(features) if isinstance(pooled, Tensor) else features}
+        changed: dict[str, Any] = {"pooler_output": torch.cat(features) if isinstance(pooled, Tensor) else features}
         if deepstack := getattr(self.output, "deepstack_features", None):
             # What deeper layers add to the image's tokens: to the isolator nothing.
             changed["deepstack_features"] = [
@@ -98,7 +99,7 @@ def has_packed_tiles(vlm: PreTrainedModel) -> bool:
 
 def tiles_per_image(vlm: PreTrainedModel, images: dict[str, Tensor]) -> list[int]:
     """Tiles of each image, the base tile included."""
-    size_to_num_tiles = inspect.getmodule(type(vlm)).image_size_to_num_patches
+    size_to_num_tiles = import_module(type(vlm).__module__).image_size_to_num_patches
     config = vlm.config
     num_tiles = [
         size_to_num_tiles(size, config.image_grid_pinpoints, config.vision_config.image_size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dualspeed.benchmarks.files import BenchmarkError, UnknownAnswerError, get_field, read_json_lines
 
@@ -120,16 +121,16 @@ def unit_ids(records: Sequence[Record]) -> list[str]:
 def sum_by_unit(records: Sequence[Record], rows: Sequence[Sequence[float]]) -> np.ndarray:
     """Add up one row of numbers per record over each unit: (units, m)."""
     positions = {unit: position for position, unit in enumerate(unit_ids(records))}
-    rows = np.asarray(rows, dtype=np.float64)
-    sums = np.zeros((len(positions), rows.shape[1]))
-    np.add.at(sums, [positions[record.unit] for record in records], rows)
+    numbers = np.asarray(rows, dtype=np.float64)
+    sums = np.zeros((len(positions), numbers.shape[1]))
+    np.add.at(sums, [positions[record.unit] for record in records], numbers)
     return sums
 
 
-def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def divide(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
     """Elementwise quotient that is 0 where the denominator is."""
-    numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
+    upper, lower = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    return np.divide(upper, lower, out=np.zeros_like(upper), where=lower != 0)
 
 
 def accuracy(records: Sequence[Record]) -> float:

@@ -19,7 +19,7 @@ PIECE = 1 << 20
 """Characters read at once."""
 LONGEST_ENTRY = 1 << 26
 """Characters after which what is still no whole entry counts as broken JSON."""
-BLANKS = re.compile(r"[ \t\n\r]*")
+NOT_BLANK = re.compile(r"[^ \t\n\r]")
 PARQUET_COLUMNS = ("id", "image", "conversations")
 PARQUET_ROWS = 32
 """Rows with their images that are in memory at once."""
@@ -50,8 +50,8 @@ class Entry:
 def read_entries(path: Path) -> Iterator[Entry]:
     """Every entry at `path`; AnnotationsError for what cannot be read."""
     if is_parquet(path):
-        for file in parquet_files(path):
-            yield from read_parquet(file)
+        for part in parquet_files(path):
+            yield from read_parquet(part)
         return
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -111,10 +111,15 @@ def read_list(path: Path, file: IO[str]) -> Iterator[Entry]:
 
 def _next_mark(text: str, position: int, marks: str) -> tuple[str, int]:
     """The mark (one of `marks`) that stands after blanks, and where what comes after it starts."""
-    position = BLANKS.match(text, position).end()
+    position = _skip_blanks(text, position)
     if position == len(text) or text[position] not in marks:
         raise json.JSONDecodeError(f"Expecting one of {marks!r}", text, position)
-    return text[position], BLANKS.match(text, position + 1).end()
+    return text[position], _skip_blanks(text, position + 1)
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    found = NOT_BLANK.search(text, position)
+    return found.start() if found else len(text)
 
 
 # Parquet

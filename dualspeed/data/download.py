@@ -43,7 +43,7 @@ def download(
     """
     folder = Path(source.folder)
     if source.existing is not None:
-        return link_existing(name, source)
+        return link_existing(name, folder, Path(source.existing))
     if folder.is_symlink():
         folder.unlink()  # it led to an `existing` folder before
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +56,8 @@ def download(
     return entry
 
 
-def link_existing(name: str, source: Source) -> dict[str, Any]:
-    """Make the source's folder a link to where its files are already; they are nobody's to check or to lock."""
-    folder, existing = Path(source.folder), Path(source.existing)
+def link_existing(name: str, folder: Path, existing: Path) -> dict[str, Any]:
+    """Make a source's folder a link to where its files are already; they are nobody's to check or to lock."""
     if not existing.is_dir():
         raise DownloadError(
             f"downloads.{name}.existing: {existing} is not a folder; valid: one with the source's files"
@@ -86,7 +85,7 @@ def download_files(
     wanted = [file for file in source.files if file.name not in done]
     expected = {file.name: expectation(name, file, lock) for file in wanted}
     sizes = {
-        file.name: expected[file.name].get("size") or (remote_size(file.url) if is_remote(file) else None) or 0
+        file.name: expected[file.name].get("size") or (remote_size(file.address) if is_remote(file) else None) or 0
         for file in wanted
     }
     check_space(folder, wanted, sizes)
@@ -124,7 +123,7 @@ def download_file(
     else:
         path = part
         if not part.exists():
-            fetch(file.url, part, size, on_bytes, **fetch_settings)
+            fetch(file.address, part, size, on_bytes, **fetch_settings)
     found = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
     for key, value in expected.items():
         if found[key] != value:
@@ -156,7 +155,9 @@ def put_in_place(path: Path, folder: Path, file: SourceFile, is_own: bool) -> No
 
 def expectation(name: str, file: SourceFile, lock: DataLock) -> dict[str, Any]:
     """{size, sha256} as far as the configuration or the lock states them; DownloadError if they disagree."""
-    stated = {key: value for key, value in (("size", file.size), ("sha256", file.sha256)) if value is not None}
+    stated: dict[str, Any] = {
+        key: value for key, value in (("size", file.size), ("sha256", file.sha256)) if value is not None
+    }
     if "sha256" in stated:
         stated["sha256"] = stated["sha256"].lower()
     locked = lock.file(name, file.name)
@@ -207,12 +208,12 @@ def read_receipt(folder: Path, file: SourceFile) -> dict[str, Any] | None:
 
 def is_remote(file: SourceFile) -> bool:
     """Whether a file comes over the network."""
-    return urlsplit(file.url or "").scheme in ("http", "https")
+    return urlsplit(file.address).scheme in ("http", "https")
 
 
 def local_path(file: SourceFile) -> Path:
     """A file of this machine, DownloadError if it is not there."""
-    path = Path(file.url.removeprefix("file://"))
+    path = Path(file.address.removeprefix("file://"))
     if not path.is_file():
         raise DownloadError(f"{file.url}: no such file; valid: http(s), or the path of a file on this machine")
     return path.absolute()
@@ -238,7 +239,7 @@ def download_repository(name: str, source: Source, lock: DataLock, workers: int)
     for path, found in files.items():
         snapshot.check_lock(path, found, lock)
     for path in snapshot.paths:
-        goals = [file.unpack for file in source.files if file.unpack is not None and snapshot.matches(path, file.path)]
+        goals = [file.unpack for file in source.files if file.unpack is not None and snapshot.matches(path, file.name)]
         receipt = receipt_path(folder, SourceFile(path=path))
         if not goals:
             link(snapshot.folder / path, folder / path)

@@ -87,11 +87,11 @@ def fetch_snapshot(
         LockError: the configuration asks for another commit than the lock holds.
     """
     revision = choose_revision(name, source, lock)
-    request = {
+    request: dict[str, Any] = {
         "repo_id": source.repo,
         "repo_type": source.repo_type,
         "revision": revision,
-        "allow_patterns": [file.path for file in source.files] or None,
+        "allow_patterns": [file.name for file in source.files] or None,
         "max_workers": workers,
     }
     for attempt in range(1, attempts + 1):
@@ -108,9 +108,9 @@ def fetch_snapshot(
     paths = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()))
     if source.files:
         for file in source.files:
-            if not any(Snapshot.matches(path, file.path) for path in paths):
-                raise DownloadError(f"{name}: {source.repo} at {folder.name} has no file {file.path!r}")
-        paths = tuple(path for path in paths if any(Snapshot.matches(path, file.path) for file in source.files))
+            if not any(Snapshot.matches(path, file.name) for path in paths):
+                raise DownloadError(f"{name}: {source.repo} at {folder.name} has no file {file.name!r}")
+        paths = tuple(path for path in paths if any(Snapshot.matches(path, file.name) for file in source.files))
     return Snapshot(name, folder, paths)
 
 

@@ -29,7 +29,8 @@ class Layout:
     is_supervised: np.ndarray
 
 
-Record, Reports = dict[str, Any], Mapping[str, ImageReport]
+Record = dict[str, Any]
+Reports = Mapping[str, ImageReport]
 LayoutsOf = Callable[[ProcessorMixin, Sequence[Record], Reports], list[Layout | Problem]]
 
 
@@ -112,7 +113,8 @@ def _layout(
 
 def layouts_by_pixels(processor: ProcessorMixin, records: Sequence[Record], reports: Reports) -> list[Layout | Problem]:
     """The layout of each record as the collator makes it, images and all."""
-    collator, layouts = ConversationCollator(processor), []
+    collator = ConversationCollator(processor)
+    layouts: list[Layout | Problem] = []
     for record in records:
         try:
             batch = collator([record])
@@ -128,12 +130,13 @@ def _refused(record: Record, error: jinja2.TemplateError) -> Problem:
     return Problem(record["id"], "", "not for this chat template", str(error))
 
 
-def fit(record: Record, layout: Layout, max_length: int) -> Problem | tuple[int, bool]:
-    """(tokens of a record within max_length, whether it is cut there), or why it cannot be cut there."""
+def fit(record: Record, layout: Layout, max_length: int) -> Problem | tuple[int, bool, int]:
+    """(a record's tokens within max_length, whether it is cut there, its image tokens); or why it can't be cut."""
     ends = layout.widths.cumsum()
     length = f"{ends[-1]} tokens, max_length {max_length}"
     if ends[layout.is_image].max(initial=0) > max_length:
         return Problem(record["id"], "", "image tokens beyond max_length", length)
     if not (layout.is_supervised & (ends <= max_length)).any():
         return Problem(record["id"], "", "nothing supervised within max_length", length)
-    return min(int(ends[-1]), max_length), bool(ends[-1] > max_length)
+    num_image_tokens = int(layout.widths[layout.is_image].sum())
+    return min(int(ends[-1]), max_length), bool(ends[-1] > max_length), num_image_tokens

@@ -171,11 +171,11 @@ def usable_rows(recipe: DataRecipe, processor: ProcessorMixin, workers: int, tal
                     if isinstance(fitted, Problem):
                         tally.problems.append(fitted)
                         continue
+                    num_tokens, is_cut, num_image_tokens = fitted
                     tally.num_samples += 1
-                    tally.num_tokens += fitted[0]
-                    tally.num_cut += fitted[1]
-                    num_image_tokens = int(layout.widths[layout.is_image].sum())
-                    yield {**record, "num_tokens": fitted[0], "num_image_tokens": num_image_tokens}
+                    tally.num_tokens += num_tokens
+                    tally.num_cut += is_cut
+                    yield {**record, "num_tokens": num_tokens, "num_image_tokens": num_image_tokens}
                 tally.num_seen += len(chunk)
                 progress.update(len(chunk))
                 check_share(recipe, tally)
@@ -211,8 +211,8 @@ def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[C
         collected = []
         for record, paths, extracted in chunk:
             for path in paths:
-                if not extracted and isinstance(seen[path], Future):
-                    seen[path] = seen[path].result()
+                if not extracted and isinstance(pending := seen[path], Future):
+                    seen[path] = pending.result()
             reports = [future.result() for future in extracted] or [seen[path] for path in paths]
             collected.append((record, list(zip(paths, reports, strict=True))))
         return collected
@@ -242,7 +242,8 @@ def extract_image(path: str, content: bytes) -> ImageReport:
 
 def split_by_images(chunk: Chunk, tally: Tally) -> tuple[list[dict[str, Any]], dict[str, ImageReport]]:
     """Records whose images are all usable, and the reports on these; every other one is a problem (first bad image)."""
-    usable, usable_reports = [], {}
+    usable: list[dict[str, Any]] = []
+    usable_reports: dict[str, ImageReport] = {}
     for record, reports in chunk:
         for path, report in reports:
             if report.reason is None and report.mode != "RGB":

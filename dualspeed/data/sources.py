@@ -39,7 +39,12 @@ class SourceFile:
     @property
     def name(self) -> str:
         """What the file is called inside the source's folder."""
-        return self.path or PurePosixPath(unquote(urlsplit(self.url or "").path)).name
+        return self.path or PurePosixPath(unquote(urlsplit(self.address).path)).name
+
+    @property
+    def address(self) -> str:
+        """`url`; empty for the Hub."""
+        return self.url or ""
 
 
 @dataclass(frozen=True, kw_only=True)

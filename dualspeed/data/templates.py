@@ -5,6 +5,10 @@ its `{% generation %}` blocks is supervised.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -18,6 +22,6 @@ def load_template(name: str) -> str:
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def use_template(processor, name: str) -> None:
+def use_template(processor: "ProcessorMixin", name: str) -> None:
     """Make `name` the chat template of a processor, so that `save_pretrained` writes it with the checkpoint."""
     processor.chat_template = load_template(name)

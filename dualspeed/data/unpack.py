@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -46,20 +47,21 @@ def unpack(archive: Path, folder: Path, on_file: Callable[[int], object] = lambd
 def _members(archive: Path, folder: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
     """(name, bytes, opener) of each file in the archive."""
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            members = [member for member in file.infolist() if not member.is_dir()]
+        with zipfile.ZipFile(archive) as zipped:
+            members = [member for member in zipped.infolist() if not member.is_dir()]
             for member in members:
                 _checked(archive, member.filename)
             _check_space(archive, folder, sum(member.file_size for member in members))
             for member in members:
-                yield member.filename, member.file_size, lambda member=member: file.open(member)
+                yield member.filename, member.file_size, partial(zipped.open, member)
         return
-    with tarfile.open(archive, "r:*") as file:
-        for member in file:
-            if member.isfile():
-                yield member.name, member.size, lambda member=member: file.extractfile(member)
-            elif not member.isdir():
-                raise ArchiveError(f"{archive}: {member.name!r} is a link or a device; refused")
+    with tarfile.open(archive, "r:*") as tarred:
+        for entry in tarred:
+            if entry.isfile():
+                # What is a file has content.
+                yield entry.name, entry.size, partial(tarred.extractfile, entry)  # type: ignore[misc]
+            elif not entry.isdir():
+                raise ArchiveError(f"{archive}: {entry.name!r} is a link or a device; refused")
 
 
 def _checked(archive: Path, name: str) -> PurePosixPath:

@@ -40,7 +40,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 def write_pope(folder: Path, scenes: list[Scene], num_questions: int, rng: np.random.Generator) -> None:
     """POPE: existence, in three files that differ in their negatives; yes and no take turns."""
-    questions = []
+    questions: list[dict[str, Any]] = []
     for split, negative in enumerate(NEGATIVES):
         records = []
         for index in range(len(range(split, num_questions, len(NEGATIVES)))):

@@ -103,5 +103,5 @@ def draw_scene(scene: Scene) -> Image.Image:
         row, column = CELL * (item.cell // GRID), CELL * (item.cell % GRID)
         cell = pixels[row : row + CELL, column : column + CELL]
         opacity = handwriting[item.sample][..., None]
-        cell[:] = (1 - opacity) * cell + opacity * np.float32(COLOURS[item.colour])
+        cell[:] = (1 - opacity) * cell + opacity * np.array(COLOURS[item.colour], np.float32)
     return Image.fromarray(pixels)

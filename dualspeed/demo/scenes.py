@@ -67,7 +67,7 @@ def caption_record(text: str, image: str) -> dict[str, Any]:
 
 def conversation_record(questions: list[Question], record_id: str, image: str) -> dict[str, Any]:
     """A conversation in the format of LLaVA-Instruct; the picture stands before the first question."""
-    turns = []
+    turns: list[dict[str, str]] = []
     for question in questions:
         mark = "" if turns else "<image>\n"
         turns.append({"from": "human", "value": mark + question.prompt})

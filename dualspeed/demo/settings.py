@@ -3,8 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-Settings = TypeVar("Settings")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SceneSettings:
@@ -66,6 +64,9 @@ class BaseModelSettings:
     """The same for language model and projector."""
     initializer_range: float = 0.08
     """Standard deviation of their initial weights; 0.02 as in large models starts too flat at this width."""
+
+
+Settings = TypeVar("Settings", SceneSettings, BaseModelSettings)
 
 
 def settings_from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:

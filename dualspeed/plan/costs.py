@@ -67,7 +67,7 @@ class StageCost:
 
 def processes_of(recipe: Recipe, wanted: JobResources) -> Processes:
     """How the processes that a job asks for share the model, by its recipe's launcher file."""
-    num_gpus = wanted.nodes * wanted.processes
+    num_gpus = wanted.num_processes
     if recipe.accelerate_config is None:
         return Processes(num_gpus=num_gpus, sharding="ddp")
     file = Path(recipe.accelerate_config)

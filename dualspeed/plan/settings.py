@@ -35,7 +35,7 @@ class DatasetEstimate:
     """How many of them are supervised."""
     image_share: float = 1.0
     """Share of the samples that have an image."""
-    image_size: tuple[int, ...] = (480, 640)
+    image_size: tuple[int, int] = (480, 640)
     """Height and width of a picture, which LLaVA-NeXT's tokens follow from."""
     text_only_tokens: int | None = None
     """Tokens of a sample without an image; null: as many as of the others' text."""

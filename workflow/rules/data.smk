@@ -122,7 +122,7 @@ rule assemble_base_model:
         mem_mb=80000,
         runtime=growing(120),
     params:
-        settings=lambda wildcards: as_json(jobs.parts_settings(PROJECT.models[wildcards.model])),
+        settings=lambda wildcards: as_json(jobs.parts_settings(PROJECT.models[wildcards.model].parts)),
     message:
         "Put the base model {wildcards.model} together (progress: {log})"
     shell:
