@@ -35,7 +35,6 @@ from dualspeed.families import (
     TOKEN_INPUTS,
     blank_image,
     check_family,
-    has_3d_positions,
     image_inputs,
     image_seeds,
     token_inputs,
@@ -322,26 +321,19 @@ class DualSpeedModel(nn.Module):
 
         Returns:
             (B, L + new) the input_ids as given, followed by the new tokens, in either mode.
-
-        Raises:
-            NotImplementedError: pruned generation with 3-D positions, which stock generation counts on by itself.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
         images = {name: values for name, values in images.items() if values is not None}
         if mode is Mode.SLOW or not images:
             return self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **kwargs)
-        if has_3d_positions(self.vlm):
-            raise NotImplementedError(
-                f"{type(self.vlm).__name__} generates on full tokens only, since stock generation continues its 3-D "
-                "positions from a whole sequence; use mode=Mode.SLOW"
-            )
         takes = inspect.signature(self.vlm.get_image_features).parameters
         inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in takes or name in TOKEN_INPUTS}
         pixels = image_inputs(self.vlm, inputs | images)
         whole = Sequences(input_ids, attention_mask, None, question_ids=question_ids)
         whole = whole._replace(by_token=token_inputs(self.vlm, whole, inputs, pixels))
         pruned, kept = self._pruned(whole, self._encode(pixels), self._seeds(pixels, 0), padding_side="left")
+        # Where positions are given, 3-D ones as in the Qwen-VL families, stock generation counts on from the last of them.
         output = self.vlm.generate(
             input_ids=pruned.input_ids,
             attention_mask=pruned.attention_mask,

@@ -14,7 +14,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
-from dualspeed.families import has_3d_positions, image_inputs, token_inputs
+from dualspeed.families import image_inputs, token_inputs
 from dualspeed.pruners import PRUNERS, num_tokens_to_keep
 from dualspeed.sequences import Sequences
 from dualspeed.stages import is_projector, set_trainable
@@ -127,28 +127,58 @@ def test_kept_tokens_take_what_belongs_to_them_along(family):
         assert torch.equal(rows[~isolator], of_image_tokens[kept[is_kept]][~isolator])
 
 
-@by_family
-def test_pruned_generation_continues_the_pruned_sequence(family):
-    """Its first token is the likeliest after what fast mode sees; 3-D positions are refused with a reason."""
-    model = model_of(family, pruning_ratio=0.5).eval()
-    inputs = batch(family, [1, 2], padding_side="left")
-    labels = inputs.pop("labels")
+def prompts(family: Family, num_images: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch to generate from."""
+    inputs = batch(family, num_images, padding_side="left", seed=seed)
+    del inputs["labels"]
     if family.token_types:
-        inputs[family.token_types] = (inputs["input_ids"] == IMAGE).int() * (family.name == "Gemma 3")
-    if has_3d_positions(model.vlm):
-        with pytest.raises(NotImplementedError, match="generates on full tokens only"):
-            model.generate(mode=Mode.FAST, **inputs)
-        return
-    generated = model.generate(mode=Mode.FAST, max_new_tokens=1, do_sample=False, **inputs)
-    # A last token to predict stands behind each sequence: its logits are those of the token before.
-    asked = {name: torch.nn.functional.pad(values, (0, 1), value=1) for name, values in by_token(inputs).items()}
-    asked["labels"] = torch.full_like(asked["input_ids"], -100)
-    asked["labels"][:, -1] = 1
+        takes_images = family.token_types == "mm_token_type_ids" or family.name == "Gemma 3"
+        inputs[family.token_types] = (inputs["input_ids"] == IMAGE).int() * takes_images
+    return inputs
+
+
+def generator_of(family: Family, **settings) -> DualSpeedModel:
+    """A model that never ends its answers, nor draws images in them."""
+    model = model_of(family, **settings).eval()
+    model.vlm.generation_config.eos_token_id = None
+    model.vlm.generation_config.suppress_tokens = [IMAGE]
+    return model
+
+
+@by_family
+def test_pruned_generation_is_greedy_decoding_of_the_pruned_sequence(family):
+    """Each new token is the likeliest by fast mode's own forward pass over all before it, and alone as in a batch."""
+    model = generator_of(family, pruning_ratio=0.9)
+    inputs, new = prompts(family, [1, 2, 3]), 12
+    arguments = {"mode": Mode.FAST, "max_new_tokens": new, "do_sample": False}
+    generated = model.generate(**arguments, **inputs)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + new
+    # The pruned sequence, its positions among it, comes from the whole one with the new tokens behind it.
+    asked = {name: torch.nn.functional.pad(values, (0, new), value=1) for name, values in by_token(inputs).items()}
+    asked["input_ids"] = generated
+    asked["labels"] = generated.clone()
+    asked["labels"][:, :-new] = -100
     if family.name == "Gemma 3":
-        asked["token_type_ids"][:, -1] = 0
+        asked["token_type_ids"][:, -new:] = 0
     logits = model(mode=Mode.FAST, **inputs | asked).logits
-    assert generated.shape[1] == labels.shape[1] + 1
-    assert torch.equal(generated[:, -1], logits.argmax(dim=-1))
+    logits[:, IMAGE] = -torch.inf
+    assert torch.equal(generated[:, -new:], logits.argmax(dim=-1).view(-1, new))
+    for seed, row in enumerate(generated):
+        alone = model.generate(**arguments, **prompts(family, [seed + 1], seed=seed))
+        assert torch.equal(alone[0, -new:], row[-new:])
+
+
+@by_family
+def test_generation_on_all_tokens_without_isolator_is_the_stock_models(family):
+    model = generator_of(family, pruning_ratio=0.0, num_virtual_tokens=0)
+    arguments = {"max_new_tokens": 6, "do_sample": False}
+    for num_images in ([1, 2, 3], [2], [0, 1], [0]):
+        inputs = prompts(family, num_images)
+        # Twice in turn: neither leaves positions behind that the other goes on with.
+        for _ in range(2):
+            stock = model.vlm.generate(**arguments, **inputs)
+            for mode in Mode:
+                assert torch.equal(model.generate(mode=mode, **arguments, **inputs), stock)
 
 
 def by_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -256,7 +286,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason():
 @pytest.mark.skipif(is_torchvision_available(), reason="the table says what can't be built without torchvision")
 def test_readme_lists_the_families():
     """UPDATE_README=1 writes what this run found."""
-    lines = ["| family | class | pruned by | methods | pruned generation | to train |", "|---|---|---|---|---|---|"]
+    lines = ["| family | class | pruned by | methods | to train |", "|---|---|---|---|---|"]
     lines += [line_of(family) for family in FAMILIES]
     readme = Path(__file__).parents[1] / "README.md"
     before, old, after = re.split(
@@ -281,7 +311,6 @@ def line_of(family: Family) -> str:
             f"`{type(vlm).__name__}`",
             "image" if len(units) == 1 else "tile",
             "all" if methods == list(PRUNERS) else "feature-based",
-            "no" if has_3d_positions(vlm) else "yes",
             f"{'needs torchvision' if processor_needs_torchvision(vlm) else ''} |",
         ]
     )
