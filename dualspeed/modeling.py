@@ -333,7 +333,7 @@ class DualSpeedModel(nn.Module):
         whole = Sequences(input_ids, attention_mask, None, question_ids=question_ids)
         whole = whole._replace(by_token=token_inputs(self.vlm, whole, inputs, pixels))
         pruned, kept = self._pruned(whole, self._encode(pixels), self._seeds(pixels, 0), padding_side="left")
-        # Where positions are given, 3-D ones as in the Qwen-VL families, stock generation counts on from the last of them.
+        # Given positions (3-D ones, as in the Qwen-VL families), stock generation counts on from the last of them.
         output = self.vlm.generate(
             input_ids=pruned.input_ids,
             attention_mask=pruned.attention_mask,
