@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Spinning OpenMP threads make a step ten times slower where cores are busy.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo demo-full resume show report ui test test-all lint clean
+.PHONY: help install demo demo-full resume show report ui test test-all pictures lint clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ test: install  ## the tests, a few minutes
 
 test-all: install  ## the longer ones too
 	$(BIN)/pytest
+
+pictures: install  ## screenshots for docs/img of what `make demo` left; needs Chromium
+	$(BIN)/pytest tests/test_pictures.py --pictures docs/img
 
 lint: install  ## what CI checks of style and types
 	$(BIN)/ruff check .

@@ -14,6 +14,11 @@ from dualspeed.delivery import ParentRun
 from dualspeed.tables import write_tables
 from dualspeed.tracking import MetricLog, RunSpec
 
+# Cards that are open, from the first: title, and number of bars or lines.
+READ_CHARTS = """
+return [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(card =>
+  [card.innerText.split('\\n')[0], card.querySelectorAll('.bars .point, .js-line').length])
+"""
 # Cells of the grid by row; names stand in a pinned part of it, numbers in another.
 READ_GRID = """
 const rows = {};
@@ -32,7 +37,11 @@ def project(tmp_path_factory):
     settings = make_tree(folder / "results")
     for row in settings["experiments"]:
         parent = ParentRun(row["id"], row["settings_hash"])
-        with MetricLog(folder / "results/state" / row["id"], None, RunSpec(f"finetune {row['id']}", parent)) as log:
+        with MetricLog(
+            folder / "results/state" / row["id"],
+            None,
+            RunSpec(f"finetune {row['id']}", parent, tags={"stage": "finetune"}),
+        ) as log:
             log.log(1, {"loss": 2.0})
             log.log(2, {"loss": 1.0})
     store = {"uri": f"sqlite:///{folder}/results/mlflow.db", "experiment": "dualspeed-demo"}
@@ -78,3 +87,20 @@ def test_first_view_shows_rows_and_numbers_of_the_csv_best_first(page, project):
         assert float(shown[name]["score/mean"]) == mean
         assert float(shown[name]["speedup_measured"]) == pytest.approx(speed["speedup_measured"][name], rel=1e-9)
         assert float(shown[name]["train_hours"]) == pytest.approx(costs["train_hours"][name], rel=1e-9)
+
+
+@pytest.mark.browser
+def test_charts_show_a_bar_for_each_row_and_a_curve_for_each_finetuning(page, project):
+    scores = pd.read_csv(project / "tables/demo/scores.csv")
+    num_rows = scores["experiment"].nunique()
+    drawn = {}
+    for title in (first_page.CHARTS_TITLE, first_page.CURVES_TITLE):
+        link = page.find_element("link text", title).get_attribute("href")
+        page.get("about:blank")
+        page.get(link)
+        wait_for(page, lambda page: page.execute_script(READ_CHARTS), f"the first chart of {title}")
+        wait_for(page, lambda page: page.execute_script(READ_CHARTS)[0][1], f"what is drawn in {title}")
+        drawn[title] = page.execute_script(READ_CHARTS)
+    assert drawn[first_page.CHARTS_TITLE][0] == ["score/mean", num_rows]
+    assert [name for name, _ in drawn[first_page.CHARTS_TITLE]][:3] == ["score/mean", "rel", "speedup_measured"]
+    assert drawn[first_page.CURVES_TITLE][0][0] == "loss"
