@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, ascending, by_score, cosine_similarity, first, pairs
+from dualspeed.visual_tokens import STRIP, VisualTokens, ascending, by_score, cosine_similarity, first
 
 MOST_PER_ROUND = 8
 
@@ -54,8 +54,7 @@ def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_w
         order = order[:, : int(num_left.max())]
         is_left = first(num_left, order)
         evens, odds = order[:, ::2], order[:, 1::2]
-        to_odds = pairs(similarity, evens, odds).masked_fill_(~is_left[:, None, 1::2], -torch.inf)
-        closeness = to_odds.amax(dim=-1).masked_fill(~is_left[:, ::2], -torch.inf)
+        closeness = nearest(similarity, evens, odds, is_left[:, 1::2]).masked_fill(~is_left[:, ::2], -torch.inf)
 
         num_evens = (num_left + 1) // 2
         num_removed = torch.minimum((num_left - num_wanted).clamp(0, MOST_PER_ROUND), num_evens)
@@ -67,3 +66,14 @@ def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_w
         order = torch.where(is_done[:, None], order, reordered)
         num_left = num_left - num_removed
     return order
+
+
+def nearest(similarity: Tensor, rows: Tensor, columns: Tensor, counted: Tensor) -> Tensor:
+    """(B, R) how near the tokens at `rows` (B, R) come to any at those `columns` (B, C) that are `counted` (B, C)."""
+    # Whole rows with a penalty on all other columns, strip by strip: picked entries, or all rows at once, would be
+    # large tensors in each of hundreds of rounds, and most of the time.
+    penalty = torch.full_like(similarity[:, 0], -torch.inf)
+    penalty = penalty.scatter(1, columns, torch.where(counted, 0.0, -torch.inf).to(penalty.dtype))[:, None]
+    images = torch.arange(len(rows), device=rows.device)[:, None]
+    strips = [similarity[images, strip].add_(penalty).amax(dim=-1) for strip in rows.split(STRIP, dim=1)]
+    return torch.cat(strips, dim=1)
