@@ -21,7 +21,7 @@ def cdpruner(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     tokens.check("cdpruner", *cdpruner.needs)
     valid = tokens.valid()
     quality = scaled(tokens.relevance.float(), valid)
-    kernel = quality[:, :, None] * cosine_similarity(tokens.features) * quality[:, None, :]
+    kernel = cosine_similarity(tokens.features).mul_(quality[:, :, None]).mul_(quality[:, None])
     return ascending(greedy_map(kernel, valid, int(num_keep.max())), num_keep)
 
 
