@@ -225,6 +225,14 @@ def test_equals_the_published_algorithm(name, num_tokens, num_keep):
         assert_close(vectors[0], expected[1], atol=1e-5, rtol=1e-5)
 
 
+def test_vispruner_strip_by_strip_keeps_the_same_tokens(monkeypatch):
+    mask = torch.arange(60) < torch.tensor([60, 41, 2])[:, None]
+    batch, num_keep = tokens(3, 60, mask=mask), torch.tensor([9, 16, 1])
+    whole, _ = prune("vispruner", batch, num_keep)
+    monkeypatch.setattr("dualspeed.pruners.vispruner.STRIP", 4)
+    assert torch.equal(prune("vispruner", batch, num_keep)[0], whole)
+
+
 def test_cdpruner_keeps_each_token_once_beyond_the_rank_of_the_features():
     """64 of 96 tokens of 8 dimensions: once nothing new is left, the lower index comes first."""
     batch = tokens(1, 96)
