@@ -144,10 +144,10 @@ def draw_speedup(rows: pd.DataFrame) -> Figure:
     for place, row in enumerate(rows.itertuples()):
         share = row.speedup_measured / row.speedup_theory
         end = max(row.speedup_measured, row.speedup_theory)
-        axes.text(end, place, f"  {row.speedup_measured:.2f}x, {share:.0%} of the limit", va="center", fontsize=9)
+        axes.text(end, place, f"  {row.speedup_measured:.2f}x, {share:.0%} of limit", va="center", fontsize=9)
     axes.axvline(1, color=GREY, linewidth=0.8, zorder=0)
     axes.set_yticks(places, name_rows(rows))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.6 * rows[["speedup_measured", "speedup_theory"]].max(axis=None))
     axes.set_xlabel("Speedup of a training step (Baseline = 1)")
     axes.set_title("Measured speedup against what the FLOPs allow")
@@ -160,34 +160,54 @@ def draw_mismatch(rows: pd.DataFrame) -> Figure:
     if rows["mean"].notna().sum() == 0:
         return empty_figure("Full and pruned inference: not run")
     rows = rows.assign(name=name_rows(rows))
-    names = list(dict.fromkeys(rows["name"]))
-    figure = Figure(figsize=(max(6.4, 1.2 + 1.35 * len(names)), 3.8))
+    by_name = rows.pivot(index="name", columns="inference", values="mean").reindex(rows["name"].unique())
+    places = dict(zip(by_name.index, range(len(by_name)), strict=True))
+    figure = Figure(figsize=(7.2, 1.6 + 0.32 * len(by_name)))
     axes = figure.subplots()
-    for shift, inference, color in [(-0.2, "full", DARK), (0.2, "pruned", ORANGE)]:
+    axes.hlines(places.values(), by_name.min(axis=1), by_name.max(axis=1), color=GREY, linewidth=1.5, zorder=1)
+    for inference, color, marker in [("full", DARK, "o"), ("pruned", ORANGE, "s")]:
         part = rows[rows["inference"] == inference]
-        places = [names.index(name) + shift for name in part["name"]]
-        bars = axes.bar(places, part["mean"], 0.38, yerr=part["mean_std"], color=color, capsize=2)
-        axes.bar_label(bars, [format_number(value) for value in part["mean"]], padding=2, fontsize=9)
-        bars.set_label(f"{inference} tokens")
-    axes.set_xticks(range(len(names)), [name.replace(", ", "\n", 1) for name in names])
-    axes.set_ylim(0, 112)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("Mean score")
+        axes.errorbar(
+            part["mean"],
+            part["name"].map(places),
+            xerr=part["mean_std"].fillna(0),
+            color=color,
+            marker=marker,
+            linestyle="none",
+            elinewidth=1,
+            capsize=2,
+            label=f"{inference} tokens",
+        )
+    spread = rows["mean_std"].fillna(0)
+    ends = rows.assign(low=rows["mean"] - spread, high=rows["mean"] + spread).groupby("name")[["low", "high"]]
+    for side, places_of_text, scores in [
+        ("right", ends.min()["low"] - 2, by_name.min(axis=1)),
+        ("left", ends.max()["high"] + 2, by_name.max(axis=1)),
+    ]:
+        for name, score in scores.items():
+            axes.text(places_of_text[name], places[name], format_number(score), ha=side, va="center", fontsize=9)
+    axes.set_yticks(list(places.values()), list(places))
+    axes.set_ylim(len(places) - 0.4, -0.6)
+    axes.set_xlim(min(50, ends.min()["low"].min() - 10), 110)
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
+    axes.set_xlabel("Mean score")
     axes.set_title("The same models answering on full and on pruned tokens")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def name_rows(rows: pd.DataFrame) -> list[str]:
-    """What tells each row from the others: method, pruner and p, and r, l, alpha or model where those differ."""
+    """What tells each row from the others: method, pruner and p; r, l, alpha that aren't the usual ones; the model."""
     varied = varied_settings(rows)
+    usual = usual_settings(rows) if varied else {}
     names = []
     for row in rows.itertuples():
         parts = [METHOD_LABELS[row.method]]
         if not is_reference(row):
             parts.append(f"{PRUNER_LABELS.get(row.pruner, row.pruner)} p = {row.pruning_ratio:g}")
         if row.method == "dualspeed":
-            parts += [f"{symbol} = {getattr(row, column):g}" for symbol, column in varied.items()]
+            values = {symbol: (getattr(row, column), usual[column]) for symbol, column in varied.items()}
+            parts += [f"{symbol} = {value:g}" for symbol, (value, usual_one) in values.items() if value != usual_one]
         if rows["model"].nunique() > 1:
             parts.append(row.model)
         names.append(", ".join(parts))
