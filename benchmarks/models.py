@@ -26,8 +26,10 @@ class Size:
     batch_size: int
     fast_batch_size: int
     """Samples at once in fast steps."""
-    slow_batch_size: int
+    baseline_batch_size: int
     """The same in steps on full tokens."""
+    slow_batch_size: int
+    """The same in slow steps, where a teacher's logits lie beside the student's."""
     text_tokens: int
     """Mean number of text tokens; lengths are log-normal about it, as those of instruction data roughly are."""
     spread: float
@@ -50,13 +52,24 @@ MODELS = {
         vision={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
         batch_size=8,
         fast_batch_size=8,
-        slow_batch_size=4,
+        baseline_batch_size=4,
+        slow_batch_size=2,
         text_tokens=60,
         spread=0.15,
         supervised=30,
     ),
-    "llava-1.5-7b": Size(text=VICUNA, vision=CLIP_L, fast_batch_size=4, slow_batch_size=4, **REAL),
-    "llava-next-7b": Size(text=VICUNA, vision=CLIP_L, fast_batch_size=2, slow_batch_size=2, has_tiles=True, **REAL),
+    "llava-1.5-7b": Size(
+        text=VICUNA, vision=CLIP_L, fast_batch_size=4, baseline_batch_size=4, slow_batch_size=4, **REAL
+    ),
+    "llava-next-7b": Size(
+        text=VICUNA,
+        vision=CLIP_L,
+        fast_batch_size=2,
+        baseline_batch_size=2,
+        slow_batch_size=2,
+        has_tiles=True,
+        **REAL,
+    ),
 }
 
 

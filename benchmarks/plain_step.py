@@ -41,8 +41,8 @@ def slow(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pr
 
 
 def recompute_always(vlm: PreTrainedModel) -> None:
-    """Activation checkpointing in whatever step follows."""
-    vlm.activation_checkpointing_enable()
+    """Activation checkpointing in whatever step follows, of the language model: the tower ran without gradient there."""
+    vlm.get_decoder().activation_checkpointing_enable()
 
 
 def full_logits(vlm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -119,9 +119,9 @@ def make_steps(size: Size, names: tuple[str, ...]) -> tuple[dict[str, DualSpeedM
     batch = batch_of(size)
     fast.train()
     ours = {
-        "baseline": partial(backward, fast, batch, size.slow_batch_size, True, mode=Mode.SLOW, distill=False),
+        "baseline": partial(backward, fast, batch, size.baseline_batch_size, True, mode=Mode.SLOW, distill=False),
         "baseline_unchecked": partial(
-            backward, fast, batch, size.slow_batch_size, False, mode=Mode.SLOW, distill=False
+            backward, fast, batch, size.baseline_batch_size, False, mode=Mode.SLOW, distill=False
         ),
         "naive": partial(backward, naive, batch, size.fast_batch_size, True, mode=Mode.FAST),
         "fast": partial(backward, fast, batch, size.fast_batch_size, True, mode=Mode.FAST),
