@@ -41,7 +41,7 @@ def slow(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pr
 
 
 def recompute_always(vlm: PreTrainedModel) -> None:
-    """Activation checkpointing in whatever step follows, of the language model: the tower ran without gradient there."""
+    """Activation checkpointing of the language model in whatever step follows; the tower has no gradient."""
     vlm.get_decoder().activation_checkpointing_enable()
 
 
