@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dualspeed.tracking import MetricLog
+from dualspeed.validation import as_logged
 
 MARGIN_SECONDS = 300.0
 # Why training stops before its last step; the number is what processes agree on.
@@ -36,8 +37,9 @@ class MetricLogCallback(TrainerCallback):
         is_sum_of_part = "train_runtime" in (logs or {}) and state.global_step < state.max_steps
         if not state.is_world_process_zero or not logs or is_sum_of_part:
             return
+        named = as_logged(logs)
         numbers = {
-            key: float(value) for key, value in logs.items() if isinstance(value, Real) and not isinstance(value, bool)
+            key: float(value) for key, value in named.items() if isinstance(value, Real) and not isinstance(value, bool)
         }
         self.metric_log.log(state.global_step, numbers)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dualspeed.files import write_json
 from dualspeed.trainer import DualSpeedTrainer
@@ -74,12 +74,16 @@ class ResumableTrainer(DualSpeedTrainer):
             shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def seconds(self) -> float:
-        """Wall clock of the stage so far, over all its jobs."""
-        return time.monotonic() - self._started
+        """Wall clock of the stage so far, over all its jobs, without its validations."""
+        return time.monotonic() - self._started - self.evaluation_seconds
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock one, whose workers leave SIGTERM to the trainer."""
         return shield_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Likewise."""
+        return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The stock loop looks whether training is over after a step; resumed at the end, it would train one more.

@@ -276,9 +276,9 @@ class StageSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the launcher's file: how processes share a model doesn't change what they train."""
-        settings = dataclasses.asdict(self)
-        del settings["recipe"]["accelerate_config"]
-        return settings | {"dualspeed": self.dualspeed.to_dict()}
+        recipe = self.recipe.to_dict()
+        del recipe["accelerate_config"]
+        return dataclasses.asdict(self) | {"recipe": recipe, "dualspeed": self.dualspeed.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":

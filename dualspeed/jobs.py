@@ -133,7 +133,7 @@ def parts_settings(parts: ModelParts) -> dict[str, Any]:
 
 def preparation_settings(recipe: Recipe) -> dict[str, Any]:
     """How a stage's data is prepared."""
-    return dataclasses.asdict(recipe.preparation())
+    return recipe.preparation().to_dict()
 
 
 def download_settings(source: Source) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""How loss falls with training time, and what score it ends at: Baseline, NaivePrune and DualSpeed.
+"""How loss falls and the score rises with training time: Baseline, NaivePrune and DualSpeed.
 
 Read from what each stage leaves with its checkpoint: `metrics.jsonl` and `training.json`. Time is the trainer's own
-(samples over samples per second), so that a run which waited for a machine between two jobs has no gap.
+(samples over samples per second), so that a run which waited for a machine between two jobs has no gap; validations
+take none of it.
 """
 
 import json
@@ -19,22 +20,19 @@ from dualspeed.results import finetune_path, read_json
 from dualspeed.summary import members_of
 
 LOSSES = {"slow/ce_loss": ("full tokens", "-"), "fast/ce_loss": ("pruned tokens", (0, (3, 1.5)))}
+ACCURACY = "validation/answer_accuracy"
 SMOOTHED_SHARE = 0.03
 
 
 def read_curve(folder: Path) -> pd.DataFrame:
     """`seconds` of training and LOSSES at each logged step of the stage whose checkpoint is `folder`; maybe empty."""
     columns = ["step", "seconds", *LOSSES]
-    training, metrics = folder / "training.json", folder / "metrics.jsonl"
-    if not (training.exists() and metrics.exists()):
+    training = folder / "training.json"
+    if not training.exists():
         return pd.DataFrame(columns=columns)
     batch = read_json(training)["settings"]["recipe"]["global_batch_size"]
     rows, step, seconds = [], 0, 0.0
-    for line in metrics.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # torn by a kill, and then written again
+    for record in read_metrics(folder):
         values = record["metrics"]
         if "samples_per_second" in values:
             seconds += (record["step"] - step) * batch / values["samples_per_second"]
@@ -43,10 +41,32 @@ def read_curve(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def read_validation(folder: Path) -> pd.DataFrame:
+    """`seconds` of training and ACCURACY at each validation of the stage whose checkpoint is `folder`; maybe empty."""
+    found = [(one["step"], one["metrics"][ACCURACY]) for one in read_metrics(folder) if ACCURACY in one["metrics"]]
+    points, curve = pd.DataFrame(found, columns=["step", ACCURACY]), read_curve(folder)
+    if curve.empty:
+        return points[:0].assign(seconds=[])
+    return points.assign(seconds=np.interp(points["step"], [0, *curve["step"]], [0.0, *curve["seconds"]]))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the folder's metrics.jsonl; none if it has no such file."""
+    file, records = folder / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # torn by a kill, and then written again
+    return records
+
+
 def draw_learning_curves(settings: dict[str, Any], rows: pd.DataFrame) -> Figure:
-    """Loss against training time on the left, the score at its end on the right; `rows` are those of `typical_rows`."""
+    """Loss against training time on the left, the score on the right; `rows` are those of `typical_rows`."""
     root = Path(settings["results"])
-    curves = {one["id"]: read_curve(finetune_path(root, one).parent) for one in members_of(settings, rows)}
+    folders = {one["id"]: finetune_path(root, one).parent for one in members_of(settings, rows)}
+    curves = {name: read_curve(folder) for name, folder in folders.items()}
+    validations = {name: read_validation(folder) for name, folder in folders.items()}
     if all(curve.empty for curve in curves.values()):
         return empty_figure("Learning curves: not run, or trained without keeping metrics")
     longest = (rows["train_hours"].max() if rows["train_hours"].notna().any() else 0) * 3600
@@ -57,10 +77,14 @@ def draw_learning_curves(settings: dict[str, Any], rows: pd.DataFrame) -> Figure
         start = 0 if pd.isna(row.pretrain_seconds) else row.pretrain_seconds
         for number, name in enumerate(row.experiments.split("; ")):
             draw_losses(left, curves[name], row.method, start, seconds, labelled=number == 0)
+            draw_validation(right, validations[name], row.method, start, seconds, labelled=number == 0)
     left.set_yscale("log")
     left.set_ylabel("Training loss (cross-entropy)")
     left.set_title("Loss while training")
     draw_final_scores(right, rows, seconds / 3600)
+    if any(len(points) for points in validations.values()):
+        right.set_title("Held-out answers while training, benchmarks at its end")
+        right.set_ylabel("Answers right (%), mean score")
     for axes in (left, right):
         axes.set_xlabel(f"Training time, pretraining included ({unit})")
         axes.set_xlim(left=0)
@@ -80,6 +104,14 @@ def draw_losses(axes: Axes, curve: pd.DataFrame, method: str, start: float, unit
         axes.plot(
             (start + known["seconds"]) / unit, smooth, color=COLORS[method], linestyle=line, linewidth=1.2, label=label
         )
+
+
+def draw_validation(axes: Axes, points: pd.DataFrame, method: str, start: float, unit: float, labelled: bool) -> None:
+    """One run's share of held-out answers that were right, on full tokens, after so much training."""
+    if not points.empty:
+        label = f"{METHOD_LABELS[method]}, held-out answers" if labelled else None
+        time, color = (start + points["seconds"]) / unit, COLORS[method]
+        axes.plot(time, points[ACCURACY], color=color, marker=".", linewidth=1.2, label=label)
 
 
 def draw_final_scores(axes: Axes, rows: pd.DataFrame, unit_hours: float) -> None:

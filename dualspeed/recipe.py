@@ -6,7 +6,7 @@ from typing import Any
 
 from dualspeed.data.templates import TEMPLATE_NAMES
 from dualspeed.training_arguments import check_training_arguments
-from dualspeed.typed import check_choice, check_range
+from dualspeed.typed import ConfigError, check_choice, check_range
 
 IMAGE_ASPECT_RATIOS = ("anyres", "pad", "square")
 """LLaVA's names: `square` crops the middle, `pad` adds borders, `anyres` cuts tiles beside a view of the whole."""
@@ -28,6 +28,8 @@ class DataRecipe:
     """Preparation fails if a larger share of the samples is unusable."""
     image_aspect_ratio: str | None = None
     """How a picture becomes the tower's square, or its squares; null: as the checkpoint's processor has it."""
+    validation_annotations: str | None = None
+    """Held-out conversations, in the same format and with images in the same folder; null: no validation."""
 
     def __post_init__(self) -> None:
         if self.image_aspect_ratio is not None:
@@ -35,6 +37,15 @@ class DataRecipe:
         check_choice("chat_template", self.chat_template, TEMPLATE_NAMES)
         check_range("max_length", self.max_length, self.max_length > 0, "above 0")
         check_range("max_dropped_share", self.max_dropped_share, 0 <= self.max_dropped_share <= 1, "in [0, 1]")
+        if self.validation_annotations == self.annotations:
+            raise ConfigError(f"validation_annotations: {self.annotations!r} is trained on; valid: another file")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without a validation where none is asked: what was made before there was that choice stays."""
+        settings = dataclasses.asdict(self)
+        if self.validation_annotations is None:
+            return {key: value for key, value in settings.items() if not key.startswith("validation_")}
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,8 @@ class Recipe(DataRecipe):
     """Learning rate of the vision tower; null: it stays frozen."""
     lora: LoraRecipe | None = None
     """Finetune adapters; null: the whole language model."""
+    validation_steps: int | None = None
+    """Optimizer steps from one validation to the next."""
     accelerate_config: str | None = None
     """File for `accelerate launch`: how many processes, and how they share the model; null: one process."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +99,11 @@ class Recipe(DataRecipe):
             fast = self.per_device_batch_size or self.global_batch_size
             valid = f"from 1 to the samples of a fast step, {fast}, or null"
             check_range("slow_per_device_batch_size", slow, 0 < slow <= fast, valid)
+        if (self.validation_annotations is None) != (self.validation_steps is None):
+            given = f"{self.validation_steps!r} with validation_annotations {self.validation_annotations!r}"
+            raise ConfigError(f"validation_steps: {given}; valid: both or neither")
+        if self.validation_steps is not None:
+            check_range("validation_steps", self.validation_steps, self.validation_steps > 0, "above 0")
         for name in ("projector_learning_rate", "vision_learning_rate"):
             rate = getattr(self, name)
             check_range(name, rate or 0.0, rate is None or rate >= 0, "0 or more, or null")

@@ -27,7 +27,7 @@ FIGURES = {
     "figure_mismatch": "The same models answering on full and on pruned tokens.",
     "figure4": "Training time, its stages apart.",
     "figure5": "Speed against performance, over pruning ratios and over slow-mode ratios.",
-    "figure_learning_curves": "Training loss against time, and the score that each way of training ends at.",
+    "figure_learning_curves": "Loss and held-out accuracy against training time, and the benchmarks' score at its end.",
     "figure_question_types": "Accuracy by type of question on full tokens.",
     "figure_speedup": "Measured speedup of a step, and the limit that FLOPs set.",
     "kept_tokens": "What each pruning method keeps of a picture: the framed tokens, their number in brackets.",

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 
+from dualspeed import validation
 from dualspeed.callbacks import MetricLogCallback, StopInTime
 from dualspeed.checkpoints import ResumableTrainer, check_num_processes, last_checkpoint, read_progress
 from dualspeed.config import StageSettings
@@ -69,12 +70,12 @@ def train(
         checkpoint = last_checkpoint(state / "checkpoints")
         check_num_processes(checkpoint, world_size())
         model, processor = load_model(settings, model_folder)
-        dataset = load_from_disk(data_folder)
+        dataset, held_out = load_data(settings, data_folder)
         logger.info("%s on %d samples in %d processes", settings.stage, len(dataset), world_size())
         spec = run_spec(settings, out, parent)
         with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
             started -= read_progress(checkpoint).get("seconds", 0.0)
-            trainer = make_trainer(settings, model, processor, dataset, state / "checkpoints", started)
+            trainer = make_trainer(settings, model, processor, dataset, held_out, state / "checkpoints", started)
             trainer.add_callback(stop)
             if metric_log:
                 trainer.add_callback(MetricLogCallback(metric_log))
@@ -107,7 +108,7 @@ def open_state(state_root: Path, settings: StageSettings, model_folder: Path, da
     identity = {
         "settings": settings.to_dict(),
         "model": fingerprint(model_folder, "*.safetensors", "config.json"),
-        "data": fingerprint(data_folder, "*.arrow"),
+        "data": fingerprint(data_folder, "*.arrow", f"{validation.FOLDER}/*.arrow"),
     }
     state = state_root / sha256_of_json(identity)[:16]
     write_json(state / "settings.json", identity)
@@ -119,7 +120,7 @@ def fingerprint(folder: Path, *patterns: str) -> str:
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not files:
         raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)} in this folder")
-    return sha256_of_json({path.name: sha256_of_file(path) for path in files})
+    return sha256_of_json({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
 
 
 def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, ProcessorMixin]:
@@ -138,11 +139,18 @@ def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, P
     return model, load_processor(folder, settings.recipe.chat_template, settings.recipe.image_aspect_ratio)
 
 
+def load_data(settings: StageSettings, folder: Path) -> tuple[Dataset, Dataset | None]:
+    """The samples to train on, and the held-out ones of a stage that has a validation."""
+    has_validation = settings.recipe.validation_annotations is not None
+    return load_from_disk(folder), load_from_disk(folder / validation.FOLDER) if has_validation else None
+
+
 def make_trainer(
     settings: StageSettings,
     model: DualSpeedModel,
     processor: ProcessorMixin,
     dataset: Dataset,
+    held_out: Dataset | None,
     checkpoints: Path,
     started: float,
 ) -> ResumableTrainer:
@@ -150,6 +158,13 @@ def make_trainer(
     recipe, num_processes = settings.recipe, world_size()
     per_device_batch_size = recipe.per_device_batch_size or recipe.global_batch_size // num_processes
     dataset, length_column = group_lengths(dataset, settings.dualspeed)
+    validates = {}
+    if held_out is not None:
+        held_out, _ = group_lengths(held_out, settings.dualspeed)
+        # Validations are on full tokens, as slow steps are.
+        batch_size = recipe.slow_per_device_batch_size or per_device_batch_size
+        validates = {"eval_strategy": "steps", "eval_steps": recipe.validation_steps}
+        validates["per_device_eval_batch_size"] = batch_size
     arguments = TrainingArguments(
         **{
             "output_dir": str(checkpoints),
@@ -158,6 +173,7 @@ def make_trainer(
             "gradient_accumulation_steps": batch_plan(recipe.global_batch_size, num_processes, per_device_batch_size),
             "logging_nan_inf_filter": False,
             "length_column_name": length_column,
+            **validates,
             **recipe.training_arguments,
         }
     )
@@ -166,6 +182,9 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=held_out,
+        preprocess_logits_for_metrics=validation.count_answers,
+        compute_metrics=validation.mean_of_answers,
         data_collator=ConversationCollator(
             processor,
             recipe.max_length,
@@ -193,7 +212,7 @@ def save(trainer: ResumableTrainer, settings: StageSettings, state: Path, out: P
 
 
 def training_record(trainer: ResumableTrainer, settings: StageSettings) -> dict[str, Any]:
-    """What a stage was and what it cost; `train_seconds` is its wall clock with loading, over all its resumes."""
+    """What a stage was and what it cost; `train_seconds` is its wall clock, validations left out, over all resumes."""
     num_steps, seconds = trainer.state.global_step, trainer.seconds()
     num_samples = num_steps * settings.recipe.global_batch_size
     losses = {key: value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key}

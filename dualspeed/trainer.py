@@ -68,6 +68,8 @@ class DualSpeedTrainer(Trainer):
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._logged_at = time.perf_counter()
         self._is_ongoing = False
+        self.evaluation_seconds = 0.0
+        """Time that evaluations took, which throughput leaves out."""
         super().__init__(model=model, args=args, **kwargs)
         if slow_batch_size is not None and self.is_deepspeed_enabled:
             raise ValueError("slow_batch_size is not for DeepSpeed, whose engine counts micro-batches itself")
@@ -105,7 +107,7 @@ class DualSpeedTrainer(Trainer):
         """Loss of a micro-batch in the mode of its step; in evaluation, cross-entropy on all tokens."""
         mode = self.mode_of_step(self.state.global_step) if model.training else Mode.SLOW
         outputs = model(
-            **inputs,
+            **{name: values for name, values in inputs.items() if name != "num_images"},  # `training_step` reads it
             mode=mode,
             distill=model.training,
             pruning_seed=(self.args.seed << 32) + self.state.global_step,
@@ -147,6 +149,16 @@ class DualSpeedTrainer(Trainer):
             self._sums.clear()
             self._logged_at = time.perf_counter()
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the stock trainer's, but training goes on as if there had been none: random numbers and throughput."""
+        device, started = self.args.device, time.perf_counter()
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            metrics = super().evaluate(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        self._logged_at += seconds
+        self.evaluation_seconds += seconds
+        return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the stock trainer's, with a group of its own for projector and isolator."""

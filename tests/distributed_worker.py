@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
+from dualspeed.validation import count_answers, mean_of_answers
 
 # Images of the four samples of a step; a process of two takes the first or the last two.
 COMPOSITIONS = [(1, 2, 1, 1), (0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 0, 2)]
@@ -48,6 +49,7 @@ def main(family: str, base: str, out: str, kind: str) -> None:
             output_dir=f"{out}/checkpoints",
             max_steps=NUM_STEPS,
             per_device_train_batch_size=4 if kind == "single" else 2,
+            per_device_eval_batch_size=2,
             train_sampling_strategy="sequential",
             optim="sgd",
             learning_rate=0.1,
@@ -60,16 +62,21 @@ def main(family: str, base: str, out: str, kind: str) -> None:
         ),
         dualspeed=DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified", pruning_ratio=0.7),
         train_dataset=dataset,
+        eval_dataset=dataset.select(range(5)),  # which two processes can't share evenly
+        preprocess_logits_for_metrics=count_answers,
+        compute_metrics=mean_of_answers,
         data_collator=lambda rows: collate([sample(family, row["seed"], row["num_images"]) for row in rows]),
     )
     recorder = GradientRecorder()
     trainer.add_callback(recorder)
     trainer.train()
     trainer.save_model(f"{out}/saved")
+    validation = trainer.evaluate()
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         modes = [str(trainer.mode_of_step(step)) for step in range(NUM_STEPS)]
         record = {"losses": losses, "modes": modes, "gradients": recorder.steps}
+        record["validation"] = [validation["eval_answer_accuracy"], validation["eval_ce_loss"]]
         record["find_unused_parameters"] = trainer.args.ddp_find_unused_parameters
         torch.save(record, Path(out) / "record.pt")
 

@@ -149,6 +149,17 @@ def test_conversations_have_one_image_mark_and_llavas_suffix(data):
             assert (image.size, image.mode) == ((GRID * CELL, GRID * CELL), "RGB")
 
 
+def test_validation_is_about_scenes_that_are_not_trained_on(data):
+    records = {name: json.loads((data / f"{name}.json").read_text()) for name in ("finetune", "validation")}
+    assert len(records["validation"]) == DATA["num_eval_scenes"]  # there are no more
+    pictures = {
+        name: {(data / "images" / "train" / record["image"]).read_bytes() for record in records[name]}
+        for name in records
+    }
+    assert len(pictures["validation"]) == DATA["num_eval_scenes"]
+    assert not pictures["validation"] & pictures["finetune"]
+
+
 @pytest.mark.parametrize("split", ["test", "heldout"])
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_benchmark_files_load_and_true_answers_score_full_marks(data, split, name):

@@ -50,6 +50,7 @@ def test_two_processes_train_as_one(single, kind):
     assert record["modes"] == expected["modes"]
     assert set(record["modes"][0:2]) == {"fast", "slow"}
     assert record["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert record["validation"] == pytest.approx(expected["validation"], rel=1e-4)
     for step, gradients in enumerate(expected["gradients"]):
         assert record["gradients"][step].keys() == gradients.keys()
         assert_close(record["gradients"][step], gradients, atol=1e-5, rtol=1e-4)

@@ -16,7 +16,7 @@ from results_tree import QUESTIONS, experiment, make_tree, write, write_score
 
 from dualspeed import paper
 from dualspeed.labels import in_paper_order
-from dualspeed.learning_curves import read_curve
+from dualspeed.learning_curves import read_curve, read_validation
 from dualspeed.question_types import accuracy_by_type
 from dualspeed.relative import relative, resample_scores
 from dualspeed.results import read_results
@@ -317,9 +317,16 @@ def test_learning_curve_counts_the_time_that_was_trained(settings, tmp_path):
     assert curve["seconds"].iloc[-1] == pytest.approx(120) and curve["seconds"].iloc[0] == pytest.approx(12)
     assert list(curve["fast/ce_loss"]) == [0.5**step for step in range(1, 11)] and curve["slow/ce_loss"].isna().all()
     with (folder / "metrics.jsonl").open("a") as file:
+        for step, accuracy in ((5, 40.0), (10, 70.0)):
+            metrics = {"validation/answer_accuracy": accuracy, "validation/seconds": 1.0}
+            file.write(json.dumps({"step": step, "time": 0, "metrics": metrics}) + "\n")
         file.write('{"step": 11, "ti')
+    validation = read_validation(folder)
+    assert list(validation["validation/answer_accuracy"]) == [40, 70]
+    assert list(validation["seconds"]) == pytest.approx([60, 120])
     pd.testing.assert_frame_equal(read_curve(folder), curve)
     assert read_curve(tmp_path / "results/models/ds-p0.75").empty
+    assert read_validation(tmp_path / "results/models/ds-p0.75").empty
 
 
 def test_accuracy_by_type_is_the_mean_over_seeds(settings):

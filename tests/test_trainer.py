@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from batches import collate, sample
 from datasets import Dataset
 from test_golden import CASES, batch, golden_model
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer, Mode
 from dualspeed.modes import MODE_SCHEDULES, mode_of_step
@@ -98,6 +99,29 @@ def test_resumed_equals_uninterrupted(tmp_path):
     }
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_evaluating_while_training_changes_no_weight_and_takes_no_training_time(tmp_path, monkeypatch):
+    """With dropout, whose random numbers go on as if there had been no evaluation."""
+    plain = trainer(tmp_path)
+    plain.train()
+    evaluated = trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    stock = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args, **kwargs: [stock(*args, **kwargs), time.sleep(0.5)][0])
+    evaluated.train()
+    history = evaluated.state.log_history
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4, 6, 8]
+    assert losses(evaluated) == losses(plain)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(evaluated.model.state_dict()[name], value), name
+    assert evaluated.evaluation_seconds > 2
+    logged = [entry for entry in history if "loss" in entry]
+    assert sum(4 / entry["samples_per_second"] for entry in logged) < logged_wall_clock(evaluated) - 1.5
+
+
+def logged_wall_clock(trained: DualSpeedTrainer) -> float:
+    """Seconds that training took with its evaluations."""
+    return next(entry["train_runtime"] for entry in trained.state.log_history if "train_runtime" in entry)
 
 
 def test_resuming_refuses_a_checkpoint_without_its_isolator(tmp_path):

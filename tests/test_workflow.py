@@ -204,6 +204,16 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
         copy_annotations,
         finetune(*ROWS) | TIME | {"Check and prepare the finetune data of tiny"},
     ),
+    "finetuning validation": (
+        edit_config(
+            lambda content: finetune_recipe(content).update(validation_annotations=None, validation_steps=None)
+        ),
+        finetune(*ROWS) | TIME | {"Check and prepare the finetune data of tiny"},
+    ),
+    "finetuning validation steps": (
+        edit_config(lambda content: finetune_recipe(content).update(validation_steps=50)),
+        finetune(*ROWS),
+    ),
     "pretraining length": (
         edit_config(lambda content: pretrain_recipe(content).update(max_length=256)),
         finetune(*ROWS) | PRETRAIN | {"Check and prepare the pretrain data of tiny"},
@@ -266,6 +276,8 @@ LINES = {
         "finetuning template",
         "pretraining length",
     ),
+    "a stage's `validation_annotations`": ("finetuning validation",),
+    "a stage's `validation_steps`": ("finetuning validation steps",),
     "a new benchmark": ("new benchmark", "new test split"),
     "`inference.*`": ("inference", "shards"),
     "`data.*`": ("data",),

@@ -2,7 +2,8 @@
 
 Enters: a recipe (annotations, image folder, chat template, max_length) and a model's processor. Leaves: a folder with a
 `datasets` dataset of rows {id, messages, images, num_tokens, num_image_tokens} and manifest.json, which names every
-sample that was dropped and why. The folder appears whole or not at all.
+sample that was dropped and why; held-out samples likewise, in its folder `validation`. The folder appears whole or not
+at all.
 
 Everything streams, chunk by chunk: threads look at the images of the next chunks while this one's tokens are counted.
 Images that lie in the annotations themselves (parquet) are written to the image folder, once.
@@ -13,7 +14,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -107,12 +108,19 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
     processor = load_processor(model, recipe.chat_template, recipe.image_aspect_ratio)
     try:
         with atomic_folder(out) as folder:
+            if recipe.validation_annotations is not None:
+                prepare_dataset(held_out(recipe), model, folder / "validation", workers)
             write_rows(usable_rows(recipe, processor, workers, tally), folder)
             manifest = json.dumps(tally.manifest(), indent=1) + "\n"
             (folder / "manifest.json").write_text(manifest, encoding="utf-8")
     except OSError as error:
         raise PreparationError(f"{out}: cannot be written: {error}") from error
     return tally.manifest()
+
+
+def held_out(recipe: DataRecipe) -> DataRecipe:
+    """The recipe of the samples that are never trained on."""
+    return replace(recipe, annotations=recipe.validation_annotations, validation_annotations=None)
 
 
 def check_folders(recipe: DataRecipe, model: Path, out: Path) -> None:

@@ -1,7 +1,8 @@
 """The demo's data folder: pictures, captions and conversations to train on, and the benchmarks' files.
 
 Leaves (see `write_demo_data`): images/train/*.png, scenes.json, pretrain.json, finetune.json and, for the splits
-`test` (digits of the test split) and `heldout` (training digits, other scenes), a folder for each benchmark.
+`test` (digits of the test split) and `heldout` (training digits, other scenes), a folder for each benchmark. The first
+held-out scenes have conversations too, validation.json, with pictures in images/train/heldout.
 """
 
 import json
@@ -17,7 +18,7 @@ from dualspeed.demo.questions import Question, ask_turns, caption
 from dualspeed.demo.settings import SceneSettings, settings_from_dict
 from dualspeed.files import atomic_folder
 
-STREAMS = {"train": 0, "finetune": 1, "heldout": 2, "test": 3}
+STREAMS = {"train": 0, "finetune": 1, "heldout": 2, "test": 3, "validation": 4}
 """Independent streams of random numbers, so that more of one part changes nothing in the others."""
 
 
@@ -30,6 +31,7 @@ def write_demo_data(settings: dict[str, Any], out: Path) -> None:
     chosen = settings_from_dict(SceneSettings, settings)
     with atomic_folder(out) as folder:
         write_training_data(chosen, folder)
+        write_validation_data(chosen, folder)
         for split in ("heldout", "test"):
             write_benchmarks(chosen, split, folder / split)
 
@@ -57,6 +59,18 @@ def write_training_data(settings: SceneSettings, folder: Path) -> None:
     (folder / "scenes.json").write_text(json.dumps(labels))
     (folder / "pretrain.json").write_text(json.dumps(captions))
     (folder / "finetune.json").write_text(json.dumps(conversations))
+
+
+def write_validation_data(settings: SceneSettings, folder: Path) -> None:
+    """Write conversations about held-out scenes, one each, and their pictures."""
+    rng = np.random.default_rng([settings.seed, STREAMS["validation"]])
+    conversations = []
+    for number, scene in enumerate(make_scenes(settings, "heldout")[: settings.num_validation_scenes]):
+        image = f"heldout/{number:06d}.png"
+        write_png(folder / "images" / "train" / image, draw_scene(scene))
+        turns = ask_turns(scene, rng, settings.turns_per_conversation)
+        conversations.append(conversation_record(turns, f"heldout-{number:06d}", image))
+    (folder / "validation.json").write_text(json.dumps(conversations))
 
 
 def caption_record(text: str, image: str) -> dict[str, Any]:

@@ -109,6 +109,11 @@ def images_from(root):
     return [RECEIPT.format(source=name) for name in sources_of(root, PROJECT.downloads)]
 
 
+def validation_from(recipe):
+    """What makes a recipe's held-out conversations; nothing without a validation."""
+    return [] if recipe.validation_annotations is None else [made_from(recipe.validation_annotations)]
+
+
 def recipe_of(model, stage):
     """Recipe of a stage of a model's training."""
     return getattr(PROJECT.models[model].stages, stage)

@@ -156,6 +156,7 @@ rule prepare_data:
         model=lambda wildcards: base_model(wildcards.model),
         annotations=lambda wildcards: made_from(recipe_of(wildcards.model, wildcards.stage).annotations),
         images=lambda wildcards: images_from(recipe_of(wildcards.model, wildcards.stage).images),
+        validation=lambda wildcards: validation_from(recipe_of(wildcards.model, wildcards.stage)),
     output:
         data=directory(f"{RESULTS}/prepared/{{model}}/{{stage}}"),
     log:
