@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dualspeed.labels import METHOD_LABELS
 from dualspeed.plot_style import COLORS, GREY, MARKERS, empty_figure
@@ -81,10 +82,15 @@ def draw_learning_curves(settings: dict[str, Any], rows: pd.DataFrame) -> Figure
     left.set_yscale("log")
     left.set_ylabel("Training loss (cross-entropy)")
     left.set_title("Loss while training")
-    draw_final_scores(right, rows, seconds / 3600)
     if any(len(points) for points in validations.values()):
-        right.set_title("Held-out answers while training, benchmarks at its end")
-        right.set_ylabel("Answers right (%), mean score")
+        draw_final_scores(right, rows[rows["inference"] == "full"], seconds / 3600)
+        label_validation(right)
+    else:
+        draw_final_scores(right, rows, seconds / 3600)
+        right.legend(loc="center right", fontsize=9)
+        right.margins(x=0.25, y=0.15)
+        right.set_title("Score when trained")
+        right.set_ylabel("Mean score")
     for axes in (left, right):
         axes.set_xlabel(f"Training time, pretraining included ({unit})")
         axes.set_xlim(left=0)
@@ -109,9 +115,20 @@ def draw_losses(axes: Axes, curve: pd.DataFrame, method: str, start: float, unit
 def draw_validation(axes: Axes, points: pd.DataFrame, method: str, start: float, unit: float, labelled: bool) -> None:
     """One run's share of held-out answers that were right, on full tokens, after so much training."""
     if not points.empty:
-        label = f"{METHOD_LABELS[method]}, held-out answers" if labelled else None
+        label = METHOD_LABELS[method] if labelled else None
         time, color = (start + points["seconds"]) / unit, COLORS[method]
         axes.plot(time, points[ACCURACY], color=color, marker=".", linewidth=1.2, label=label)
+
+
+def label_validation(axes: Axes) -> None:
+    """Titles, and a legend of the curves; markers have the methods' colours."""
+    lines = [line for line in axes.get_lines() if str(line.get_label()) in METHOD_LABELS.values()]
+    end = Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=8, label="Benchmarks' mean, when trained")
+    axes.legend(handles=[*lines, end], loc="lower right", fontsize=9)
+    axes.set_ylim(0, 105)
+    axes.margins(x=0.1)
+    axes.set_title("Score while training, on full tokens")
+    axes.set_ylabel("Right answers on held-out data (%)")
 
 
 def draw_final_scores(axes: Axes, rows: pd.DataFrame, unit_hours: float) -> None:
@@ -131,10 +148,6 @@ def draw_final_scores(axes: Axes, rows: pd.DataFrame, unit_hours: float) -> None
             linestyle="none",
             label=f"{METHOD_LABELS[row.method]}, {'full' if is_full else 'pruned'} tokens",
         )
-    axes.legend(loc="center right", fontsize=9)
     baseline = known["mean"][(known["method"] == "baseline") & (known["inference"] == "full")]
     if len(baseline):
         axes.axhline(baseline.iloc[0], color=GREY, linewidth=0.8, zorder=0)
-    axes.margins(x=0.25, y=0.15)
-    axes.set_ylabel("Mean score")
-    axes.set_title("Score when trained")
