@@ -58,6 +58,20 @@ def good_entries(folder):
     ]
 
 
+def test_held_out_samples_are_prepared_beside_those_to_train_on(models_folder, tmp_path):
+    *entries, held_out = good_entries(tmp_path)
+    (tmp_path / "held_out.json").write_text(json.dumps([held_out]))
+    recipe = make_recipe(tmp_path, entries, validation_annotations=str(tmp_path / "held_out.json"))
+    prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    assert load_from_disk(tmp_path / "out")["id"][:] == ["one", "text"]
+    assert load_from_disk(tmp_path / "out" / "validation")["id"][:] == ["two"]
+
+    (tmp_path / "held_out.json").unlink()
+    with pytest.raises(PreparationError, match=r"held_out\.json does not exist"):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("model", ["llava", "llava_next"])
 def test_prepared_rows_are_as_long_as_the_collator_makes_them(model, workers, models_folder, tmp_path):

@@ -108,19 +108,15 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
     processor = load_processor(model, recipe.chat_template, recipe.image_aspect_ratio)
     try:
         with atomic_folder(out) as folder:
-            if recipe.validation_annotations is not None:
-                prepare_dataset(held_out(recipe), model, folder / "validation", workers)
+            if (held_out := recipe.validation_annotations) is not None:
+                validation = replace(recipe, annotations=held_out, validation_annotations=None)
+                prepare_dataset(validation, model, folder / "validation", workers)
             write_rows(usable_rows(recipe, processor, workers, tally), folder)
             manifest = json.dumps(tally.manifest(), indent=1) + "\n"
             (folder / "manifest.json").write_text(manifest, encoding="utf-8")
     except OSError as error:
         raise PreparationError(f"{out}: cannot be written: {error}") from error
     return tally.manifest()
-
-
-def held_out(recipe: DataRecipe) -> DataRecipe:
-    """The recipe of the samples that are never trained on."""
-    return replace(recipe, annotations=recipe.validation_annotations, validation_annotations=None)
 
 
 def check_folders(recipe: DataRecipe, model: Path, out: Path) -> None:
