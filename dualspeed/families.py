@@ -19,7 +19,8 @@ TOWER_FAMILIES = (
     *("gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "paligemma", "smolvlm", "vipllava"),
 )
 """model_type of those whose vision tower pruners can look into: square tiles, a token for each patch or for a square of
-patches, layers of plain attention. Qwen-VL's windows and Pixtral's single sequence of all images are not."""
+patches, layers of plain attention. Qwen-VL's windows and Pixtral's single sequence of all images are not, and both
+turn queries and keys by position inside the attention."""
 TILE_FAMILIES = ("idefics3", "smolvlm")
 """model_type of those that write an image's tiles as runs of placeholders between row and column tokens."""
 TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -41,9 +42,10 @@ def check_family(vlm: PreTrainedModel, pruner: str, needs: tuple[str, ...], prun
     read = [name for name in needs if name in RECORDED]
     if read and vlm.config.model_type not in TOWER_FAMILIES:
         raise ValueError(
-            f"pruner {pruner!r} looks at the vision tower's {', '.join(read)}, which are known for the tokens of "
-            f"{', '.join(TOWER_FAMILIES)} alone, not of {family}; methods that need neither serve any model: divprune, "
-            "cdpruner, tome, spatial_pool, uniform, random"
+            f"pruner {pruner!r} looks at the vision tower's {', '.join(read)}, which can be read off where the tower "
+            f"sees square tiles apart and its attention adds no positions, as in {', '.join(TOWER_FAMILIES)}, not in "
+            f"{family}; methods that look at none of these serve any model: divprune, cdpruner, tome, "
+            "spatial_pool, uniform, random"
         )
     if prune_budget == "tile" and vlm.config.model_type not in ("llava", "llava_next", *TILE_FAMILIES):
         raise ValueError(f"prune_budget 'tile' is for models that cut images into tiles, not for {family}; use 'image'")
