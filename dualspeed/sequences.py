@@ -28,9 +28,12 @@ def mask_for_attention(inputs: Sequences) -> Tensor | None:
     Padding behind a sample's tokens lies in the future of all of them, so that causal attention never sees it. Where
     tokens carry more than their ids, attention may be something else than causal.
     """
+    if inputs.by_token:
+        return inputs.attention_mask
     mask = inputs.attention_mask.bool()
-    starts_again = (mask[:, 1:] & ~mask[:, :-1]).any()
-    return inputs.attention_mask if inputs.by_token or starts_again or not mask[:, 0].all() else None
+    starts_again = mask[:, 1:] & ~mask[:, :-1]
+    # One question to the device: each waits for all that was launched before.
+    return inputs.attention_mask if (starts_again.any() | ~mask[:, 0].all()).item() else None
 
 
 def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, padding_side: str = "right") -> Sequences:
@@ -53,8 +56,9 @@ def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, pad
         )
     copies = attention_mask.long().masked_scatter(is_image, num_copies.long())
     lengths = copies.sum(dim=1)
-    length = int(lengths.max())
-    source = torch.arange(input_ids.numel(), device=input_ids.device).repeat_interleave(copies.flatten())
+    length, total = torch.stack([lengths.max(), lengths.sum()]).tolist()
+    positions = torch.arange(input_ids.numel(), device=input_ids.device)
+    source = positions.repeat_interleave(copies.flatten(), output_size=total)
     row = source // input_ids.shape[1]
     column = torch.arange(len(source), device=input_ids.device) - (lengths.cumsum(0) - lengths)[row]
     if padding_side == "left":
