@@ -164,7 +164,7 @@ def draw_mismatch(rows: pd.DataFrame) -> Figure:
     places = dict(zip(by_name.index, range(len(by_name)), strict=True))
     figure = Figure(figsize=(7.2, 1.6 + 0.32 * len(by_name)))
     axes = figure.subplots()
-    axes.hlines(places.values(), by_name.min(axis=1), by_name.max(axis=1), color=GREY, linewidth=1.5, zorder=1)
+    axes.hlines(list(places.values()), by_name.min(axis=1), by_name.max(axis=1), color=GREY, linewidth=1.5, zorder=1)
     for inference, color, marker in [("full", DARK, "o"), ("pruned", ORANGE, "s")]:
         part = rows[rows["inference"] == inference]
         axes.errorbar(
