@@ -18,10 +18,10 @@ CHARTS_TITLE, CURVES_TITLE = "The same as charts", "Learning curves"
 SETTINGS = {"method": 110, "pruner": 110, "p": 60, "r": 60, "seed": 70}
 # In the order of importance; those that no run has are left out, as GPU hours of the demo.
 METRICS = ("score/mean", "rel", "speedup_measured", "train_hours", "gpu_hours", "peak_memory_bytes")
-CURVE_METRICS = ("loss", "fast/ce_loss", "slow/ce_loss", "samples_per_second")
+CURVE_METRICS = ("loss", "validation/answer_accuracy", "fast/ce_loss", "slow/ce_loss", "samples_per_second")
 NAME = "attributes.`Run Name`"
 # What MLflow draws of all other metrics comes below, in sections that start closed.
-OTHER_SECTIONS = ("score", "score_pruned", "fast", "slow", "learning_rate", "Model metrics")
+OTHER_SECTIONS = ("score", "score_pruned", "fast", "slow", "validation", "learning_rate", "Model metrics")
 
 
 def view_path(experiment_id: str, view: str = VIEW, as_charts: bool = False) -> str:
