@@ -18,7 +18,7 @@ class SceneSettings:
     """Questions in one record of finetune.json."""
     num_eval_scenes: int = 250
     """Pictures of each evaluation split: `test` (unseen digits) and `heldout` (training digits, unseen scenes)."""
-    num_validation_scenes: int = 64
+    num_validation_scenes: int = 48
     """Of the `heldout` ones, those with a conversation each in validation.json; at most as many as there are."""
     questions_per_benchmark: int = 500
     """Questions of each benchmark in each evaluation split."""

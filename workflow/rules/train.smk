@@ -31,6 +31,7 @@ rule pretrain:
         f"{LOGS}/pretrain/{{pretraining}}.log",
     benchmark:
         f"{TIMES}/pretrain/{{pretraining}}.tsv"
+    priority: 2  # trainings first: whatever else there is to do fits in beside the last of them
     threads: lambda wildcards: wanted(model_of_pretraining(wildcards), "pretrain").cpus
     resources:
         **scheduled(model_of_pretraining, "pretrain"),
@@ -56,6 +57,7 @@ rule finetune:
         f"{LOGS}/finetune/{{experiment}}.log",
     benchmark:
         f"{TIMES}/finetune/{{experiment}}.tsv"
+    priority: 1
     threads: lambda wildcards: wanted(model_of_experiment(wildcards), "finetune").cpus
     resources:
         **scheduled(model_of_experiment, "finetune"),
