@@ -174,7 +174,8 @@ def encoded_twice(model: DualSpeedModel) -> AbstractContextManager:
 @contextmanager
 def recomputed_in_fast_steps(model: DualSpeedModel) -> Iterator[None]:
     """Activation checkpointing whatever the mode."""
-    with patch.object(model, "_recomputed", []):
+    # Layers that the model doesn't know to recompute stay as they are in fast steps.
+    with patch.object(model, "_recomputed", []), patch.object(type(model), "is_activation_checkpointing", True):
         model.vlm.get_decoder().activation_checkpointing_enable()
         yield
     model.activation_checkpointing_enable()
