@@ -61,7 +61,7 @@ def main() -> None:
         rows["batches grouped by pruned length"] = in_fresh_process(time_grouping, options.rounds, options.threads)
         rows["freed memory kept"] = time_malloc(options.rounds, options.threads)
     print(f"{machine()}, torch {torch.__version__}, {options.threads} threads, batch {SIZE.batch_size}")
-    print(pd.DataFrame({name: formatted(row) for name, row in rows.items()}).T.to_markdown())
+    print(pd.DataFrame({name: formatted(row) for name, row in rows.items()}).T.fillna("").to_markdown())
     if options.out:
         options.out.write_text(json.dumps(rows))
 
