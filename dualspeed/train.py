@@ -15,12 +15,12 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 
-from dualspeed import validation
 from dualspeed.callbacks import MetricLogCallback, StopInTime
 from dualspeed.checkpoints import ResumableTrainer, check_num_processes, last_checkpoint, read_progress
 from dualspeed.config import StageSettings
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.grouping import group_lengths
+from dualspeed.data.prepare import VALIDATION_FOLDER
 from dualspeed.data.processing import load_processor
 from dualspeed.efficiency import machine, peak_memory_bytes
 from dualspeed.environment import environment
@@ -31,6 +31,7 @@ from dualspeed.recipe import batch_plan
 from dualspeed.run_lock import run_lock
 from dualspeed.stages import hold_trained_weights_in_float32, set_trainable
 from dualspeed.tracking import METRICS_FILE, MetricLog, ParentRun, RunSpec
+from dualspeed.validation import count_answers, mean_of_answers
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def open_state(state_root: Path, settings: StageSettings, model_folder: Path, da
     identity = {
         "settings": settings.to_dict(),
         "model": fingerprint(model_folder, "*.safetensors", "config.json"),
-        "data": fingerprint(data_folder, "*.arrow", f"{validation.FOLDER}/*.arrow"),
+        "data": fingerprint(data_folder, "*.arrow", f"{VALIDATION_FOLDER}/*.arrow"),
     }
     state = state_root / sha256_of_json(identity)[:16]
     write_json(state / "settings.json", identity)
@@ -142,7 +143,7 @@ def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, P
 def load_data(settings: StageSettings, folder: Path) -> tuple[Dataset, Dataset | None]:
     """The samples to train on, and the held-out ones of a stage that has a validation."""
     has_validation = settings.recipe.validation_annotations is not None
-    return load_from_disk(folder), load_from_disk(folder / validation.FOLDER) if has_validation else None
+    return load_from_disk(folder), load_from_disk(folder / VALIDATION_FOLDER) if has_validation else None
 
 
 def make_trainer(
@@ -162,9 +163,11 @@ def make_trainer(
     if held_out is not None:
         held_out, _ = group_lengths(held_out, settings.dualspeed)
         # Validations are on full tokens, as slow steps are.
-        batch_size = recipe.slow_per_device_batch_size or per_device_batch_size
-        validates = {"eval_strategy": "steps", "eval_steps": recipe.validation_steps}
-        validates["per_device_eval_batch_size"] = batch_size
+        validates = {
+            "eval_strategy": "steps",
+            "eval_steps": recipe.validation_steps,
+            "per_device_eval_batch_size": recipe.slow_per_device_batch_size or per_device_batch_size,
+        }
     arguments = TrainingArguments(
         **{
             "output_dir": str(checkpoints),
@@ -183,8 +186,8 @@ def make_trainer(
         args=arguments,
         train_dataset=dataset,
         eval_dataset=held_out,
-        preprocess_logits_for_metrics=validation.count_answers,
-        compute_metrics=validation.mean_of_answers,
+        preprocess_logits_for_metrics=count_answers,
+        compute_metrics=mean_of_answers,
         data_collator=ConversationCollator(
             processor,
             recipe.max_length,

@@ -22,8 +22,6 @@ VALIDATION_METRICS = {
     "eval_ce_loss": "validation/ce_loss",
     "eval_runtime": "validation/seconds",
 }
-FOLDER = "validation"
-"""Of the held-out samples, in the folder of a stage's prepared data."""
 
 
 def count_answers(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:

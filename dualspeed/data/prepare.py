@@ -2,7 +2,7 @@
 
 Enters: a recipe (annotations, image folder, chat template, max_length) and a model's processor. Leaves: a folder with a
 `datasets` dataset of rows {id, messages, images, num_tokens, num_image_tokens} and manifest.json, which names every
-sample that was dropped and why; held-out samples likewise, in its folder `validation`. The folder appears whole or not
+sample that was dropped and why; held-out samples likewise, in its VALIDATION_FOLDER. The folder appears whole or not
 at all.
 
 Everything streams, chunk by chunk: threads look at the images of the next chunks while this one's tokens are counted.
@@ -45,6 +45,8 @@ FEATURES = Features(
     }
 )
 
+VALIDATION_FOLDER = "validation"
+"""Of the held-out samples, in a stage's prepared data."""
 CHUNK = 128
 """Samples that are counted, written and checked against max_dropped_share at once."""
 CHUNKS_AHEAD = 2
@@ -110,7 +112,7 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
         with atomic_folder(out) as folder:
             if (held_out := recipe.validation_annotations) is not None:
                 validation = replace(recipe, annotations=held_out, validation_annotations=None)
-                prepare_dataset(validation, model, folder / "validation", workers)
+                prepare_dataset(validation, model, folder / VALIDATION_FOLDER, workers)
             write_rows(usable_rows(recipe, processor, workers, tally), folder)
             manifest = json.dumps(tally.manifest(), indent=1) + "\n"
             (folder / "manifest.json").write_text(manifest, encoding="utf-8")
