@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from models import MODELS
 from stopwatch import Stopwatch
-from train_step import PRUNING_RATIO, SLOW_MODE_RATIO, Step, make_steps
+from train_step import PRUNING_RATIO, SLOW_MODE_RATIO, Step, make_steps, mixed
 
 import dualspeed.modeling
 from dualspeed.efficiency import count_flops, machine
@@ -103,11 +103,6 @@ def limits_by_flops(steps: dict[str, Step], baseline_seconds: float) -> pd.Serie
     flops = pd.Series({STEPS[name]: count_flops(step) for name, step in steps.items()}, dtype=float)
     flops[MIXED] = mixed(flops["DualSpeed, fast"], flops["DualSpeed, slow"])
     return baseline_seconds * flops / flops["Baseline"]
-
-
-def mixed(fast: pd.Series | float, slow: pd.Series | float) -> pd.Series | float:
-    """Mean of a run's steps."""
-    return (1 - SLOW_MODE_RATIO) * fast + SLOW_MODE_RATIO * slow
 
 
 def draw(parts: pd.DataFrame, limits: pd.Series, title: str) -> Figure:

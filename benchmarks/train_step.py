@@ -178,24 +178,26 @@ def table(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> 
     return pd.DataFrame(rows).T
 
 
+def mixed(fast: float | pd.Series, slow: float | pd.Series) -> float | pd.Series:
+    """Mean over a run's steps, of which the share SLOW_MODE_RATIO is slow."""
+    return (1 - SLOW_MODE_RATIO) * fast + SLOW_MODE_RATIO * slow
+
+
 def summarise(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> dict[str, float]:
     """Ratios: ours to plain, speedups measured and by FLOPs, peak memory to Baseline's."""
-
-    def mixed(cost: dict[str, float]) -> float:
-        return (1 - SLOW_MODE_RATIO) * cost["fast"] + SLOW_MODE_RATIO * cost["slow"]
-
     flops, prefix = measured["flops"], "plain_"
-    measured_speedup, theory = seconds["baseline"] / mixed(seconds), flops["baseline"] / mixed(flops)
     plain = {name.removeprefix(prefix): value for name, value in seconds.items() if name.startswith(prefix)}
+    mixed_seconds, mixed_plain, mixed_flops = (mixed(one["fast"], one["slow"]) for one in (seconds, plain, flops))
+    measured_speedup, theory = seconds["baseline"] / mixed_seconds, flops["baseline"] / mixed_flops
     return {
         **{f"{name}: plain over ours": value / seconds[name] for name, value in plain.items()},
-        "mixed: plain over ours": mixed(plain) / mixed(seconds),
+        "mixed: plain over ours": mixed_plain / mixed_seconds,
         "speedup of fast over baseline": seconds["baseline"] / seconds["fast"],
         "speedup of mixed over baseline": measured_speedup,
         "the same by FLOPs": theory,
         "share of theory": measured_speedup / theory,
-        "speedup of mixed over unchecked baseline": seconds["baseline_unchecked"] / mixed(seconds),
-        "speedup of plain mixed over plain baseline": plain["baseline"] / mixed(plain),
+        "speedup of mixed over unchecked baseline": seconds["baseline_unchecked"] / mixed_seconds,
+        "speedup of plain mixed over plain baseline": plain["baseline"] / mixed_plain,
         "pruner's share of a fast step": measured["pruner_seconds"] / seconds["fast"],
         "peak memory of fast over baseline": memory["fast"] / memory["baseline"],
         "peak memory of slow over baseline": memory["slow"] / memory["baseline"],
