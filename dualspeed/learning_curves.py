@@ -124,7 +124,7 @@ def label_validation(axes: Axes) -> None:
     """Titles, and a legend of the curves; markers have the methods' colours."""
     lines = [line for line in axes.get_lines() if str(line.get_label()) in METHOD_LABELS.values()]
     end = Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=8, label="Benchmarks' mean, when trained")
-    axes.legend(handles=[*lines, end], loc="best", fontsize=9)
+    axes.legend(handles=[*lines, end], loc="center right", fontsize=9)
     axes.set_ylim(0, 105)
     axes.margins(x=0.1)
     axes.set_title("Score while training, on full tokens")
