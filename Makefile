@@ -60,7 +60,7 @@ test-all: install  ## the longer ones too
 	$(BIN)/pytest
 
 pictures: install  ## screenshots for docs/img of what `make demo` left; needs Chromium
-	$(BIN)/pytest tests/test_pictures.py --pictures docs/img
+	$(BIN)/pytest tests/reporting/test_pictures.py --pictures docs/img
 
 lint: install  ## what CI checks of style and types
 	$(BIN)/ruff check .

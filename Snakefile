@@ -2,7 +2,7 @@
 
 from snakemake.utils import min_version
 
-from dualspeed.frozen import freeze, read_frozen
+from dualspeed.settings.snapshot import freeze, read_frozen
 
 min_version("9.27")
 

@@ -1,6 +1,6 @@
 """DualSpeed: train multimodal LLMs on pruned visual tokens most of the time, and use them on all of them.
 
-The public names are resolved when they are first used, so that `import dualspeed.config` loads no torch.
+The public names are resolved when they are first used, so that `import dualspeed.settings` loads no torch.
 """
 
 from importlib import import_module
@@ -9,11 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULE_OF_NAME = {
-    "DualSpeedConfig": "dualspeed.config",
-    "DualSpeedModel": "dualspeed.modeling",
-    "DualSpeedTrainer": "dualspeed.trainer",
-    "Mode": "dualspeed.modes",
-    "ModeIsolator": "dualspeed.isolator",
+    "DualSpeedConfig": "dualspeed.settings.method",
+    "DualSpeedModel": "dualspeed.method.model",
+    "DualSpeedTrainer": "dualspeed.training.trainer",
+    "Mode": "dualspeed.settings.modes",
+    "ModeIsolator": "dualspeed.method.isolator",
 }
 
 __all__ = sorted(_MODULE_OF_NAME)

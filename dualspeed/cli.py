@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dualspeed.config import load_project
-from dualspeed.gpus import take_gpus
-from dualspeed.launch import launch, must_launch
+from dualspeed.cluster.gpus import take_gpus
+from dualspeed.cluster.launch import launch, must_launch
+from dualspeed.settings.project import load_project
 
 DEMO = "config/demo/config.yaml"
 
@@ -137,9 +137,9 @@ def run_base_model(options: argparse.Namespace) -> None:
 
 def run_assemble(options: argparse.Namespace) -> None:
     """Put a base model together from a language model and a vision tower."""
-    from dualspeed.base_model import assemble
-    from dualspeed.model_config import ModelParts
-    from dualspeed.typed import read_dataclass
+    from dualspeed.base_models.assemble import assemble
+    from dualspeed.settings.model import ModelParts
+    from dualspeed.settings.reading import read_dataclass
 
     assemble(read_dataclass(ModelParts, options.settings, "--settings"), options.out)
 
@@ -148,9 +148,9 @@ def run_download(options: argparse.Namespace) -> None:
     """Fetch, check and unpack a source of the configuration; goes on where a killed run stopped."""
     from dualspeed.data.download import download
     from dualspeed.data.lock import DataLock
-    from dualspeed.data.sources import Source
     from dualspeed.files import write_json
-    from dualspeed.typed import read_dataclass
+    from dualspeed.settings.reading import read_dataclass
+    from dualspeed.settings.sources import Source
 
     source = read_dataclass(Source, options.settings, "--settings")
     write_json(options.out, download(options.source, source, DataLock(options.lock), options.workers))
@@ -159,8 +159,8 @@ def run_download(options: argparse.Namespace) -> None:
 def run_prepare(options: argparse.Namespace) -> None:
     """Check conversations and images of a stage and make its dataset."""
     from dualspeed.data.prepare import prepare_dataset
-    from dualspeed.recipe import DataRecipe
-    from dualspeed.typed import read_dataclass
+    from dualspeed.settings.reading import read_dataclass
+    from dualspeed.settings.recipe import DataRecipe
 
     recipe = read_dataclass(DataRecipe, options.settings, "--settings")
     prepare_dataset(recipe, options.model, options.out, options.workers)
@@ -170,8 +170,8 @@ def run_train(options: argparse.Namespace) -> None:
     """Train one stage; resumes from its state."""
     if must_launch(options.nodes, options.processes, options.accelerate_config):
         launch(options.arguments, options.nodes, options.processes, options.cpus, options.accelerate_config)
-    from dualspeed.config import StageSettings
-    from dualspeed.train import train
+    from dualspeed.settings.stage import StageSettings
+    from dualspeed.training.stage import train
 
     train(
         StageSettings.from_dict(options.settings),
@@ -187,7 +187,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_answer(options: argparse.Namespace) -> None:
     """Answer the benchmarks' questions with a trained model."""
-    from dualspeed.evaluate import generate_answers
+    from dualspeed.evaluation.evaluate import generate_answers
 
     generate_answers(
         options.settings,
@@ -202,30 +202,30 @@ def run_answer(options: argparse.Namespace) -> None:
 
 def run_score(options: argparse.Namespace) -> None:
     """Score the answers to one benchmark."""
-    from dualspeed.evaluate import score
+    from dualspeed.evaluation.evaluate import score
 
     score(options.benchmark, options.data, options.answers, options.out)
 
 
 def run_submit(options: argparse.Namespace) -> None:
     """Write the file of answers that a test split's server takes."""
-    from dualspeed.evaluate import submit
+    from dualspeed.evaluation.evaluate import submit
 
     submit(options.benchmark, options.data, options.answers, options.out)
 
 
 def run_lmms(options: argparse.Namespace) -> None:
     """Score a checkpoint with lmms-eval, and set its numbers beside ours."""
-    from dualspeed.lmms_eval import evaluate_lmms
+    from dualspeed.evaluation.lmms_eval import evaluate_lmms
 
     evaluate_lmms(options.model, options.scores, options.work, options.out, options.batch_size)
 
 
 def run_speed(options: argparse.Namespace) -> None:
     """Measure the time of a step in each mode."""
-    from dualspeed.config import DualSpeedConfig
-    from dualspeed.efficiency import measure_speed
-    from dualspeed.typed import read_dataclass
+    from dualspeed.settings.method import DualSpeedConfig
+    from dualspeed.settings.reading import read_dataclass
+    from dualspeed.training.step_times import measure_speed
 
     settings = dict(options.settings)
     method = read_dataclass(DualSpeedConfig, settings.pop("dualspeed"), "--settings", "dualspeed")
@@ -234,15 +234,15 @@ def run_speed(options: argparse.Namespace) -> None:
 
 def run_tables(options: argparse.Namespace) -> None:
     """Write the tables and figures of a sheet of experiments."""
-    from dualspeed.tables import write_tables
+    from dualspeed.reporting.tables import write_tables
 
     write_tables(options.settings, out=options.out, figures=options.figures, tracking=options.tracking)
 
 
 def run_compare(options: argparse.Namespace) -> None:
     """Show two rows side by side: settings, scores, time and memory."""
-    from dualspeed import jobs
-    from dualspeed.compare import compare
+    from dualspeed.reporting.compare import compare
+    from dualspeed.settings import jobs
 
     project = load_project(options.configfile, experiments=options.experiments)
     print(compare(jobs.table_settings(project), *options.rows))
@@ -250,7 +250,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
 def run_end_jobs(options: argparse.Namespace) -> None:
     """End the Slurm jobs that a killed snakemake left over in this folder."""
-    from dualspeed.leftovers import end_jobs
+    from dualspeed.cluster.orphaned_jobs import end_jobs
 
     end_jobs(Path.cwd())
 
@@ -264,21 +264,23 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_kept_tokens(options: argparse.Namespace) -> None:
     """Draw which tokens of a picture each pruning method keeps."""
-    from dualspeed.kept_tokens import draw_kept_tokens
+    from dualspeed.reporting.figures.kept_tokens import draw_kept_tokens
 
     draw_kept_tokens(options.model, options.out, **options.settings)
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Write the page that shows a sheet's tables, figures and examples."""
-    from dualspeed.report import write_report
+    from dualspeed.reporting.report import write_report
 
     write_report(options.settings, options.figures, options.out)
 
 
 def run_track(options: argparse.Namespace) -> None:
     """Create the MLflow store (init), or deliver what it lacks (sync)."""
-    from dualspeed import mlflow_store, row_runs, tracking
+    from dualspeed.reporting import mlflow_runs as row_runs
+    from dualspeed.tracking import metric_log as tracking
+    from dualspeed.tracking import store as mlflow_store
 
     store, state = options.tracking, options.state
     if store is None or state is None:

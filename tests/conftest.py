@@ -4,10 +4,53 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from pathlib import Path
+
+import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
+
+from tests.support import tiny
+from tests.support.stage import interruptible, run
 
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--pictures", metavar="FOLDER", help="where tests/test_pictures.py leaves its screenshots")
+    parser.addoption(
+        "--pictures", metavar="FOLDER", help="where tests/reporting/test_pictures.py leaves its screenshots"
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A base checkpoint and a prepared dataset of 24 conversations."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.make_llava(folder / "base")
+    rows = []
+    for index in range(24):
+        path = folder / f"{index}.png"
+        Image.new("RGB", (28, 28), ((index * 40) % 256, (index * 90) % 256, 128)).save(path)
+        question = [{"type": "text", "text": "is there a red digit ?"}]
+        answer = [{"type": "text", "text": "yes" if index % 2 else "no"}]
+        has_image = index % 4 != 3
+        rows.append(
+            {
+                "id": str(index),
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "text": None}] * has_image + question},
+                    {"role": "assistant", "content": answer},
+                ],
+                "images": [str(path)] * has_image,
+                "num_tokens": 30,
+            }
+        )
+    Dataset.from_list(rows).save_to_disk(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """What a training makes that nothing happens to; its last step is in the middle of an epoch."""
+    return run(inputs, tmp_path_factory.mktemp("whole"), interruptible())

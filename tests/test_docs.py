@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from dualspeed.cli import make_parser
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("config/**/*.md")])
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("config/**/*.md")])
 # Folders whose files the docs name; what lies under results/ and data/ appears in a run.
 TRACKED = "benchmarks|config|docs|dualspeed|profiles|tests|workflow"
 EXAMPLES = ("<", "*", "{", "brightest", "counting")
 
 
 def pages(text_of=lambda page: page.read_text()):
-    return [pytest.param(text_of(page), page.parent, id=str(page.relative_to(ROOT))) for page in PAGES]
+    return [pytest.param(text_of(page), page.parent, id=str(page.relative_to(REPOSITORY))) for page in PAGES]
 
 
 def anchors(page: Path) -> set[str]:
@@ -53,7 +53,7 @@ def test_links_lead_somewhere(text, folder):
 def test_named_files_exist(text, folder):
     for path in re.findall(rf"`((?:{TRACKED})/[^`\s:]+)`", text):
         if not any(part in path for part in EXAMPLES):
-            assert (ROOT / path).exists() or (folder / path).exists(), path
+            assert (REPOSITORY / path).exists() or (folder / path).exists(), path
 
 
 @pytest.mark.parametrize("text, folder", pages())
@@ -65,22 +65,24 @@ def test_named_commands_exist(text, folder):
 
 @pytest.mark.parametrize("text, folder", pages())
 def test_named_make_targets_exist(text, folder):
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
     for name in re.findall(r"(?:^|\s)make ([a-z-]+)", code(text), flags=re.MULTILINE):
         assert name in targets, f"make {name}"
 
 
 @pytest.mark.parametrize("text, folder", pages())
 def test_named_rules_exist(text, folder):
-    sources = "".join(path.read_text() for path in ROOT.glob("workflow/rules/*.smk"))
+    sources = "".join(path.read_text() for path in REPOSITORY.glob("workflow/rules/*.smk"))
     rules = re.findall(r"^rule (\w+):", sources, flags=re.MULTILINE)
     for name in re.findall(r"snakemake(?: --configfile \S+)? ([a-z_]+)\b(?!/)", code(text)):
         assert name in rules, f"snakemake {name}"
 
 
 def test_a_new_benchmark_takes_one_file_and_its_lines(tmp_path):
-    file = re.search(r"```python\n(\"\"\"Counting.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)[1]
-    package = shutil.copytree(ROOT / "dualspeed", tmp_path / "dualspeed")
+    file = re.search(
+        r"```python\n(\"\"\"Counting.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(), flags=re.DOTALL
+    )[1]
+    package = shutil.copytree(REPOSITORY / "dualspeed", tmp_path / "dualspeed")
     (package / "benchmarks" / "counting.py").write_text(file)
     for path, line, new in [
         (

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from test_readme import TRAINING, make_inputs
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import REPOSITORY
+from tests.support.readme import TRAINING, make_inputs
+
 # Of the extras, and nothing that core dependencies need.
 NOT_CORE = ("datasets", "matplotlib", "mlflow", "pandas", "peft", "pyarrow", "requests", "snakemake")
 
@@ -22,9 +23,9 @@ NOT_CORE = ("datasets", "matplotlib", "mlflow", "pandas", "peft", "pyarrow", "re
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that no build folder stays in the checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "dualspeed", source / "dualspeed", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "dualspeed", source / "dualspeed", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(REPOSITORY / name, source)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out)]
     run(sys.executable, "-m", "pip", "wheel", *options, str(source))
     return next(out.glob("dualspeed-*.whl"))
@@ -61,8 +62,10 @@ def link_distributions(names: set[str], site_packages: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_every_file_of_the_package(wheel):
-    files = [path for path in (ROOT / "dualspeed").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(zipfile.ZipFile(wheel).namelist())
+    files = [
+        path for path in (REPOSITORY / "dualspeed").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.slow

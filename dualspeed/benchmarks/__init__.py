@@ -3,7 +3,6 @@
 A new benchmark is one module that makes a `Benchmark`, and one line here.
 """
 
-from dualspeed.benchmarks.files import BenchmarkError
 from dualspeed.benchmarks.gqa import GQA
 from dualspeed.benchmarks.mmbench import MMBENCH, MMBENCH_CN, MMBENCH_CN_TEST, MMBENCH_TEST
 from dualspeed.benchmarks.mme import MME
@@ -14,7 +13,8 @@ from dualspeed.benchmarks.seedbench import SEEDBENCH
 from dualspeed.benchmarks.textvqa import TEXTVQA
 from dualspeed.benchmarks.vizwiz import VIZWIZ, VIZWIZ_TEST
 from dualspeed.benchmarks.vqav2 import VQAV2, VQAV2_TEST
-from dualspeed.typed import check_choice
+from dualspeed.errors import BenchmarkError
+from dualspeed.settings.reading import check_choice
 
 __all__ = [
     "BENCHMARKS",

@@ -4,19 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dualspeed.typed import ConfigError
-
-
-class BenchmarkError(ConfigError):
-    """A benchmark's file or an answers file is wrong; the message says where, what and what would be valid."""
-
-
-class UnknownAnswerError(BenchmarkError):
-    """An answer belongs to no question of the benchmark: the answers are to another question file."""
-
-    def __init__(self, question_id: str, message: str) -> None:
-        super().__init__(message)
-        self.question_id = question_id
+from dualspeed.errors import BenchmarkError
 
 
 def find_path(folder: Path, *names: str) -> Path:

@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json
+from dualspeed.benchmarks.files import find_path, get_field, read_json
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
@@ -22,6 +22,7 @@ from dualspeed.benchmarks.records import (
     read_questions,
     reject_unknown,
 )
+from dualspeed.errors import BenchmarkError
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, read_text
+from dualspeed.benchmarks.files import find_path, get_choice, read_text
 from dualspeed.benchmarks.records import (
     LETTER_ANSWER,
     Benchmark,
@@ -32,6 +32,7 @@ from dualspeed.benchmarks.records import (
     reject_duplicates,
     reject_unknown,
 )
+from dualspeed.errors import BenchmarkError
 from dualspeed.files import write_atomic
 
 OPTIONS = ("A", "B", "C", "D")

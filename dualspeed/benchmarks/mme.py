@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json_lines, read_text
+from dualspeed.benchmarks.files import find_path, get_field, read_json_lines, read_text
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
@@ -24,6 +24,7 @@ from dualspeed.benchmarks.records import (
     reject_duplicates,
     reject_unknown,
 )
+from dualspeed.errors import BenchmarkError
 
 PERCEPTION = (
     "existence",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, get_field, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_choice, get_field, read_json_lines
 from dualspeed.benchmarks.records import (
     SHORT_ANSWER,
     Benchmark,
@@ -23,6 +23,7 @@ from dualspeed.benchmarks.records import (
     reject_unknown,
     sum_by_unit,
 )
+from dualspeed.errors import BenchmarkError
 
 SPLITS = ("random", "popular", "adversarial")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dualspeed.benchmarks.files import BenchmarkError, UnknownAnswerError, get_field, read_json_lines
+from dualspeed.benchmarks.files import get_field, read_json_lines
+from dualspeed.errors import BenchmarkError, UnknownAnswerError
 
 # Stands in every score; changes when a prompt does, since scores under different prompts don't compare.
 PROMPT_VERSION = "llava-1.5"

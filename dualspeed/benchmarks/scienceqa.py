@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json
+from dualspeed.benchmarks.files import find_path, get_field, read_json
 from dualspeed.benchmarks.records import (
     LETTER_ANSWER,
     Benchmark,
@@ -24,6 +24,7 @@ from dualspeed.benchmarks.records import (
     reject_unknown,
     sum_by_unit,
 )
+from dualspeed.errors import BenchmarkError
 
 OPTIONS = ("A", "B", "C", "D", "E")
 # The last dot takes any character, as in the official rule: "The answer is Cork." reads as C.

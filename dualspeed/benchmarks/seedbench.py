@@ -8,7 +8,7 @@ letter and nothing else. Ids are numbers in answers and text in annotations.
 from collections.abc import Mapping
 from pathlib import Path
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_choice, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_choice, get_field, read_json, read_json_lines
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
@@ -20,6 +20,7 @@ from dualspeed.benchmarks.records import (
     reject_duplicates,
     reject_unknown,
 )
+from dualspeed.errors import BenchmarkError
 
 OPTIONS = ("A", "B", "C", "D")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_field, read_json, read_json_lines
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
@@ -25,6 +25,7 @@ from dualspeed.benchmarks.records import (
     sum_by_unit,
 )
 from dualspeed.benchmarks.vqa_accuracy import evalai, leave_one_out
+from dualspeed.errors import BenchmarkError
 
 NUM_ANNOTATORS = 10
 OCR = "Reference OCR token: "

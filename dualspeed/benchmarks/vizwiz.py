@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_field, read_json, read_json_lines
 from dualspeed.benchmarks.records import (
     SHORT_ANSWER,
     Benchmark,
@@ -28,6 +28,7 @@ from dualspeed.benchmarks.records import (
 )
 from dualspeed.benchmarks.vqa_accuracy import clean, evalai, leave_one_out, normalise
 from dualspeed.benchmarks.vqav2 import read_annotators
+from dualspeed.errors import BenchmarkError
 
 NUMBERED_IMAGE = re.compile(r"VizWiz_val_(\d+)")
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import BenchmarkError, find_path, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_field, read_json, read_json_lines
 from dualspeed.benchmarks.records import (
     SHORT_ANSWER,
     Benchmark,
@@ -26,6 +26,7 @@ from dualspeed.benchmarks.records import (
     reject_unknown,
 )
 from dualspeed.benchmarks.vqa_accuracy import clean, evalai, evalai_words, leave_one_out, normalise
+from dualspeed.errors import BenchmarkError
 
 
 def question_file(folder: Path) -> Path:

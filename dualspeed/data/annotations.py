@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from dualspeed.errors import AnnotationsError
+
 # Imported where it is used: a library user's JSON needs no pyarrow, which comes with the workflow.
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -23,10 +25,6 @@ NOT_BLANK = re.compile(r"[^ \t\n\r]")
 PARQUET_COLUMNS = ("id", "image", "conversations")
 PARQUET_ROWS = 32
 """Rows with their images that are in memory at once."""
-
-
-class AnnotationsError(ValueError):
-    """A file of annotations cannot be used at all; the message names the file and, where there is one, the line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from dualspeed.batch import IGNORE_INDEX
 from dualspeed.data.images import open_image
 from dualspeed.data.pixels import leaves_bytes, pixel_values
 from dualspeed.data.questions import text_of_user, tokenize_questions
-from dualspeed.losses import IGNORE_INDEX
+from dualspeed.errors import SampleError
 
 PADDING_SIDES = ("left", "right")
 
@@ -80,10 +81,10 @@ class ConversationCollator:
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
-        """Raise ValueError if cutting a row to max_length would cut image tokens."""
+        """Raise SampleError if cutting a row to max_length would cut image tokens."""
         for example, row in zip(examples, rows, strict=True):
             if self.max_length and self.processor.image_token_id in row[self.max_length :]:
-                raise ValueError(
+                raise SampleError(
                     f"sample {example['id']!r}: max_length {self.max_length} would cut image tokens (the sample has "
                     f"{len(row)} tokens); `dualspeed prepare` drops such samples, a larger max_length keeps them"
                 )
@@ -122,7 +123,7 @@ def conversation_with_pictures(example: dict[str, Any]) -> list[dict[str, Any]]:
     paths = iter(example["images"])
     num_places = sum(item["type"] == "image" for message in example["messages"] for item in message["content"])
     if num_places != len(example["images"]):
-        raise ValueError(
+        raise SampleError(
             f"sample {example['id']!r}: {num_places} places for images, but {len(example['images'])} images"
         )
     return [
@@ -160,15 +161,15 @@ def pad(rows: list[np.ndarray], value: int, side: str) -> torch.Tensor:
 
 
 def check_padding_side(side: str) -> None:
-    """Raise ValueError unless `side` is one of PADDING_SIDES."""
+    """Raise SampleError unless `side` is one of PADDING_SIDES."""
     if side not in PADDING_SIDES:
-        raise ValueError(f"padding_side {side!r} is unknown; valid: {', '.join(PADDING_SIDES)}")
+        raise SampleError(f"padding_side {side!r} is unknown; valid: {', '.join(PADDING_SIDES)}")
 
 
 def check_template(processor: ProcessorMixin) -> None:
-    """Raise ValueError unless the processor's chat template says what is supervised."""
+    """Raise SampleError unless the processor's chat template says what is supervised."""
     if not re.search(r"\{%-?\s*generation\b", str(processor.chat_template)):
-        raise ValueError(
+        raise SampleError(
             "the processor's chat template has no {% generation %} block, so nothing would be supervised; "
-            "dualspeed.data.templates.use_template(processor, name) sets one that has"
+            "dualspeed.chat_templates.use_template(processor, name) sets one that has"
         )

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dualspeed.data.annotations import Entry
+from dualspeed.errors import RecordError
 
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class RecordError(ValueError):
-    """One entry cannot be used: `args` are the reason, the same for all such entries, and the detail of this one."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from dualspeed.data.fetch import DownloadError, fetch, remote_size
+from dualspeed.data.fetch import fetch, remote_size
 from dualspeed.data.hub import fetch_snapshot
 from dualspeed.data.lock import DataLock
-from dualspeed.data.sources import Source, SourceFile
 from dualspeed.data.unpack import unpack
+from dualspeed.errors import DownloadError
 from dualspeed.files import sha256_of_file, write_json
+from dualspeed.settings.sources import Source, SourceFile
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import requests
 import urllib3
 
+from dualspeed.errors import DownloadError
+
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
@@ -25,10 +27,6 @@ CHUNK = 1 << 20
 # 408 and 429 ask for another attempt, 5xx may pass; every other refusal stays one.
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 PASSING_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
-
-
-class DownloadError(RuntimeError):
-    """A file cannot be had; the message names the address, what happened and what to do."""
 
 
 class _InterruptedError(Exception):

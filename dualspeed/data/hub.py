@@ -24,10 +24,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dualspeed.data.fetch import ATTEMPTS, PASSING_STATUS, WAIT, DownloadError
-from dualspeed.data.lock import DataLock, LockError
-from dualspeed.data.sources import Source
+from dualspeed.data.fetch import ATTEMPTS, PASSING_STATUS, WAIT
+from dualspeed.data.lock import DataLock
+from dualspeed.errors import DownloadError, LockError
 from dualspeed.files import sha256_of_file
+from dualspeed.settings.sources import Source
 
 logger = logging.getLogger(__name__)
 

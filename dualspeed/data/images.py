@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dualspeed.errors import ImageError
+
 MIN_SIDE = 2
 """Fewest pixels on a side: a single pixel or a line of them shows nothing, and is a placeholder or an accident."""
 
@@ -22,10 +24,6 @@ CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")
 
 SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 """What an image may be called instead: LLaVA's annotations call all of OCR-VQA's .jpg, its downloads don't."""
-
-
-class ImageError(ValueError):
-    """An image cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ import numpy as np
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dualspeed.batch import IGNORE_INDEX
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.conversations import Problem
 from dualspeed.data.images import ImageReport
-from dualspeed.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

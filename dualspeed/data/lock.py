@@ -11,11 +11,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from dualspeed.errors import LockError
 from dualspeed.files import write_json
-
-
-class LockError(RuntimeError):
-    """What was downloaded is not what data.lock holds; the message says which file and what to do."""
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from dualspeed.data.annotations import AnnotationsError, Entry, count_entries, is_parquet, read_entries
+from dualspeed.data.annotations import Entry, count_entries, is_parquet, read_entries
 from dualspeed.data.conversations import Problem, read_record
 from dualspeed.data.images import ImageReport, find_image, inspect_image
 from dualspeed.data.lengths import LayoutsOf, choose_layouts, fit, layouts_by_size
 from dualspeed.data.processing import load_processor
+from dualspeed.errors import AnnotationsError, PreparationError
 from dualspeed.files import atomic_folder
-from dualspeed.recipe import DataRecipe
+from dualspeed.settings.recipe import DataRecipe
 
 FEATURES = Features(
     {
@@ -55,10 +56,6 @@ ROWS_IN_MEMORY = 10_000
 """Rows that are written at once. Data sets up to this size are the same, byte for byte, as those made in memory."""
 NUM_LISTED = 10
 """Dropped samples that an error quotes; the manifest lists all."""
-
-
-class PreparationError(ValueError):
-    """The data cannot be prepared; the message says what is wrong and what to do."""
 
 
 @dataclass

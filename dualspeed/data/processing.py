@@ -7,15 +7,15 @@ from pathlib import Path
 
 from transformers import AutoProcessor, LlavaImageProcessorPil, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
 
-from dualspeed.data.templates import use_template
-from dualspeed.typed import ConfigError
+from dualspeed.chat_templates import use_template
+from dualspeed.errors import ConfigError
 
 
 def load_processor(folder: str | Path, chat_template: str, image_aspect_ratio: str | None = None) -> ProcessorMixin:
     """The processor in `folder`; ConfigError if it can't handle pictures so.
 
     Args:
-        image_aspect_ratio: `square`, `pad` or `anyres` (dualspeed.recipe); None: as the folder has it.
+        image_aspect_ratio: `square`, `pad` or `anyres` (dualspeed.settings.recipe); None: as the folder has it.
     """
     processor = AutoProcessor.from_pretrained(folder)
     use_template(processor, chat_template)

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-PADDING = -1
-"""Fills up shorter questions."""
+from dualspeed.batch import QUESTION_PADDING
 
 
 def text_of_user(messages: Sequence[dict[str, Any]]) -> str:
@@ -19,7 +18,7 @@ def text_of_user(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def tokenize_questions(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(B, Q) tokens of each text without special ones, PADDING behind those of shorter texts."""
+    """(B, Q) tokens of each text without special ones, QUESTION_PADDING behind those of shorter texts."""
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=PADDING)
+    return pad_sequence(rows, batch_first=True, padding_value=QUESTION_PADDING)

@@ -12,9 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-
-class ArchiveError(RuntimeError):
-    """An archive cannot be unpacked; the message names it and says why."""
+from dualspeed.errors import ArchiveError
 
 
 def unpack(archive: Path, folder: Path, on_file: Callable[[int], object] = lambda count: None) -> int:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dualspeed.base_models.hub_names import save_with_hub_names
 from dualspeed.demo.base_training import (
     caption_texts,
     conversation_texts,
@@ -31,9 +32,8 @@ from dualspeed.demo.base_training import (
     train_vision_tower,
 )
 from dualspeed.demo.drawing import CELL, GRID
-from dualspeed.demo.settings import BaseModelSettings, settings_from_dict
 from dualspeed.demo.tokenizer import make_tokenizer
-from dualspeed.hub_names import save_with_hub_names
+from dualspeed.settings.demo import BaseModelSettings, settings_from_dict
 
 IMAGE_SIZE = GRID * CELL
 

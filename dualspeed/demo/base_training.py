@@ -23,11 +23,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dualspeed.batch import IGNORE_INDEX
+from dualspeed.chat_templates import load_template
 from dualspeed.data.conversations import ROLES
-from dualspeed.data.templates import load_template
 from dualspeed.demo.drawing import COLOURS, GRID
-from dualspeed.demo.settings import BaseModelSettings
-from dualspeed.losses import IGNORE_INDEX, cross_entropy, supervised_labels, supervised_positions
+from dualspeed.method.losses import cross_entropy, supervised_labels, supervised_positions
+from dualspeed.settings.demo import BaseModelSettings
 
 WARMUP_STEPS = 50
 QUESTION_SHARE = 0.8

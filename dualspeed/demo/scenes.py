@@ -15,8 +15,8 @@ from tqdm import tqdm
 from dualspeed.demo.benchmark_files import WRITERS, write_png
 from dualspeed.demo.drawing import Scene, draw_scene, sample_scene
 from dualspeed.demo.questions import Question, ask_turns, caption
-from dualspeed.demo.settings import SceneSettings, settings_from_dict
 from dualspeed.files import atomic_folder
+from dualspeed.settings.demo import SceneSettings, settings_from_dict
 
 STREAMS = {"train": 0, "finetune": 1, "heldout": 2, "test": 3, "validation": 4}
 """Independent streams of random numbers, so that more of one part changes nothing in the others."""

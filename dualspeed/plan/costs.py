@@ -7,14 +7,15 @@ from pathlib import Path
 
 import yaml
 
-from dualspeed.config import ProjectConfig, StageSettings
+from dualspeed.errors import ConfigError
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
 from dualspeed.plan.memory import RESERVED, Peak, peak_memory
-from dualspeed.plan.settings import DatasetEstimate, Gpu
 from dualspeed.plan.shapes import ModelShape, shape_of
-from dualspeed.recipe import Recipe, batch_plan
-from dualspeed.resources import JobResources
-from dualspeed.typed import ConfigError
+from dualspeed.settings.plan import DatasetEstimate, Gpu
+from dualspeed.settings.project import ProjectConfig
+from dualspeed.settings.recipe import Recipe, batch_plan
+from dualspeed.settings.resources import JobResources
+from dualspeed.settings.stage import StageSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from dualspeed.config import ProjectConfig, StageSettings
+from dualspeed.errors import ConfigError
 from dualspeed.plan.costs import StageCost, stage_cost
-from dualspeed.plan.settings import GPUS
-from dualspeed.recipe import LoraRecipe, Recipe
-from dualspeed.typed import ConfigError
+from dualspeed.settings.plan import GPUS
+from dualspeed.settings.project import ProjectConfig
+from dualspeed.settings.recipe import LoraRecipe, Recipe
+from dualspeed.settings.stage import StageSettings
 
 Change = Callable[[Recipe], Recipe]
 FSDP2 = "config/accelerate/fsdp2.yaml"

@@ -6,19 +6,12 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from dualspeed.config import (
-    Experiment,
-    ProjectConfig,
-    StageSettings,
-    finetune_settings,
-    load_project,
-    pretrain_key,
-    pretrain_settings,
-)
+from dualspeed.errors import ConfigError, PlanError
 from dualspeed.plan.costs import StageCost, stage_cost
 from dualspeed.plan.remedies import remedies
-from dualspeed.plan.settings import GPUS
-from dualspeed.typed import ConfigError
+from dualspeed.settings.plan import GPUS
+from dualspeed.settings.project import Experiment, ProjectConfig, load_project
+from dualspeed.settings.stage import StageSettings, finetune_settings, pretrain_key, pretrain_settings
 
 CONFIG_FILE = "config.yaml"
 HEADERS = (
@@ -36,10 +29,6 @@ HEADERS = (
     "disk GB",
     "while training",
 )
-
-
-class PlanError(ValueError):
-    """Rows can't fit their GPUs; the message names each, and what would."""
 
 
 @dataclass(frozen=True)

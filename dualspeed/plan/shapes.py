@@ -6,9 +6,9 @@ from math import floor, prod
 from pathlib import Path
 from typing import Any
 
-from dualspeed.data.sources import Source, sources_of
-from dualspeed.model_config import LLAVA_NEXT_GRIDS, ModelConfig
-from dualspeed.typed import ConfigError
+from dualspeed.errors import ConfigError
+from dualspeed.settings.model import LLAVA_NEXT_GRIDS, ModelConfig
+from dualspeed.settings.sources import Source, sources_of
 
 LLAMA_7B = {
     "hidden_size": 4096,

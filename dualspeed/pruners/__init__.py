@@ -8,8 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dualspeed.labels import PRUNER_LABELS
-from dualspeed.visual_tokens import MergedTokens, VisualTokens, num_tokens_to_keep, select_top_k
+from dualspeed.errors import UnknownPrunerError
+from dualspeed.pruners.contract import MergedTokens, VisualTokens, num_tokens_to_keep, select_top_k
+from dualspeed.settings.names import PRUNER_LABELS
 
 
 class Pruner(Protocol):
@@ -32,7 +33,7 @@ PRUNERS: dict[str, Pruner] = {name: getattr(import_module(f"dualspeed.pruners.{n
 def get_pruner(name: str) -> Pruner:
     """The pruner called `name`; the error of an unknown one lists the valid names."""
     if name not in PRUNERS:
-        raise KeyError(f"unknown pruner {name!r}; valid: {', '.join(sorted(PRUNERS))}")
+        raise UnknownPrunerError(f"unknown pruner {name!r}; valid: {', '.join(sorted(PRUNERS))}")
     return PRUNERS[name]
 
 

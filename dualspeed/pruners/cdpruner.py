@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, ascending, cosine_similarity
+from dualspeed.pruners.contract import VisualTokens, ascending, cosine_similarity
 
 EPSILON = 1e-6
 """Added to relevance as published; and the share of a token's own weight below which its gain is rounding error."""
@@ -13,8 +13,8 @@ EPSILON = 1e-6
 def cdpruner(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     """Greedy MAP of a determinantal point process whose kernel is cosine similarity times relevance to the text.
 
-    Relevance comes from CLIP or from the language model (dualspeed.relevance). Different from the repository: it is
-    scaled to [0, 1] within each image, not within the batch, so that an image's tokens don't depend on its batch
+    Relevance comes from CLIP or from the language model (dualspeed.method.relevance). Different from the repository: it
+    is scaled to [0, 1] within each image, not within the batch, so that an image's tokens don't depend on its batch
     mates; picked tokens are masked, so that a budget above the rank of the features repeats none: once nothing adds
     to the determinant, the lower index comes first.
     """

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, ascending, cosine_similarity
+from dualspeed.pruners.contract import VisualTokens, ascending, cosine_similarity
 
 
 @torch.no_grad()

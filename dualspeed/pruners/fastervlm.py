@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, select_top_k
+from dualspeed.pruners.contract import VisualTokens, select_top_k
 
 
 def fastervlm(tokens: VisualTokens, num_keep: Tensor) -> Tensor:

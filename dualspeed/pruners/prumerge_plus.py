@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from dualspeed.pruners.contract import MergedTokens, VisualTokens, by_score, evenly_spaced, first, mark, merge
 from dualspeed.pruners.prumerge import num_own, take_in_neighbours
-from dualspeed.visual_tokens import MergedTokens, VisualTokens, by_score, evenly_spaced, first, mark, merge
 
 
 def prumerge_plus(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, select_top_k
+from dualspeed.pruners.contract import VisualTokens, select_top_k
 
 
 def random(tokens: VisualTokens, num_keep: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import MergedTokens, VisualTokens, averages, first, members, merge, positions_of
+from dualspeed.pruners.contract import MergedTokens, VisualTokens, averages, first, members, merge, positions_of
 
 
 def spatial_pool(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:

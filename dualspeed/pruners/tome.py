@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import (
+from dualspeed.pruners.contract import (
     MergedTokens,
     VisualTokens,
     averages,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dualspeed.visual_tokens import VisualTokens, evenly_spaced, first, positions_of
+from dualspeed.pruners.contract import VisualTokens, evenly_spaced, first, positions_of
 
 
 def uniform(tokens: VisualTokens, num_keep: Tensor) -> Tensor:

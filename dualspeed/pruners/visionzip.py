@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dualspeed.visual_tokens import (
+from dualspeed.pruners.contract import (
     MergedTokens,
     VisualTokens,
     averages,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualspeed.visual_tokens import STRIP, VisualTokens, ascending, by_score, cosine_similarity, first
+from dualspeed.pruners.contract import STRIP, VisualTokens, ascending, by_score, cosine_similarity, first
 
 MOST_PER_ROUND = 8
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
-from dualspeed import jobs
-from dualspeed.config import SERVER_FILES, finetune_settings, load_project, pretrain_key, pretrain_settings
-from dualspeed.gpus import NUM_GPUS
-from dualspeed.data.sources import sources_of
-from dualspeed.sheet import read_sheet
-from dualspeed.typed import ConfigError
+from dualspeed.cluster.gpus import NUM_GPUS
+from dualspeed.errors import ConfigError
+from dualspeed.settings import jobs
+from dualspeed.settings.names import SERVER_FILES
+from dualspeed.settings.project import load_project
+from dualspeed.settings.sheet import read_sheet
+from dualspeed.settings.sources import sources_of
+from dualspeed.settings.stage import finetune_settings, pretrain_key, pretrain_settings
 
 try:
     PROJECT = load_project(config, ", ".join(map(str, workflow.configfiles)))
@@ -37,7 +39,7 @@ shell.prefix(
 )
 
 RESULTS = PROJECT.results
-LOGS, TIMES = f"{RESULTS}/logs", f"{RESULTS}/benchmarks"
+LOGS, TIMES = f"{RESULTS}/logs", f"{RESULTS}/job_times"
 DEMO_DATA = f"{RESULTS}/data/demo"
 STATE = f"{RESULTS}/state"
 

@@ -1,0 +1,1 @@
+"""Base models put together from parts, with the Hub's parameter names."""

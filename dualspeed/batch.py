@@ -1,0 +1,8 @@
+"""Conventions of a training batch that data, method and training share."""
+
+IGNORE_INDEX = -100
+"""Label of a token without supervision, as in torch's cross-entropy."""
+QUESTION_PADDING = -1
+"""Padding of `question_ids`, (B, Q), behind shorter questions."""
+INPUTS_PER_IMAGE = ("image_sizes", "image_grid_thw")
+"""Model inputs with one row an image; `pixel_values` has one too, or one a patch or a sample."""

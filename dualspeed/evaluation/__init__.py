@@ -1,0 +1,1 @@
+"""Answers to benchmarks, their scores, and the bootstrap over questions."""

@@ -1,0 +1,102 @@
+"""A trained model that answers questions: greedy, in batches, with the answers that each question gets alone."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from dualspeed.benchmarks import Question
+from dualspeed.data.collator import generation_inputs
+from dualspeed.method.isolator import ISOLATOR_FILE
+from dualspeed.method.model import CONFIG_FILE, DualSpeedModel, load_vlm
+from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.modes import Mode
+
+
+class Answerer:
+    """Answers on full tokens (the stock model) or, given a pruner, on pruned ones behind the mode isolator.
+
+    Args:
+        model_folder: a checkpoint with its processor.
+        max_new_tokens: longest answer.
+        pruner, pruning_ratio: pruned inference; None: full tokens.
+        dtype: of the weights; None: the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        max_new_tokens: int,
+        pruner: str | None = None,
+        pruning_ratio: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.processor = AutoProcessor.from_pretrained(model_folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.question_tokenizer = None
+        if pruner is None or pruning_ratio is None:
+            vlm = load_vlm(model_folder)
+            self.generate = vlm.to(device, dtype).eval().generate
+        else:
+            config = pruned_config(model_folder, pruner, pruning_ratio)
+            model = DualSpeedModel.from_pretrained(model_folder, config).to(device, dtype).eval()
+            self.question_tokenizer = model.question_tokenizer(self.processor)
+            vlm, self.generate = model.vlm, lambda **inputs: model.generate(mode=Mode.FAST, **inputs)
+        self.device, self.dtype = vlm.device, vlm.dtype
+        eos = vlm.generation_config.eos_token_id
+        self.eos_token_ids = eos if isinstance(eos, list) else [eos]
+        self.max_new_tokens = max_new_tokens
+
+    def make_batches(
+        self, questions: Sequence[Question], image_sizes: Mapping[Path, tuple[int, int]], batch_size: int
+    ) -> list[list[Question]]:
+        """Batches of questions of like length, so that little is padded: first by image size, then by prompt."""
+        tokens = self.processor.tokenizer([question.prompt for question in questions]).input_ids
+        keys = [
+            (image_sizes[question.image] if question.image else (0, 0), len(row))
+            for question, row in zip(questions, tokens, strict=True)
+        ]
+        # Longest first: what doesn't fit into memory fails at once.
+        order = sorted(range(len(questions)), key=keys.__getitem__, reverse=True)
+        return [
+            [questions[index] for index in order[start : start + batch_size]]
+            for start in range(0, len(order), batch_size)
+        ]
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question]) -> tuple[list[str], int]:
+        """Texts of the answers to one batch, and the number of tokens generated for them."""
+        examples = [{"image": question.image, "prompt": question.prompt} for question in questions]
+        inputs = generation_inputs(self.processor, examples, question_tokenizer=self.question_tokenizer)
+        inputs = inputs.to(self.device, dtype=self.dtype)
+        output = self.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+        )
+        rows = [self._cut(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        texts = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in texts], sum(map(len, rows))
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Tokens up to the first end of sequence; what follows there only waits for longer answers of the batch."""
+        ends = [position for position, token in enumerate(tokens) if token in self.eos_token_ids]
+        return tokens[: ends[0] + 1] if ends else tokens
+
+
+def pruned_config(model_folder: Path, pruner: str, pruning_ratio: float) -> DualSpeedConfig:
+    """Settings of pruned inference: the checkpoint's own with this pruner and ratio.
+
+    Without an isolator where none was trained: in a stock checkpoint, and in one trained on full tokens alone.
+    """
+    saved = Path(model_folder) / CONFIG_FILE
+    config = DualSpeedConfig(**json.loads(saved.read_text())) if saved.exists() else DualSpeedConfig()
+    config = dataclasses.replace(config, pruner=pruner, pruning_ratio=pruning_ratio)
+    if config.slow_mode_ratio == 1 or not (Path(model_folder) / ISOLATOR_FILE).exists():
+        config = dataclasses.replace(config, num_virtual_tokens=0)
+    return config

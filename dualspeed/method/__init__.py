@@ -1,0 +1,1 @@
+"""DualSpeed: a stock VLM with fast and slow mode."""

@@ -1,0 +1,132 @@
+"""LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) by peft: adapters on the language model's linear layers.
+
+Embeddings and head stay as they are, tied or not; projector and isolator are trained in full, the vision tower not at
+all. A checkpoint is a stock one with the adapters merged in; beside it stands `adapter/`: the adapter as peft writes
+it, and the projector, which training goes on from exactly. A checkpoint amid training has `adapter/` alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+
+from dualspeed.method.vlm.families import language_parameters
+from dualspeed.settings.recipe import LoraRecipe
+
+ADAPTER_FOLDER = "adapter"
+ADAPTER_FILE = "adapter_model.safetensors"
+PROJECTOR_FILE = "projector.safetensors"
+NAME = "default"
+PEFT_PREFIX = "base_model.model."
+
+
+def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
+    """Arguments of from_pretrained for a QLoRA base: 4-bit NormalFloat, double quantisation, bfloat16 arithmetic."""
+    if lora is None or not lora.quantize:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "dtype": torch.bfloat16}
+
+
+def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
+    """Put an adapter on every linear layer of the language model, which freezes; all else stays trainable or frozen."""
+    language, head = language_parameters(vlm), vlm.get_output_embeddings()
+    trainable = [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]
+    layers = [
+        name
+        for name, module in vlm.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and module.weight in language
+    ]
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
+    )
+    inject_adapter_in_model(config, vlm, NAME)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
+def adapter_layers(vlm: PreTrainedModel) -> dict[str, LoraLayer]:
+    """The layers that carry an adapter, by name; empty for a model without."""
+    return {name: module for name, module in vlm.named_modules() if isinstance(module, LoraLayer)}
+
+
+def save_merged(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: str | Path) -> None:
+    """Write a stock checkpoint whose layers hold their adapters' products.
+
+    Args:
+        weights: the model's whole state.
+    """
+    stock = vlm
+    if is_quantized(vlm):
+        # Four bits can't be added to: what they were made from can.
+        stock = AutoModelForImageTextToText.from_pretrained(vlm.name_or_path, dtype=torch.bfloat16)
+    stock.save_pretrained(folder, state_dict=merged(vlm, weights, stock.state_dict() if is_quantized(vlm) else {}))
+
+
+def is_quantized(vlm: PreTrainedModel) -> bool:
+    """Whether the model's layers are held in fewer bits (QLoRA)."""
+    return getattr(vlm.config, "quantization_config", None) is not None
+
+
+def merged(vlm: PreTrainedModel, weights: dict[str, Tensor], unquantized: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the stock model: each adapter's product added to its layer (paper, section 4.1).
+
+    Args:
+        weights: the model's whole state, adapters included.
+        unquantized: the stock model's weights, where those of `vlm` are quantised.
+    """
+    weights = dict(weights)
+    for name, layer in adapter_layers(vlm).items():
+        down, up = (weights.pop(f"{name}.lora_{side}.{NAME}.weight").float() for side in "AB")
+        own = {key.replace(".base_layer", ""): weights.pop(key) for key in list(weights) if is_base_of(name, key)}
+        own = {key: unquantized.get(key, value) for key, value in own.items() if key in unquantized or not unquantized}
+        product = layer.scaling[NAME] * up @ down
+        before = own[f"{name}.weight"]
+        own[f"{name}.weight"] = (before.float() + product.to(before.device)).to(before.dtype)
+        weights |= own
+    return weights
+
+
+def is_base_of(name: str, key: str) -> bool:
+    """Whether a weight is that of the layer `name` itself, below its adapter."""
+    return key.startswith(f"{name}.base_layer.")
+
+
+def save_adapters(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter in peft's format, which `PeftModel.from_pretrained` reads, and what is trained beside it.
+
+    Args:
+        weights: the model's whole state.
+    """
+    trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad and ".lora_" not in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = {
+        PEFT_PREFIX + key.replace(f".{NAME}.", "."): value.contiguous().cpu()
+        for key, value in weights.items()
+        if ".lora_" in key
+    }
+    save_file(adapters, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    vlm.peft_config[NAME].save_pretrained(str(folder))
+    save_file({key: weights[key].contiguous().cpu() for key in sorted(trained)}, folder / PROJECTOR_FILE)
+
+
+def load_adapters(vlm: PreTrainedModel, folder: Path) -> None:
+    """Take adapters and projector from what `save_adapters` wrote; KeyError if they are another model's."""
+    state = load_file(folder / PROJECTOR_FILE)
+    for key, value in load_file(folder / ADAPTER_FILE).items():
+        layer, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        state[f"{layer}.lora_{kind.replace('.', f'.{NAME}.', 1)}"] = value
+    parameters = dict(vlm.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)

@@ -1,0 +1,1 @@
+"""Everything that depends on the family of a VLM."""

@@ -1,0 +1,1 @@
+"""Every setting, checked before anything runs; imports no torch."""

@@ -1,0 +1,81 @@
+"""What the jobs of a model ask a scheduler for: no setting of training, so a changed one runs nothing again."""
+
+import dataclasses
+import shlex
+from dataclasses import dataclass, field
+
+from dualspeed.settings.reading import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResources:
+    """Resources of one kind of job; all but `nodes` count on each node."""
+
+    nodes: int = 1
+    """Machines that train together."""
+    gpu: int | None = None
+    """GPUs; null: one, or none where the recipe says `use_cpu`."""
+    processes: int | None = None
+    """Training processes; null: one for each GPU."""
+    cpus: int = 1
+    """CPU cores."""
+    mem_mb: int = 8000
+    """Memory."""
+    runtime: int = 1440
+    """Longest time in minutes. Training ends in time with a checkpoint, and its retry goes on there."""
+    partition: str | None = None
+    """Slurm's partition; null: the profile's, or the cluster's default."""
+    account: str | None = None
+    """Slurm's account; null: the profile's, or the cluster's default."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus", "mem_mb", "runtime"):
+            check_range(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        check_range("gpu", self.gpu or 0, (self.gpu or 0) >= 0, "0 or more, or null")
+        check_range("processes", self.processes or 0, self.processes is None or self.processes > 0, "above 0, or null")
+
+    @property
+    def num_processes(self) -> int:
+        """How many train together, over all nodes; where that is still null, one on each."""
+        return self.nodes * (self.processes or 1)
+
+    def resolved(self, use_cpu: bool) -> "JobResources":
+        """With a number for each null but partition and account; `use_cpu`: the recipe trains on the CPU."""
+        gpu = self.gpu if self.gpu is not None else int(not use_cpu)
+        return dataclasses.replace(self, gpu=gpu, processes=self.processes or max(1, gpu))
+
+    def asked(self) -> dict[str, int | str]:
+        """Resources of a rule in the Slurm plugin's names; `gpu` is over all nodes, the others are of each."""
+        resources = {
+            "nodes": self.nodes,
+            "gpu": self.nodes * (self.gpu or 0),
+            "mem_mb": self.mem_mb,
+            "runtime": self.runtime,
+            "slurm_partition": self.partition,
+            "slurm_account": self.account,
+        }
+        if self.nodes > 1:
+            # One task on each node, which starts the processes there (dualspeed.cluster.launch): by default the plugin
+            # runs a job on one node, and asks for as many tasks on a GPU as there are in all.
+            extra = "--ntasks-per-node=1" + (f" --gpus-per-node={self.gpu}" if self.gpu else "")
+            resources |= {"mpi": "srun", "tasks": self.nodes, "tasks_per_gpu": 0, "slurm_extra": extra}
+        return {name: value for name, value in resources.items() if value is not None}
+
+    def launch_options(self, accelerate_config: str | None) -> str:
+        """Options of `dualspeed train` that say how many processes train together."""
+        options = f"--nodes {self.nodes} --processes {self.processes} --cpus {self.cpus}"
+        return options + (f" --accelerate-config {shlex.quote(accelerate_config)}" if accelerate_config else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResources:
+    """Resources of a model's jobs."""
+
+    pretrain: JobResources = field(default_factory=JobResources)
+    """Its pretrainings."""
+    finetune: JobResources = field(default_factory=JobResources)
+    """Its finetunings."""
+    answer: JobResources = field(default_factory=JobResources)
+    """Answering the benchmarks, on one node and one GPU."""
+    speed: JobResources = field(default_factory=JobResources)
+    """Timing its steps, on one node and one GPU."""

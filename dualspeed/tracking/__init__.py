@@ -1,0 +1,1 @@
+"""Metrics: a local file first, MLflow second."""

@@ -1,0 +1,1 @@
+"""The trainer, and one stage of a run."""

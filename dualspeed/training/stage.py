@@ -1,0 +1,234 @@
+"""One stage of one run, from a checkpoint to the next: what `dualspeed train` does.
+
+Everything that a killed job needs to go on lies in a state folder, named by a hash of all that decides the result:
+settings, input weights, data. State of other settings is therefore never resumed.
+"""
+
+import logging
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from transformers import ProcessorMixin, TrainingArguments, set_seed
+
+from dualspeed.cluster.run_lock import run_lock
+from dualspeed.data.collator import ConversationCollator
+from dualspeed.data.prepare import VALIDATION_FOLDER
+from dualspeed.data.processing import load_processor
+from dualspeed.environment import environment
+from dualspeed.errors import CheckpointError, InterruptedTrainingError
+from dualspeed.files import atomic_folder, sha256_of_file, sha256_of_json, write_json
+from dualspeed.method.model import DualSpeedModel
+from dualspeed.settings.modes import Mode
+from dualspeed.settings.recipe import batch_plan
+from dualspeed.settings.stage import StageSettings
+from dualspeed.tracking.metric_log import METRICS_FILE, MetricLog, ParentRun, RunSpec
+from dualspeed.training.callbacks import MetricLogCallback, StopInTime
+from dualspeed.training.grouping import group_lengths
+from dualspeed.training.resume import ResumableTrainer, check_num_processes, last_checkpoint, read_progress
+from dualspeed.training.step_times import machine, peak_memory_bytes
+from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
+from dualspeed.training.validation import count_answers, mean_of_answers
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    settings: StageSettings,
+    model_folder: Path,
+    data_folder: Path,
+    state_root: Path,
+    out: Path,
+    tracking: dict[str, str] | None = None,
+    parent: dict[str, str] | None = None,
+    time_limit: float | None = None,
+) -> None:
+    """Run a stage from the checkpoint in `model_folder` on the prepared data in `data_folder`, and write it to `out`.
+
+    Args:
+        state_root: holds the state folders; a stage that was killed goes on where its last whole checkpoint is.
+        tracking: MLflow's `uri` and `experiment`; None logs to the state folder alone.
+        parent: `row` and `settings_hash` of the experiment that the run belongs to; None for a shared pretraining.
+        time_limit: minutes that this job has; training stops with a checkpoint in time. None: no limit.
+
+    Raises:
+        InterruptedTrainingError: the time was over, or SIGTERM came.
+        RunIsLiveError: another job trains this very run.
+        WorldSizeError: the run was started on another number of processes.
+    """
+    started = time.monotonic()
+    state = open_state(state_root, settings, model_folder, data_folder)
+    logger.info("state of this run: %s", state)
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    with StopInTime(time_limit) as stop, run_lock(state) if is_first_process else nullcontext():
+        checkpoint = last_checkpoint(state / "checkpoints")
+        check_num_processes(checkpoint, world_size())
+        model, processor = load_model(settings, model_folder)
+        dataset, held_out = load_data(settings, data_folder)
+        logger.info("%s on %d samples in %d processes", settings.stage, len(dataset), world_size())
+        spec = run_spec(settings, out, parent)
+        with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
+            started -= read_progress(checkpoint).get("seconds", 0.0)
+            trainer = make_trainer(settings, model, processor, dataset, held_out, state / "checkpoints", started)
+            trainer.add_callback(stop)
+            if metric_log:
+                trainer.add_callback(MetricLogCallback(metric_log))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.reason:
+                steps = f"{trainer.state.global_step} of {trainer.state.max_steps} steps"
+                raise InterruptedTrainingError(f"{stop.reason}: {steps} are done and kept; start it again to go on")
+            save(trainer, settings, state, out)
+        if is_first_process:
+            shutil.rmtree(state / "checkpoints", ignore_errors=True)  # all that they hold is in `out`
+
+
+def world_size() -> int:
+    """Processes that train together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_spec(settings: StageSettings, out: Path, parent: dict[str, str] | None) -> RunSpec:
+    """What the stage's run is called, set to and tagged with."""
+    return RunSpec(
+        name=f"{settings.stage} {out.name}",
+        parent=ParentRun(**parent) if parent else None,
+        params=settings.to_dict(),
+        tags={"stage": settings.stage} | ({"pretrain_key": out.name} if settings.stage == "pretrain" else {}),
+    )
+
+
+def open_state(state_root: Path, settings: StageSettings, model_folder: Path, data_folder: Path) -> Path:
+    """The folder that holds the resumable state of this stage, with what decides its name."""
+    identity = {
+        "settings": settings.to_dict(),
+        "model": fingerprint(model_folder, "*.safetensors", "config.json"),
+        "data": fingerprint(data_folder, "*.arrow", f"{VALIDATION_FOLDER}/*.arrow"),
+    }
+    state = state_root / sha256_of_json(identity)[:16]
+    write_json(state / "settings.json", identity)
+    return state
+
+
+def fingerprint(folder: Path, *patterns: str) -> str:
+    """Hash of the content of a folder's files of these patterns."""
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    if not files:
+        raise CheckpointError(f"{folder}: no {' or '.join(patterns)} in this folder")
+    return sha256_of_json({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
+
+
+def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, ProcessorMixin]:
+    """The checkpoint as its stage trains it, and its processor with the stage's chat template."""
+    set_seed(settings.seed)  # an isolator that the checkpoint doesn't have yet starts from the seed
+    if (lora := settings.recipe.lora) is None:
+        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed)
+    else:
+        from dualspeed.method import adapters  # needs peft
+
+        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **adapters.quantization(lora))
+        adapters.add_adapters(model.vlm, lora)
+    set_trainable(model, settings.stage, with_vision=settings.recipe.vision_learning_rate is not None)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # whose optimizer holds float32 weights itself
+        hold_trained_weights_in_float32(model)
+    return model, load_processor(folder, settings.recipe.chat_template, settings.recipe.image_aspect_ratio)
+
+
+def load_data(settings: StageSettings, folder: Path) -> tuple[Dataset, Dataset | None]:
+    """The samples to train on, and the held-out ones of a stage that has a validation."""
+    has_validation = settings.recipe.validation_annotations is not None
+    return load_from_disk(folder), load_from_disk(folder / VALIDATION_FOLDER) if has_validation else None
+
+
+def make_trainer(
+    settings: StageSettings,
+    model: DualSpeedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    checkpoints: Path,
+    started: float,
+) -> ResumableTrainer:
+    """The trainer of a stage, which `started` at this `time.monotonic()` if it never was interrupted."""
+    recipe, num_processes = settings.recipe, world_size()
+    per_device_batch_size = recipe.per_device_batch_size or recipe.global_batch_size // num_processes
+    dataset, length_column = group_lengths(dataset, settings.dualspeed)
+    validates = {}
+    if held_out is not None:
+        held_out, _ = group_lengths(held_out, settings.dualspeed)
+        # Validations are on full tokens, as slow steps are.
+        validates = {
+            "eval_strategy": "steps",
+            "eval_steps": recipe.validation_steps,
+            "per_device_eval_batch_size": recipe.slow_per_device_batch_size or per_device_batch_size,
+        }
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(checkpoints),
+            "seed": settings.seed,
+            "per_device_train_batch_size": per_device_batch_size,
+            "gradient_accumulation_steps": batch_plan(recipe.global_batch_size, num_processes, per_device_batch_size),
+            "logging_nan_inf_filter": False,
+            "length_column_name": length_column,
+            **validates,
+            **recipe.training_arguments,
+        }
+    )
+    return ResumableTrainer(
+        started=started,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=held_out,
+        preprocess_logits_for_metrics=count_answers,
+        compute_metrics=mean_of_answers,
+        data_collator=ConversationCollator(
+            processor,
+            recipe.max_length,
+            with_num_images=recipe.slow_per_device_batch_size is not None,
+            question_tokenizer=model.question_tokenizer(processor),
+        ),
+        processing_class=processor,
+        projector_learning_rate=recipe.projector_learning_rate,
+        vision_learning_rate=recipe.vision_learning_rate,
+        slow_batch_size=recipe.slow_per_device_batch_size,
+    )
+
+
+def save(trainer: ResumableTrainer, settings: StageSettings, state: Path, out: Path) -> None:
+    """Write the stock checkpoint, the isolator, training.json and the metrics to `out`, whole or not at all."""
+    trainer.save_dtype = trainer.accelerator.unwrap_model(trainer.model).stored_dtype
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(out))  # sharded weights are gathered from every process; only the first writes
+        return
+    with atomic_folder(out) as folder:
+        trainer.save_model(str(folder))
+        write_json(folder / "training.json", training_record(trainer, settings))
+        # Figures read what the workflow declares, and state isn't.
+        shutil.copyfile(state / METRICS_FILE, folder / METRICS_FILE)
+
+
+def training_record(trainer: ResumableTrainer, settings: StageSettings) -> dict[str, Any]:
+    """What a stage was and what it cost; `train_seconds` is its wall clock, validations left out, over all resumes."""
+    num_steps, seconds = trainer.state.global_step, trainer.seconds()
+    num_samples = num_steps * settings.recipe.global_batch_size
+    losses = {key: value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key}
+    return {
+        "stage": settings.stage,
+        "seed": settings.seed,
+        "settings": settings.to_dict(),
+        "train_seconds": seconds,
+        "num_steps": num_steps,
+        "num_slow_steps": sum(trainer.mode_of_step(step) is Mode.SLOW for step in range(num_steps)),
+        "num_samples": num_samples,
+        "samples_per_second": num_samples / seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": trainer.args.device.type,
+        "num_processes": trainer.accelerator.num_processes,
+        "final": losses,
+        "machine": machine(),
+        **environment(),
+    }

@@ -1,0 +1,61 @@
+"""Validation while a stage trains: the share of held-out answers that the model gives right, and their cross-entropy.
+
+An answer is a contiguous stretch of supervised tokens, a turn that is; it is right if each of its tokens is the most
+probable one after the true ones before it. Counts are per sample, so that neither batches nor processes change them.
+
+B samples, L length, M supervised tokens, A answers, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+from dualspeed.batch import IGNORE_INDEX
+from dualspeed.method.losses import CHUNK
+
+# What the trainer calls a metric -> what the log calls it; it has others, which say nothing more.
+VALIDATION_METRICS = {
+    "eval_answer_accuracy": "validation/answer_accuracy",
+    "eval_ce_loss": "validation/ce_loss",
+    "eval_runtime": "validation/seconds",
+}
+
+
+def count_answers(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """(B, 4) of each sample: answers, right ones, supervised tokens, and the sum of their cross-entropies.
+
+    Args:
+        outputs: a DualSpeedOutput's tensors; the last are the (M, V) logits.
+        labels: (B, L), as the model took them.
+    """
+    logits, targets = outputs[-1], labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    starts = supervised.clone()
+    starts[:, 1:] &= ~supervised[:, :-1]
+    targets = targets[supervised]
+    chunks = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+    losses = torch.cat([F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
+
+    is_wrong = logits.argmax(dim=-1) != targets
+    answer_of_token = starts[supervised].cumsum(0) - 1
+    num_wrong = torch.zeros(int(starts.sum()), device=logits.device).index_add(0, answer_of_token, is_wrong.float())
+    right, loss_sums = torch.zeros(2, len(labels), device=logits.device)
+    right.index_add_(0, starts.nonzero()[:, 0], (num_wrong == 0).float())
+    loss_sums.index_add_(0, supervised.nonzero()[:, 0], losses)
+    return torch.stack([starts.sum(1).float(), right, supervised.sum(1).float(), loss_sums], dim=1)
+
+
+def mean_of_answers(counted: EvalPrediction) -> dict[str, float]:
+    """Accuracy (0 to 100) over all answers and cross-entropy over all their tokens, from `count_answers`."""
+    answers, right, tokens, loss = counted.predictions.astype(float).sum(axis=0)
+    return {"answer_accuracy": 100 * right / max(answers, 1), "ce_loss": loss / max(tokens, 1)}
+
+
+def as_logged(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trainer logs, a validation's metrics by their own names and no others of it."""
+    names = {key: VALIDATION_METRICS.get(key, key) for key in logs}
+    return {name: logs[key] for key, name in names.items() if not name.startswith("eval_")}

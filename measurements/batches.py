@@ -1,0 +1,55 @@
+"""Are answers of a batch those of each question alone, and how much faster do they come?
+
+    python -m measurements.batches MODEL BENCHMARK FOLDER [--questions 200] [--batch-size 8] [--pruning-ratio 0.9]
+
+Prints, for float32 and bfloat16, the share of equal answers and questions a second of either batch size.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from dualspeed.benchmarks import Question, get_question_set
+from dualspeed.evaluation.generator import Answerer
+from dualspeed.evaluation.images import check_images
+
+
+def main() -> None:
+    """Answer the first questions of a benchmark in each precision and batch size."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("benchmark")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--pruning-ratio", type=float, help="answer on pruned tokens, DivPrune")
+    options = parser.parse_args()
+    questions = get_question_set(options.benchmark).load_questions(options.folder)[: options.questions]
+    pruner = None if options.pruning_ratio is None else "divprune"
+    print(f"{len(questions)} questions, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    for dtype in (torch.float32, torch.bfloat16):
+        answerer = Answerer(options.model, options.max_new_tokens, pruner, options.pruning_ratio, dtype)
+        alone, slow = answer(answerer, questions, 1)
+        together, fast = answer(answerer, questions, options.batch_size)
+        equal = sum(alone[key] == together[key] for key in alone) / len(alone)
+        print(
+            f"{dtype} on {answerer.device}: {100 * equal:.1f} % of the answers equal at batch {options.batch_size}; ",
+            end="",
+        )
+        print(f"{slow:.1f} questions/s alone, {fast:.1f} in batches")
+
+
+def answer(answerer: Answerer, questions: list[Question], batch_size: int) -> tuple[dict[str, str], float]:
+    """{question id: answer} and questions a second."""
+    answers, start = {}, time.perf_counter()
+    for batch in answerer.make_batches(questions, check_images(questions), batch_size):
+        texts, _ = answerer.answer(batch)
+        answers |= dict(zip((question.question_id for question in batch), texts, strict=True))
+    return answers, len(questions) / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What each pruner costs: time, peak memory, and its share of a fast training step of a 7B model.
+
+    python -m measurements.pruners [--device cpu] [--shapes 16x576x4096 4x2880x4096] [--repeats 9]
+
+Ours prunes the batch at once; beside it stands the published algorithm, image by image (published.py). Both
+are timed in turns, so that what else the machine does slows both alike, and times are medians after one turn to warm
+up; peak memory is that of one call in a process of its own. Needs no weights: features
+are random, and the fast step is what its FLOPs take at the rate of a large bfloat16 (CPU: float32) matrix product on
+the same device, which no real step reaches, so that shares are upper bounds.
+"""
+
+import argparse
+import inspect
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
+import torch
+
+from dualspeed.pruners import PRUNERS, VisualTokens, num_tokens_to_keep
+from dualspeed.settings.names import PRUNER_LABELS
+from measurements import published
+
+PRUNING_RATIO = 0.9
+TEXT_TOKENS, ISOLATOR_TOKENS = 128, 4
+LLM_PARAMETERS, TOWER_PARAMETERS = 6.7e9, 0.3e9
+KEY_SHAPE, TOWER_WIDTH = (16, 64), 1024
+BYTES_PER_MIB = 2**20
+
+
+def main() -> None:
+    """Print one table a shape."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", default=["16x576x4096", "4x2880x4096"], help="images x tokens x width")
+    parser.add_argument("--pruners", nargs="+", default=sorted(PRUNERS), choices=sorted(PRUNERS))
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    print(f"{device_name(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    for text in options.shapes:
+        shape = tuple(int(size) for size in text.split("x"))
+        step = fast_step_seconds(options.device, *shape[:2])
+        print(f"\n{text}, p = {PRUNING_RATIO}: a fast step takes {step * 1e3:.0f} ms or more")
+        rows = [row(name, shape, options.device, options.repeats, step) for name in options.pruners]
+        print(pd.DataFrame(rows).to_markdown(index=False))
+
+
+def row(name: str, shape: tuple[int, int, int], device: str, repeats: int, step: float) -> dict[str, str]:
+    """One line of the table."""
+    memory, loop_memory = (in_own_process(peak_of_one_call, form, name, shape, device) for form in FORMS)
+    batched, loop = in_own_process(seconds_in_turns, name, shape, device, repeats)
+    return {
+        "pruner": PRUNER_LABELS[name],
+        "ms": f"{batched * 1e3:.1f}",
+        "loop ms": f"{loop * 1e3:.1f}",
+        "faster by": f"{loop / batched:.1f}x",
+        "peak MiB": f"{memory / BYTES_PER_MIB:.0f}",
+        "loop peak MiB": f"{loop_memory / BYTES_PER_MIB:.0f}",
+        "share of a fast step": f"{batched / step:.2%}",
+    }
+
+
+def in_own_process(function: Callable, *arguments: object) -> object:
+    """What `function` returns in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_of_one_call(form: str, name: str, shape: tuple[int, int, int], device: str) -> float:
+    """Peak bytes beyond the inputs."""
+    tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
+    before = peak_memory(device)
+    FORMS[form](name, tokens, num_keep)
+    return peak_memory(device) - before
+
+
+def seconds_in_turns(name: str, shape: tuple[int, int, int], device: str, repeats: int) -> list[float]:
+    """Median seconds of each form."""
+    tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
+    calls = [partial(prune, name, tokens, num_keep) for prune in FORMS.values()]
+    turns = [[timed(call, device) for call in calls] for _ in range(repeats + 1)]
+    return [statistics.median(seconds) for seconds in zip(*turns[1:], strict=True)]
+
+
+@torch.no_grad()
+def batched_form(name: str, tokens: VisualTokens, num_keep: int) -> None:
+    """Ours."""
+    PRUNERS[name](tokens, torch.full((len(tokens.features),), num_keep))
+
+
+@torch.no_grad()
+def loop_form(name: str, tokens: VisualTokens, num_keep: int) -> None:
+    """The published algorithm, image by image; its arguments name the fields that it takes."""
+    function = getattr(published, name)
+    fields = {"attention": "cls_attention"}
+    names = [fields.get(argument, argument) for argument in inspect.signature(function).parameters][:-1]
+    for image in zip(*(getattr(tokens, field) for field in names), strict=True):
+        function(*image, num_keep)
+
+
+FORMS = {"batched": batched_form, "loop": loop_form}
+
+
+def random_tokens(batch_size: int, num_tokens: int, width: int, device: str) -> VisualTokens:
+    """Everything that any pruner takes, in float32."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(batch_size, num_tokens, *sizes, generator=generator, device=device)
+
+    return VisualTokens(
+        features=normal(width),
+        cls_attention=normal().softmax(dim=-1),
+        keys=normal(*KEY_SHAPE),
+        pre_projection=normal(TOWER_WIDTH),
+        relevance=normal(),
+        seeds=torch.arange(batch_size, device=device),
+    )
+
+
+def fast_step_seconds(device: str, batch_size: int, num_tokens: int) -> float:
+    """Seconds of a fast step of a 7B model with a CLIP-L tower: forward and backward of the kept tokens and the text,
+    6 FLOPs a parameter and token, and the tower's forward, 2; its attention is left out."""
+    kept = num_tokens_to_keep(num_tokens, PRUNING_RATIO) + ISOLATOR_TOKENS + TEXT_TOKENS
+    flops = batch_size * (6 * LLM_PARAMETERS * kept + 2 * TOWER_PARAMETERS * num_tokens)
+    return flops / matmul_flops_per_second(device)
+
+
+def matmul_flops_per_second(device: str, size: int = 4096) -> float:
+    """The rate of a square matrix product."""
+    matrix = torch.randn(size, size, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    multiply = partial(torch.matmul, matrix, matrix)
+    multiply()
+    return 2 * size**3 / statistics.median(timed(multiply, device) for _ in range(5))
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, the device's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes so far: of the device, or of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: str) -> str:
+    """What the figures were measured on."""
+    return platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+if __name__ == "__main__":
+    main()

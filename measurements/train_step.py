@@ -1,0 +1,208 @@
+"""What a training step costs, ours beside steps written as the published implementation's are.
+
+    python -m measurements.train_step [--model small] [--rounds 7] [--out speed.json]
+
+Random weights in the models' real shapes, one batch, all steps in one process and in turns, so that whatever else the
+machine does meets all of them alike; medians. A step is forward, backward, gradient clipping and AdamW, once a global
+batch. Ours: activation checkpointing in steps on full tokens alone, logits and losses at supervised positions. Plain:
+plain_step.py. `mixed` is arithmetic on the medians: (1 - r) fast + r slow, and so is theory, from the FLOPs
+that torch counts in our steps. Peak memory is that of a process of its own for each step.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from dualspeed import DualSpeedConfig
+from dualspeed.method.model import DualSpeedModel
+from dualspeed.settings.modes import Mode
+from dualspeed.training.micro_batches import micro_batches
+from dualspeed.training.step_times import count_flops, machine, peak_memory_bytes, time_pruner, timed
+from dualspeed.training.trainable import set_trainable
+from measurements import plain_step
+from measurements.models import MODELS, Size, batch_of, build
+
+SLOW_MODE_RATIO, PRUNING_RATIO = 0.1, 0.9
+OURS = ("baseline", "baseline_unchecked", "naive", "fast", "slow")
+PLAIN = ("plain_baseline", "plain_fast", "plain_slow")
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Print the table and the figures that the project is held to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="small", choices=sorted(MODELS))
+    parser.add_argument("--rounds", type=int, default=7, help="how often each step is timed, after one to warm up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="time the processor's work, where others share it")
+    parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
+    options = parser.parse_args()
+    size = MODELS[options.model]
+    memory = {name: in_fresh_process(peak, name, size, options.threads) for name in (*OURS, *PLAIN)}
+    measured = in_fresh_process(measure, size, options.threads, options.rounds, options.cpu_time)
+    seconds = {name: statistics.median(values) for name, values in measured["seconds"].items()}
+    print(
+        f"{options.model} on {machine()}, torch {torch.__version__}, {options.threads} threads, batch {size.batch_size}"
+    )
+    print(table(seconds, measured, memory).to_markdown())
+    summary = summarise(seconds, measured, memory)
+    print("\n".join(f"{name}: {value:.3f}" for name, value in summary.items()))
+    if options.out:
+        options.out.write_text(json.dumps(measured | {"memory": memory, "summary": summary, "machine": machine()}))
+
+
+def in_fresh_process(function: Callable, *arguments):
+    """What `function` returns in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def measure(size: Size, threads: int, rounds: int, cpu_time: bool) -> dict:
+    """Seconds of each repetition of each step, its FLOPs, the pruner's seconds, and the batch's size."""
+    torch.set_num_threads(threads)
+    models, steps = make_steps(size, (*OURS, *PLAIN))
+    seconds = {name: [] for name in steps}
+    in_pruner = []
+    for round_number in range(rounds + 1):
+        for name, step in steps.items():
+            with time_pruner(models["fast"]) as pruner_seconds:
+                elapsed = processor_time(step) if cpu_time else timed(step)
+            if round_number > 0:
+                seconds[name].append(elapsed)
+                if name == "fast":
+                    in_pruner.append(sum(pruner_seconds))
+    batch = batch_of(size)
+    return {
+        "seconds": seconds,
+        "pruner_seconds": statistics.median(in_pruner),
+        "flops": {name: count_flops(steps[name]) for name in OURS},
+        "tokens": int(batch["attention_mask"].sum()),
+        "batch_size": size.batch_size,
+        "matmul_flops_per_second": matmul_flops_per_second(),
+    }
+
+
+def processor_time(call: Step) -> float:
+    """Seconds that all threads of this process spend on a call, whatever else the machine does meanwhile."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def peak(name: str, size: Size, threads: int) -> int:
+    """Peak memory of this process after three steps of one kind."""
+    torch.set_num_threads(threads)
+    _, steps = make_steps(size, (name,))
+    for _ in range(3):
+        next(iter(steps.values()))()
+    return peak_memory_bytes()
+
+
+def make_steps(size: Size, names: tuple[str, ...]) -> tuple[dict[str, DualSpeedModel], dict[str, Step]]:
+    """The steps, which share weights and optimizer; a learning rate of 0 costs what any other does."""
+    vlm = build(size)
+    fast = DualSpeedModel(vlm, DualSpeedConfig(pruning_ratio=PRUNING_RATIO))
+    set_trainable(fast, "finetune")
+    naive = DualSpeedModel(vlm, DualSpeedConfig(pruning_ratio=PRUNING_RATIO, num_virtual_tokens=0))
+    naive.mode_isolator = None
+    parameters = [parameter for parameter in fast.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    batch = batch_of(size)
+    fast.train()
+    ours = {
+        "baseline": partial(backward, fast, batch, size.baseline_batch_size, True, mode=Mode.SLOW, distill=False),
+        "baseline_unchecked": partial(
+            backward, fast, batch, size.baseline_batch_size, False, mode=Mode.SLOW, distill=False
+        ),
+        "naive": partial(backward, naive, batch, size.fast_batch_size, True, mode=Mode.FAST),
+        "fast": partial(backward, fast, batch, size.fast_batch_size, True, mode=Mode.FAST),
+        "slow": partial(backward, fast, batch, size.slow_batch_size, True, mode=Mode.SLOW),
+    }
+    plain = {
+        "plain_baseline": partial(plain_step.baseline, vlm, batch),
+        "plain_fast": partial(plain_step.fast, vlm, fast.mode_isolator, batch, PRUNING_RATIO),
+        "plain_slow": partial(plain_step.slow, vlm, fast.mode_isolator, batch, PRUNING_RATIO),
+    }
+    steps = {name: partial(optimised, run, optimizer, parameters) for name, run in (ours | plain).items()}
+    return {"fast": fast}, {name: steps[name] for name in names}
+
+
+def optimised(run: Step, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Gradients by `run`, clipping and AdamW."""
+    optimizer.zero_grad()
+    run()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def backward(model: DualSpeedModel, batch: dict, micro_batch_size: int, checkpointing: bool, **mode) -> None:
+    """Gradients of one global batch by our model, a micro-batch at a time."""
+    switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
+    if model.is_activation_checkpointing is not checkpointing:
+        switch()
+    num_items = int((batch["labels"] != -100).sum())
+    for part in micro_batches(batch, [1] * len(batch["input_ids"]), micro_batch_size):
+        model(**part, **mode, num_items_in_batch=num_items).loss.backward()
+
+
+def matmul_flops_per_second(size: int = 2048) -> float:
+    """The rate of a square matrix product: what no step exceeds."""
+    matrix = torch.randn(size, size)
+    return 2 * size**3 / min(timed(partial(torch.matmul, matrix, matrix)) for _ in range(5))
+
+
+def table(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> pd.DataFrame:
+    """One row a step; model FLOPs utilisation counts what our own step needs without recomputation."""
+    rate = measured["matmul_flops_per_second"]
+    useful = measured["flops"] | {"baseline": measured["flops"]["baseline_unchecked"]}
+    rows = {
+        name: {
+            "s": f"{value:.2f}",
+            "samples/s": f"{measured['batch_size'] / value:.1f}",
+            "tokens/s": f"{measured['tokens'] / value:.0f}",
+            "MFU": f"{useful[name] / value / rate:.0%}" if name in useful and name != "slow" else "",
+            "peak MiB": f"{memory[name] / 2**20:.0f}",
+            "GPU": "not run",
+        }
+        for name, value in seconds.items()
+    }
+    return pd.DataFrame(rows).T
+
+
+def mixed(fast: float | pd.Series, slow: float | pd.Series) -> float | pd.Series:
+    """Mean over a run's steps, of which the share SLOW_MODE_RATIO is slow."""
+    return (1 - SLOW_MODE_RATIO) * fast + SLOW_MODE_RATIO * slow
+
+
+def summarise(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> dict[str, float]:
+    """Ratios: ours to plain, speedups measured and by FLOPs, peak memory to Baseline's."""
+    flops, prefix = measured["flops"], "plain_"
+    plain = {name.removeprefix(prefix): value for name, value in seconds.items() if name.startswith(prefix)}
+    mixed_seconds, mixed_plain, mixed_flops = (mixed(one["fast"], one["slow"]) for one in (seconds, plain, flops))
+    measured_speedup, theory = seconds["baseline"] / mixed_seconds, flops["baseline"] / mixed_flops
+    return {
+        **{f"{name}: plain over ours": value / seconds[name] for name, value in plain.items()},
+        "mixed: plain over ours": mixed_plain / mixed_seconds,
+        "speedup of fast over baseline": seconds["baseline"] / seconds["fast"],
+        "speedup of mixed over baseline": measured_speedup,
+        "the same by FLOPs": theory,
+        "share of theory": measured_speedup / theory,
+        "speedup of mixed over unchecked baseline": seconds["baseline_unchecked"] / mixed_seconds,
+        "speedup of plain mixed over plain baseline": plain["baseline"] / mixed_plain,
+        "pruner's share of a fast step": measured["pruner_seconds"] / seconds["fast"],
+        "peak memory of fast over baseline": memory["fast"] / memory["baseline"],
+        "peak memory of slow over baseline": memory["slow"] / memory["baseline"],
+    }
+
+
+if __name__ == "__main__":
+    main()

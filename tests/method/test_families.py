@@ -1,0 +1,341 @@
+"""Every supported family: the properties that make fast mode right, on tiny models of its real classes."""
+
+import os
+import re
+
+import pytest
+import torch
+import transformers
+from torch.testing import assert_close
+from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
+
+from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
+from dualspeed.method.sequences import Sequences
+from dualspeed.method.vlm.families import image_inputs, token_inputs
+from dualspeed.method.vlm.tower import (
+    RECORDED,
+    drops_first_position,
+    has_cls_token,
+    per_token,
+    projector,
+    selected_attention,
+)
+from dualspeed.method.vlm.vision import encode_images, has_packed_tiles, tiles_per_image
+from dualspeed.pruners import PRUNERS, num_tokens_to_keep
+from dualspeed.training.trainable import is_projector, set_trainable
+from tests.support.families import FAMILIES, IMAGE, Family, batch
+from tests.support.paths import REPOSITORY
+
+by_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
+MIXED = [1, 0, 2, 1]
+TOWERS = [family for family in FAMILIES if family.name not in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Mistral 3")]
+tower_families = pytest.mark.parametrize("family", TOWERS, ids=[family.name for family in TOWERS])
+
+
+def model_of(family: Family, **settings) -> DualSpeedModel:
+    torch.manual_seed(0)
+    return DualSpeedModel(family.build(), DualSpeedConfig(**settings))
+
+
+@by_family
+def test_slow_mode_without_distillation_is_the_stock_loss(family):
+    for num_images in (MIXED, [0, 0]):
+        inputs = batch(family, num_images)
+        stock = family.build()(**inputs).loss
+        assert_close(model_of(family)(mode=Mode.SLOW, distill=False, **inputs).loss, stock, atol=1e-5, rtol=1e-5)
+
+
+@by_family
+def test_fast_mode_keeping_all_without_isolator_is_the_stock_loss(family):
+    inputs = batch(family, MIXED)
+    settings = {"pruning_ratio": 0.0, "num_virtual_tokens": 0}
+    loss = model_of(family, **settings)(mode=Mode.FAST, **inputs).loss
+    assert_close(loss, family.build()(**inputs).loss, atol=1e-5, rtol=1e-5)
+
+
+@by_family
+@pytest.mark.parametrize("pruner", ["divprune", "random", "cdpruner"])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_batched_equals_alone_on_either_padding_side(family, mode, pruner):
+    model = model_of(family, pruning_ratio=0.5, pruner=pruner)
+    alone = torch.stack(
+        [model(mode=mode, **batch(family, [count], seed=seed)).loss for seed, count in enumerate(MIXED)]
+    )
+    for padding_side in ("right", "left"):
+        batched = model(mode=mode, **batch(family, MIXED, padding_side)).loss
+        assert_close(batched, alone.mean(), atol=1e-4, rtol=1e-4)
+
+
+@by_family
+def test_fast_mode_at_90_percent_trains(family):
+    """Its loss falls over 20 steps; language model, projector and isolator learn, the tower doesn't."""
+    model = model_of(family, pruning_ratio=0.9)
+    set_trainable(model, "finetune")
+    assert any(is_projector(name) and "isolator" not in name for name, _ in model.named_parameters())
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    inputs = batch(family, MIXED)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = model(mode=Mode.FAST, **inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert model.mode_isolator.weight.grad.abs().sum() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all((parameter != start).any() for parameter, start in zip(trained, before, strict=True))
+    assert_close(frozen, {name: p for name, p in model.named_parameters() if not p.requires_grad}, atol=0, rtol=0)
+
+
+@by_family
+def test_slow_mode_learns_from_fast_mode(family):
+    output = model_of(family, pruning_ratio=0.9)(mode=Mode.SLOW, **batch(family, MIXED))
+    assert output.distillation_loss > 0
+    output.loss.backward()
+
+
+@by_family
+def test_kept_tokens_take_what_belongs_to_them_along(family):
+    """Text and row tokens stay; positions and token types are those of the tokens that stay."""
+    model = model_of(family, pruning_ratio=0.5, num_virtual_tokens=2)
+    inputs = batch(family, [2])
+    # Each token is known by its place, so that the pruned sequence says which ones it took.
+    is_image = inputs["input_ids"] == IMAGE
+    whole = Sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    places = torch.arange(is_image.shape[1])[None]
+    pixels = image_inputs(model.vlm, image_side(inputs))
+    by_token_inputs = token_inputs(model.vlm, whole, image_side(inputs), pixels)
+    whole = whole._replace(by_token=by_token_inputs | {"places": places})
+    images = model._encode(pixels)
+    pruned, output = model._pruned(whole, images, None)
+    kept = pruned.by_token["places"][0]
+    assert set(kept.tolist()) >= set(places[~is_image].tolist())
+    assert (kept.diff() >= 0).all()
+    for name, values in pruned.by_token.items():
+        assert torch.equal(values, whole.by_token[name][..., kept])
+    num_kept = (pruned.input_ids == IMAGE).sum() - 2 * len(images.features)
+    assert num_kept == sum(num_tokens_to_keep(len(unit), 0.5) for unit in images.features)
+    for layer, all_of_layer in zip(
+        getattr(output, "deepstack_features", None) or [],
+        getattr(images.output, "deepstack_features", None) or [],
+        strict=True,
+    ):
+        of_image_tokens = torch.zeros(is_image.shape[1], 32)
+        of_image_tokens[is_image[0]] = torch.cat(list(all_of_layer))
+        rows, is_kept = torch.cat(layer), pruned.input_ids[0] == IMAGE
+        isolator = torch.cat([torch.arange(len(unit)) < 2 for unit in layer])
+        assert not rows[isolator].any()
+        assert torch.equal(rows[~isolator], of_image_tokens[kept[is_kept]][~isolator])
+
+
+def prompts(family: Family, num_images: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch to generate from."""
+    inputs = batch(family, num_images, padding_side="left", seed=seed)
+    del inputs["labels"]
+    if family.token_types:
+        takes_images = family.token_types == "mm_token_type_ids" or family.name == "Gemma 3"
+        inputs[family.token_types] = (inputs["input_ids"] == IMAGE).int() * takes_images
+    return inputs
+
+
+def generator_of(family: Family, **settings) -> DualSpeedModel:
+    """A model that never ends its answers, nor draws images in them."""
+    model = model_of(family, **settings).eval()
+    model.vlm.generation_config.eos_token_id = None
+    model.vlm.generation_config.suppress_tokens = [IMAGE]
+    return model
+
+
+@by_family
+def test_pruned_generation_is_greedy_decoding_of_the_pruned_sequence(family):
+    """Each new token is the likeliest by fast mode's own forward pass over all before it, and alone as in a batch."""
+    model = generator_of(family, pruning_ratio=0.9)
+    inputs, new = prompts(family, [1, 2, 3]), 12
+    arguments = {"mode": Mode.FAST, "max_new_tokens": new, "do_sample": False}
+    generated = model.generate(**arguments, **inputs)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + new
+    # The pruned sequence, its positions among it, comes from the whole one with the new tokens behind it.
+    asked = {name: torch.nn.functional.pad(values, (0, new), value=1) for name, values in by_token(inputs).items()}
+    asked["input_ids"] = generated
+    asked["labels"] = generated.clone()
+    asked["labels"][:, :-new] = -100
+    if family.name == "Gemma 3":
+        asked["token_type_ids"][:, -new:] = 0
+    logits = model(mode=Mode.FAST, **inputs | asked).logits
+    logits[:, IMAGE] = -torch.inf
+    assert torch.equal(generated[:, -new:], logits.argmax(dim=-1).view(-1, new))
+    for seed, row in enumerate(generated):
+        alone = model.generate(**arguments, **prompts(family, [seed + 1], seed=seed))
+        assert torch.equal(alone[0, -new:], row[-new:])
+
+
+@by_family
+def test_generation_on_all_tokens_without_isolator_is_the_stock_models(family):
+    model = generator_of(family, pruning_ratio=0.0, num_virtual_tokens=0)
+    arguments = {"max_new_tokens": 6, "do_sample": False}
+    for num_images in ([1, 2, 3], [2], [0, 1], [0]):
+        inputs = prompts(family, num_images)
+        # Twice in turn: neither leaves positions behind that the other goes on with.
+        for _ in range(2):
+            stock = model.vlm.generate(**arguments, **inputs)
+            for mode in Mode:
+                assert torch.equal(model.generate(mode=mode, **arguments, **inputs), stock)
+
+
+def by_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+
+
+def image_side(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: values for name, values in inputs.items() if name not in ("input_ids", "attention_mask", "labels")}
+
+
+@by_family
+def test_text_only_batch_of_one_of_two_ranks_calls_the_same_modules(family, monkeypatch):
+    """A blank image goes through tower, projector and pruner; the loss stays the text's own."""
+    inputs = batch(family, [0, 0])
+    stock = family.build()(**inputs).loss
+    monkeypatch.setattr("dualspeed.method.model.is_sharded", lambda: True)
+    for mode in Mode:
+        model = model_of(family)
+        set_trainable(model, "finetune")
+        loss = model(mode=mode, **inputs).loss
+        assert_close(loss, stock, atol=1e-5, rtol=1e-5)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@tower_families
+def test_attention_is_the_eager_towers(family):
+    """That of the CLS token, or the mean that is received; for a square of patches their mean, for newlines none."""
+    vlm, images = family.build(), image_side(batch(family, [1, 2]))
+    encoded = encode_images(vlm, image_inputs(vlm, images), needs=("cls_attention",))
+    eager, weights = family.build(), []
+    eager.set_attn_implementation("eager")
+    selected_attention(eager).register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    eager.get_image_features(**image_inputs(eager, images), return_dict=True)
+    maps = weights[0].mean(dim=1)
+    scores = (maps[:, 0] if has_cls_token(eager) else maps.mean(dim=1))[:, int(drops_first_position(eager)) :]
+    ours = encoded.described["cls_attention"]
+    if has_packed_tiles(vlm):
+        # Each image begins with its base tile as it is; all that the model puts between are newlines.
+        num_tiles = tiles_per_image(vlm, image_inputs(vlm, images))
+        first_tiles = [scores[sum(num_tiles[:index])] for index in range(len(num_tiles))]
+        starts = [row[:16] for row in ours.split([len(unit) for unit in encoded.features])]
+        assert_close(torch.stack(starts), torch.stack(first_tiles), atol=1e-6, rtol=1e-5)
+        newline = vlm.model.image_newline
+        is_newline = torch.cat([(unit == newline).all(dim=-1) for unit in encoded.features])
+        assert torch.equal(ours == -torch.inf, is_newline)
+        return
+    num_tokens = len(ours) // len(scores)
+    side = int((scores.shape[1] // num_tokens) ** 0.5)
+    squares = [
+        tile.view(4, 4)[row : row + side, column : column + side].mean()
+        for tile in scores
+        for row in range(0, 4, side)
+        for column in range(0, 4, side)
+    ]
+    assert_close(ours, torch.stack(squares), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Idefics3", "InternVL", "SmolVLM"])
+def test_a_token_stands_for_the_square_of_patches_that_it_is_made_of(name):
+    vlm = next(family for family in FAMILIES if family.name == name).build()
+
+    def tokens_of(patches: torch.Tensor) -> torch.Tensor:
+        if name != "InternVL":
+            return projector(vlm)(patches)
+        return projector(vlm)(vlm.model.pixel_shuffle(patches.view(1, 4, 4, 32)).reshape(1, 4, 128))
+
+    for patch in range(16):
+        noise = torch.zeros(1, 16, 32)
+        noise[0, patch] = torch.randn(32, generator=torch.Generator().manual_seed(patch))
+        touched = (tokens_of(noise) != tokens_of(torch.zeros(1, 16, 32))).any(dim=-1)
+        assert torch.equal(per_token(noise, 4).any(dim=-1), touched)
+
+
+@tower_families
+@pytest.mark.parametrize("pruner", ["vispruner", "visionzip"])
+def test_pruners_that_look_into_the_tower_prune_alike_in_any_batch(family, pruner):
+    model = model_of(family, pruning_ratio=0.5, pruner=pruner)
+    alone = [model(mode=Mode.FAST, **batch(family, [count], seed=seed)).loss for seed, count in enumerate(MIXED)]
+    batched = model(mode=Mode.FAST, **batch(family, MIXED, "left")).loss
+    assert_close(batched, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_trained_is_refused_with_the_reason():
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    blip = Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config=vision | {"intermediate_size": 32},
+            qformer_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 9},
+            text_config={"model_type": "opt", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+            | {"num_attention_heads": 4, "ffn_dim": 32, "word_embed_proj_dim": 32},
+        )
+    )
+    with pytest.raises(ValueError, match="Blip2ForConditionalGeneration can't be trained on pruned tokens, since its"):
+        DualSpeedModel(blip, DualSpeedConfig())
+    qwen = next(family for family in FAMILIES if family.name == "Qwen2-VL")
+    with pytest.raises(ValueError, match=r"'fastervlm' looks at the vision tower's cls_attention.*tome"):
+        model_of(qwen, pruner="fastervlm")
+    with pytest.raises(ValueError, match="prune_budget 'tile' is for models that cut images into tiles"):
+        model_of(qwen, prune_budget="tile")
+    with pytest.raises(TypeError, match="unknown input image_grid"):
+        model_of(FAMILIES[0])(**batch(FAMILIES[0], [1]), image_grid_thw=torch.ones(1, 3))
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="the table says what can't be built without torchvision")
+def test_readme_lists_the_families():
+    """UPDATE_README=1 writes what this run found."""
+    lines = ["| family | class | pruned by | methods | to train |", "|---|---|---|---|---|"]
+    lines += [line_of(family) for family in FAMILIES]
+    readme = REPOSITORY / "README.md"
+    before, old, after = re.split(
+        r"(?<=<!-- families:start -->\n)(.*?)(?=\n<!-- families:end -->)", readme.read_text(), flags=re.DOTALL
+    )
+    if os.environ.get("UPDATE_README"):
+        readme.write_text(before + "\n".join(lines) + after)
+    assert old.splitlines() == lines
+
+
+def line_of(family: Family) -> str:
+    """A row of the table, found out by trying."""
+    vlm = family.build()
+    images = image_side(batch(family, [1]))
+    units = encode_images(vlm, image_inputs(vlm, images)).features
+    methods = [name for name in PRUNERS if accepts(vlm, name)]
+    feature_based = [name for name in PRUNERS if not set(PRUNERS[name].needs) & set(RECORDED)]
+    assert methods in (list(PRUNERS), feature_based)
+    return " | ".join(
+        [
+            f"| {family.name}",
+            f"`{type(vlm).__name__}`",
+            "image" if len(units) == 1 else "tile",
+            "all" if methods == list(PRUNERS) else "feature-based",
+            f"{'needs torchvision' if processor_needs_torchvision(vlm) else ''} |",
+        ]
+    )
+
+
+def accepts(vlm, pruner: str) -> bool:
+    try:
+        DualSpeedModel(vlm, DualSpeedConfig(pruner=pruner))
+    except ValueError:
+        return False
+    return True
+
+
+def processor_needs_torchvision(vlm) -> bool:
+    """Whether the family's processor can't be built without it: for its own sake, or for that of its videos."""
+    try:
+        return (
+            "video_processor" in getattr(transformers, PROCESSOR_MAPPING_NAMES[vlm.config.model_type]).get_attributes()
+        )
+    except ImportError:
+        return True

@@ -1,0 +1,318 @@
+"""The contract of dualspeed/pruners/__init__.py for every pruner, and each one's published algorithm."""
+
+import dataclasses
+import inspect
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from dualspeed.pruners import PRUNERS, MergedTokens, VisualTokens, get_pruner, num_tokens_to_keep
+from dualspeed.settings.names import PRUNER_NAMES
+from measurements import published
+from tests.support.paths import REPOSITORY
+
+WIDTH, HEADS, HEAD_WIDTH = 8, 2, 6
+MERGING = ("prumerge", "prumerge_plus", "spatial_pool", "tome", "visionzip")
+EXAMPLES = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+def tokens(batch_size: int, num_tokens: int, seed: int = 0, mask: torch.Tensor | None = None) -> VisualTokens:
+    """Random tokens with everything that any pruner needs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(batch_size, num_tokens, *shape, generator=generator)
+
+    return VisualTokens(
+        features=normal(WIDTH),
+        mask=mask,
+        cls_attention=normal().softmax(dim=-1),
+        keys=normal(HEADS, HEAD_WIDTH),
+        pre_projection=normal(WIDTH + 1),
+        relevance=normal(),
+        seeds=torch.arange(batch_size) + seed,
+    )
+
+
+def part(batch: VisualTokens, rows: torch.Tensor | slice, num_tokens: int | None = None) -> VisualTokens:
+    """Some images of a batch, cut to their first tokens."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    cut = {
+        name: values if values is None else values[rows] if name == "seeds" else values[rows, :num_tokens]
+        for name, values in fields.items()
+    }
+    return VisualTokens(**cut | ({"mask": None} if num_tokens is not None else {}))
+
+
+def prune(name: str, batch: VisualTokens, num_keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Indices, and vectors where the method merges."""
+    result = get_pruner(name)(batch, num_keep)
+    assert isinstance(result, MergedTokens) == (name in MERGING)
+    return (result.indices, result.features) if isinstance(result, MergedTokens) else (result, None)
+
+
+@st.composite
+def batches(draw) -> tuple[VisualTokens, list[int], torch.Tensor]:
+    """Images of different lengths with budgets of their own."""
+    lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    num_keep = torch.tensor([draw(st.integers(1, length)) for length in lengths])
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return tokens(len(lengths), max(lengths), draw(st.integers(0, 10**6)), mask), lengths, num_keep
+
+
+def test_configuration_and_registry_name_the_same_pruners():
+    assert sorted(PRUNERS) == sorted(PRUNER_NAMES)
+
+
+def test_unknown_pruner_lists_the_valid_ones():
+    with pytest.raises(KeyError, match="valid: cdpruner, divprune, fastervlm, prumerge"):
+        get_pruner("fastvlm")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "pruning_ratio", "expected"),
+    [
+        (576, 0.9, 57),
+        (64, 0.9, 6),
+        (144, 0.9, 14),
+        (10, 0.9, 1),
+        (3, 0.9, 1),
+        (576, 0.75, 144),
+        (7, 0.0, 7),
+        (1, 0.99, 1),
+    ],
+)
+def test_num_tokens_to_keep(num_tokens, pruning_ratio, expected):
+    assert num_tokens_to_keep(num_tokens, pruning_ratio) == expected
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@EXAMPLES
+@given(batches())
+def test_keeps_unique_valid_ascending_indices(name, example):
+    batch, lengths, num_keep = example
+    kept, vectors = prune(name, batch, num_keep)
+    assert kept.shape == (len(lengths), num_keep.max())
+    for row, length, k in zip(kept, lengths, num_keep.tolist(), strict=True):
+        assert (row[1:k] > row[: k - 1]).all()
+        assert row[0] >= 0
+        assert row[k - 1] < length
+        assert (row[k:] == -1).all()
+    if vectors is not None:
+        assert vectors.shape == (*kept.shape, WIDTH)
+        assert vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@EXAMPLES
+@given(batches())
+def test_batched_equals_alone(name, example):
+    batch, lengths, num_keep = example
+    kept, vectors = prune(name, batch, num_keep)
+    for index, (length, k) in enumerate(zip(lengths, num_keep.tolist(), strict=True)):
+        alone, alone_vectors = prune(name, part(batch, slice(index, index + 1), length), torch.tensor([k]))
+        assert torch.equal(kept[index, :k], alone[0])
+        if vectors is not None:
+            assert_close(vectors[index, :k], alone_vectors[0])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@EXAMPLES
+@given(batches(), st.randoms(use_true_random=False))
+def test_order_of_the_batch_does_not_matter(name, example, random):
+    batch, lengths, num_keep = example
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    kept, vectors = prune(name, batch, num_keep)
+    shuffled, shuffled_vectors = prune(name, part(batch, torch.tensor(order)), num_keep[order])
+    assert torch.equal(shuffled, kept[order])
+    if vectors is not None:
+        assert_close(shuffled_vectors, vectors[order])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@EXAMPLES
+@given(batches())
+def test_keeping_all_is_the_identity(name, example):
+    batch, lengths, _ = example
+    kept, vectors = prune(name, batch, torch.tensor(lengths))
+    for index, length in enumerate(lengths):
+        assert torch.equal(kept[index, :length], torch.arange(length))
+        if vectors is not None:
+            assert torch.equal(vectors[index, :length], batch.features[index, :length])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@EXAMPLES
+@given(batches())
+def test_selects_in_float32(name, example):
+    """bfloat16 features are pruned as the same numbers in float32: nothing is rounded on the way."""
+    batch, _, num_keep = example
+    half = dataclasses.replace(batch, features=batch.features.bfloat16())
+    kept, vectors = prune(name, half, num_keep)
+    kept_in_full, vectors_in_full = prune(name, dataclasses.replace(half, features=half.features.float()), num_keep)
+    assert torch.equal(kept, kept_in_full)
+    if vectors is not None:
+        assert torch.equal(vectors, vectors_in_full.bfloat16())
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("num_keep", [1, 5, 9])
+def test_identical_and_zero_tokens_never_repeat(name, value, num_keep):
+    batch = tokens(2, 9)
+    same = {
+        field: torch.full_like(getattr(batch, field), value)
+        for field in ("features", "cls_attention", "keys", "pre_projection", "relevance")
+    }
+    kept, vectors = prune(name, VisualTokens(**same, seeds=batch.seeds), torch.tensor([num_keep, num_keep]))
+    assert all(len(set(row.tolist()) - {-1}) == num_keep for row in kept)
+    assert vectors is None or vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["divprune", "fastervlm", "cdpruner"])
+def test_ties_go_to_the_lower_index(name):
+    same = VisualTokens(features=torch.ones(1, 9, 4), cls_attention=torch.ones(1, 9), relevance=torch.ones(1, 9))
+    assert get_pruner(name)(same, torch.tensor([4])).tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_gradients_reach_the_merged_features(name):
+    batch = tokens(2, 30)
+    batch.features.requires_grad_(True)
+    prune(name, batch, torch.tensor([8, 9]))[1].square().sum().backward()
+    touched = (batch.features.grad != 0).any(dim=-1).sum(dim=1)
+    assert (touched > torch.tensor([8, 9])).all()
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name not in MERGING])
+def test_selection_has_no_gradient(name):
+    batch = tokens(1, 30)
+    batch.features.requires_grad_(True)
+    assert not get_pruner(name)(batch, torch.tensor([5])).requires_grad
+
+
+def published_cases() -> list[tuple[str, int, int]]:
+    """(pruner, N, k) with both parities of N - k, where the published form is defined.
+
+    CDPruner's determinant is rounding error beyond the rank of the features; PruMerge has two tokens at least.
+    """
+    cases = itertools.product(PRUNERS, (36, 41), (1, 2, 7, 8, 24, 35))
+    most, least = {"cdpruner": WIDTH}, {"prumerge": 2, "prumerge_plus": 2}
+    return [(name, n, k) for name, n, k in cases if name != "random" and least.get(name, 1) <= k <= most.get(name, n)]
+
+
+@pytest.mark.parametrize(("name", "num_tokens", "num_keep"), published_cases())
+def test_equals_the_published_algorithm(name, num_tokens, num_keep):
+    batch = tokens(1, num_tokens, seed=num_keep)
+    fields = {"attention": "cls_attention"}
+    algorithm = getattr(published, name)
+    names = [fields.get(argument, argument) for argument in inspect.signature(algorithm).parameters][:-1]
+    expected = algorithm(*(getattr(batch, field)[0] for field in names), num_keep)
+    kept, vectors = prune(name, batch, torch.tensor([num_keep]))
+    if vectors is None:
+        assert kept[0].tolist() == expected
+    else:
+        assert kept[0].tolist() == expected[0]
+        assert_close(vectors[0], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_vispruner_strip_by_strip_keeps_the_same_tokens(monkeypatch):
+    mask = torch.arange(60) < torch.tensor([60, 41, 2])[:, None]
+    batch, num_keep = tokens(3, 60, mask=mask), torch.tensor([9, 16, 1])
+    whole, _ = prune("vispruner", batch, num_keep)
+    monkeypatch.setattr("dualspeed.pruners.vispruner.STRIP", 4)
+    assert torch.equal(prune("vispruner", batch, num_keep)[0], whole)
+
+
+def test_cdpruner_keeps_each_token_once_beyond_the_rank_of_the_features():
+    """64 of 96 tokens of 8 dimensions: once nothing new is left, the lower index comes first."""
+    batch = tokens(1, 96)
+    kept = get_pruner("cdpruner")(batch, torch.tensor([64]))[0].tolist()
+    spent = get_pruner("cdpruner")(batch, torch.tensor([WIDTH]))[0].tolist()
+    assert set(spent) <= set(kept)
+    assert kept == sorted(spent + [i for i in range(96) if i not in spent][: 64 - WIDTH])
+
+
+def test_cdpruner_follows_the_question():
+    """Of two groups of directions, the relevant one is kept."""
+    features = torch.eye(6)[None]
+    for relevant in ([0, 1, 2], [3, 4, 5]):
+        relevance = torch.zeros(1, 6)
+        relevance[0, relevant] = 1.0
+        kept = get_pruner("cdpruner")(VisualTokens(features=features, relevance=relevance), torch.tensor([3]))
+        assert kept[0].tolist() == relevant
+
+
+@pytest.mark.parametrize(("num_keep", "expected"), [(1, [4]), (3, [1, 4, 7]), (8, [0, 1, 2, 3, 5, 6, 7, 8])])
+def test_uniform_takes_the_middles(num_keep, expected):
+    kept = get_pruner("uniform")(VisualTokens(features=torch.ones(1, 9, 2)), torch.tensor([num_keep]))
+    assert kept[0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "vispruner", "visionzip", "prumerge", "prumerge_plus"])
+def test_tokens_without_attention_are_kept_last(name):
+    """Newlines of any-resolution images have none; they stay out until nothing else is left."""
+    batch = tokens(1, 20)
+    batch.cls_attention[0, ::5] = -torch.inf
+    kept, vectors = prune(name, batch, torch.tensor([16]))
+    assert kept[0].tolist() == [i for i in range(20) if i % 5]
+    kept, vectors = prune(name, batch, torch.tensor([18]))
+    assert len(set(kept[0].tolist())) == 18
+    assert vectors is None or vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if set(get_pruner(name).needs) - {"seeds"}])
+def test_says_what_it_needs(name):
+    with pytest.raises(ValueError, match=rf"{name} needs VisualTokens\.{get_pruner(name).needs[0]}"):
+        get_pruner(name)(VisualTokens(features=torch.ones(1, 5, 2)), torch.tensor([2]))
+
+
+def test_random_follows_its_seed():
+    features = torch.zeros(2, 50, 1)
+    kept = [
+        get_pruner("random")(
+            VisualTokens(features=features, seeds=torch.tensor(seeds)), torch.tensor([10, 10])
+        ).tolist()
+        for seeds in ([1, 2], [1, 2], [3, 1])
+    ]
+    assert kept[0] == kept[1]
+    assert kept[0][0] != kept[0][1]
+    assert kept[0][0] == kept[2][1]
+
+
+def test_random_is_uniform():
+    """1,000 draws of 10 of 50: each token is kept 200 times, give or take 12.6 (standard deviation)."""
+    features = torch.zeros(1000, 50, 1)
+    kept = get_pruner("random")(VisualTokens(features=features, seeds=torch.arange(1000)), torch.full((1000,), 10))
+    counts = kept.flatten().bincount(minlength=50)
+    assert counts.sum() == 10_000
+    assert counts.min() > 200 - 6 * 12.6
+    assert counts.max() < 200 + 6 * 12.6
+
+
+def test_a_new_pruner_takes_one_file_and_one_line(tmp_path):
+    """CONTRIBUTING's example, in a copy of the package: configuration, registry and model know it."""
+    root = REPOSITORY
+    file, line = re.findall(r"```python\n(.*?)```", (root / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)[:2]
+    package = shutil.copytree(root / "dualspeed", tmp_path / "dualspeed")
+    (package / "pruners" / "brightest.py").write_text(file)
+    labels = package / "labels.py"
+    labels.write_text(labels.read_text().replace("PRUNER_LABELS = {\n", "PRUNER_LABELS = {\n" + line))
+    check = """
+import torch
+from dualspeed import DualSpeedConfig
+from dualspeed.pruners import VisualTokens, get_pruner
+DualSpeedConfig(pruner="brightest")
+print(get_pruner("brightest")(VisualTokens(features=torch.diag(torch.arange(4.0))[None]), torch.tensor([2])))
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "tensor([[2, 3]])\n", done.stderr

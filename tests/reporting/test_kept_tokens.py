@@ -1,0 +1,100 @@
+"""The picture of kept tokens shows what fast mode keeps, where it lies in the picture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dualspeed.benchmarks import get_benchmark
+from dualspeed.cli import main
+from dualspeed.data.collator import generation_inputs
+from dualspeed.pruners import num_tokens_to_keep
+from dualspeed.reporting.figures.kept_tokens import (
+    fade,
+    kept_positions,
+    models_by_pruner,
+    pick_questions,
+    seen_by_tower,
+)
+from dualspeed.settings.names import PRUNER_LABELS
+from tests.support import official, tiny
+
+RATIO = 0.7
+
+
+@pytest.fixture(scope="module")
+def gqa(tmp_path_factory) -> Path:
+    return official.write_benchmark("gqa", tmp_path_factory.mktemp("official") / "gqa")
+
+
+def inputs_of(processor, gqa: Path, number: int = 0):
+    question = get_benchmark("gqa").load_questions(gqa)[number]
+    return generation_inputs(processor, [{"image": question.image, "prompt": "is there a digit ?"}])
+
+
+def test_every_method_keeps_its_share_of_the_same_grid(gqa):
+    inputs = inputs_of(tiny.llava_processor(), gqa)
+    models = models_by_pruner(tiny.llava().eval(), RATIO)
+    assert list(models) == list(PRUNER_LABELS)
+    for model in models.values():
+        kept, side = kept_positions(model, inputs)
+        assert side * side == tiny.NUM_IMAGE_TOKENS
+        assert len(set(kept)) == len(kept) == num_tokens_to_keep(tiny.NUM_IMAGE_TOKENS, RATIO)
+
+
+def test_attention_pruner_keeps_the_tokens_with_most_attention(gqa):
+    model = models_by_pruner(tiny.llava().eval(), RATIO)["fastervlm"]
+    inputs = inputs_of(tiny.llava_processor(), gqa)
+    kept, _ = kept_positions(model, inputs)
+    with torch.no_grad():
+        attention = model._encode({"pixel_values": inputs["pixel_values"]}).described["cls_attention"]
+    assert set(kept) == set(attention.topk(len(kept)).indices.tolist())
+
+
+def test_of_tiles_the_overview_is_drawn(gqa):
+    processor = tiny.llava_next_processor()
+    inputs = inputs_of(processor, gqa)
+    kept, side = kept_positions(models_by_pruner(tiny.llava_next().eval(), RATIO)["uniform"], inputs)
+    assert side * side == tiny.NUM_IMAGE_TOKENS and len(kept) > 0 and max(kept) < side * side
+    assert seen_by_tower(inputs["pixel_values"], processor).shape == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
+
+
+def test_the_picture_is_what_the_tower_sees(gqa):
+    processor = tiny.llava_processor()
+    inputs = inputs_of(processor, gqa)
+    picture = seen_by_tower(inputs["pixel_values"], processor)
+    with Image.open(get_benchmark("gqa").load_questions(gqa)[0].image) as image:
+        original = np.asarray(image.convert("RGB")) / 255
+    assert picture.shape == original.shape
+    np.testing.assert_allclose(picture, original, atol=1e-5)
+
+
+def test_only_what_is_kept_stays_as_it_is():
+    picture = np.random.default_rng(0).random((8, 8, 3)) * 0.5
+    faded = fade(picture, np.array([1, 14]), side=4)
+    kept = np.zeros((8, 8), dtype=bool)
+    kept[0:2, 2:4] = kept[6:8, 4:6] = True
+    assert (faded[kept] == picture[kept]).all()
+    assert (faded[~kept] > 0.8).all()
+
+
+def test_each_picture_is_shown_once(gqa):
+    questions = get_benchmark("gqa").load_questions(gqa)
+    picked = pick_questions(questions, 2)
+    assert len(picked) == len({question.image for question in picked}) == 2
+    assert len(pick_questions(questions, 100)) == 4
+
+
+def test_the_command_writes_the_same_figure_twice(gqa, tmp_path):
+    tiny.make_llava(tmp_path / "model")
+    settings = {"benchmark": "gqa", "folder": str(gqa), "pruning_ratio": RATIO, "num_pictures": 2}
+    for name in ("one", "two"):
+        arguments = ["--settings", json.dumps(settings), "--model", str(tmp_path / "model")]
+        assert main(["kept-tokens", *arguments, "--out", str(tmp_path / name)]) == 0
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.width > 1500

@@ -1,0 +1,141 @@
+"""What a recipe's keys do to a training: precision, the vision tower, and how pictures become square."""
+
+import dataclasses
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
+from dualspeed.data.processing import load_processor
+from dualspeed.errors import ConfigError
+from dualspeed.training import stage as training
+from dualspeed.training.grouping import group_lengths
+from dualspeed.training.stage import load_model, train
+from dualspeed.training.trainable import hold_trained_weights_in_float32, is_vision, set_trainable
+from tests.support import tiny
+from tests.support.batches import collate, sample
+from tests.support.stage import run, settings
+
+
+def changed(stage="finetune", arguments=None, **recipe):
+    chosen = settings(stage)
+    chosen.recipe.training_arguments.update(arguments or {})
+    return dataclasses.replace(chosen, recipe=dataclasses.replace(chosen.recipe, **recipe))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A checkpoint in bfloat16."""
+    folder = tmp_path_factory.mktemp("half")
+    tiny.make_llava(folder / "float32")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "float32", dtype=torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    tiny.llava_processor().save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_bfloat16_checkpoint_is_trained_in_float32_and_saved_as_it_was(half, inputs, tmp_path, stage):
+    chosen = changed(stage, {"bf16": True, "learning_rate": 1e-5})
+    model, _ = load_model(chosen, half)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = run(inputs, tmp_path, chosen, half)
+    saved = load_file(out / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
+    assert saved.keys() == load_file(half / "model.safetensors").keys()
+
+
+def test_a_resumed_bfloat16_training_ends_where_an_uninterrupted_one_does(half, inputs, tmp_path):
+    chosen = changed("pretrain", {"bf16": True})
+    whole = run(inputs, tmp_path / "whole", chosen, half)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.ResumableTrainer, "save_model", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, tmp_path / "cut", chosen, half)
+    resumed = run(inputs, tmp_path / "cut", chosen, half)
+    assert_close(load_file(resumed / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0)
+
+
+def raise_interrupt(self, *args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("make", [tiny.llava, tiny.llava_next])
+def test_a_trained_vision_tower_gets_a_gradient_wherever_it_runs(make):
+    family = "llava" if make is tiny.llava else "llava_next"
+    model = DualSpeedModel(make(), DualSpeedConfig(pruning_ratio=0.5))
+    set_trainable(model, "finetune", with_vision=True)
+    hold_trained_weights_in_float32(model)
+    batch = collate([sample(family, 0, 1)])
+    for mode in Mode:
+        model.zero_grad()
+        model(**batch, mode=mode).loss.backward()
+        vision = {name: p for name, p in model.named_parameters() if is_vision(name) and p.requires_grad}
+        assert vision
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vision.values() if p.dim() > 1)
+
+
+def test_the_vision_tower_has_a_learning_rate_of_its_own(inputs, tmp_path):
+    before = load_file(inputs / "base/model.safetensors")
+
+    def moved(**recipe):
+        after = load_file(
+            run(inputs, tmp_path / str(recipe), changed(arguments={"max_steps": 2}, **recipe)) / "model.safetensors"
+        )
+        return {name for name in before if "vision_tower" in name and not after[name].equal(before[name])}
+
+    assert not moved()
+    assert any("layers.0" in name for name in moved(vision_learning_rate=1.0e-3))
+    assert not any("layers.2" in name or "post_layernorm" in name for name in moved(vision_learning_rate=1.0e-3))
+
+
+def test_square_crops_the_middle_and_pad_keeps_all(tmp_path):
+    tiny.llava_processor().save_pretrained(tmp_path)
+    wide = Image.new("RGB", (56, 28), "black")
+    wide.paste((255, 255, 255), (0, 0, 14, 28))  # what a crop of the middle doesn't see
+    shown = {}
+    for name in ("square", "pad"):
+        processor = load_processor(tmp_path, "turns", name)
+        processor.save_pretrained(tmp_path / name)
+        again = AutoProcessor.from_pretrained(tmp_path / name)
+        shown[name] = again.image_processor(wide, return_tensors="pt").pixel_values
+        assert_close(shown[name], processor.image_processor(wide, return_tensors="pt").pixel_values)
+    assert shown["square"].shape == shown["pad"].shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert shown["square"].unique().numel() == 3  # black, in three channels
+    assert shown["pad"][0, :, 14, 1].min() > 1.5  # the white edge, below a border in the mean colour
+    assert shown["pad"][0, :, 0, 0].abs().max() < 0.02
+
+
+def test_a_handling_of_pictures_that_a_model_lacks_is_refused(tmp_path):
+    tiny.llava_processor().save_pretrained(tmp_path / "llava")
+    tiny.llava_next_processor().save_pretrained(tmp_path / "next")
+    load_processor(tmp_path / "next", "turns", "anyres")
+    with pytest.raises(ConfigError, match="'anyres' is not for a LlavaProcessor; valid: pad or square"):
+        load_processor(tmp_path / "llava", "turns", "anyres")
+    with pytest.raises(ConfigError, match="'pad' is not for a LlavaNextProcessor; valid: anyres"):
+        load_processor(tmp_path / "next", "turns", "pad")
+
+
+@pytest.mark.parametrize("ratio, column", [(1.0, "num_tokens"), (0.1, "num_pruned_tokens")])
+def test_batches_are_grouped_by_the_length_that_most_steps_see(ratio, column):
+    rows = Dataset.from_dict({"num_tokens": [700, 650, 100], "num_image_tokens": [576, 576, 0]})
+    method = DualSpeedConfig(slow_mode_ratio=ratio)
+    grouped, name = group_lengths(rows, method)
+    expected = [700, 650, 100] if ratio == 1 else [700 - 576 + 57 + 4, 650 - 576 + 57 + 4, 100]
+    assert (name, grouped[name][:]) == (column, expected)
+
+
+def test_grouped_training_runs_on_pruned_lengths(inputs, tmp_path):
+    rows = load_from_disk(inputs / "data")
+    sizes = [tiny.NUM_IMAGE_TOKENS * len(images) for images in rows["images"][:]]
+    rows.add_column("num_image_tokens", sizes).save_to_disk(tmp_path / "data")
+    chosen = changed(arguments={"train_sampling_strategy": "group_by_length", "max_steps": 2})
+    train(chosen, inputs / "base", tmp_path / "data", tmp_path / "state", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()

@@ -1,0 +1,85 @@
+"""One training that test_distributed.py runs in one process, in two with DDP, and in two with FSDP2.
+
+Eight steps, every kind of batch in both modes: images on both ranks, no image at all, images on the first rank alone,
+and rows of each kind. Writes losses, modes, the first rank's gradients, and the final checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
+
+from dualspeed import DualSpeedConfig, DualSpeedTrainer
+from dualspeed.training.validation import count_answers, mean_of_answers
+from tests.support import tiny
+from tests.support.batches import collate, sample
+
+# Images of the four samples of a step; a process of two takes the first or the last two.
+COMPOSITIONS = [(1, 2, 1, 1), (0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 0, 2)]
+NUM_STEPS = 2 * len(COMPOSITIONS)
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps what the optimizer is about to apply in each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                gradients[name.removeprefix("module.")] = whole.clone()
+        self.steps.append(gradients)
+
+
+def main(family: str, base: str, out: str, kind: str) -> None:
+    num_images = [count for composition in COMPOSITIONS for _ in range(2) for count in composition]
+    dataset = Dataset.from_list([{"seed": seed, "num_images": count} for seed, count in enumerate(num_images)])
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    trainer = DualSpeedTrainer(
+        model=tiny.frozen_tower(model),
+        args=TrainingArguments(
+            output_dir=f"{out}/checkpoints",
+            max_steps=NUM_STEPS,
+            per_device_train_batch_size=4 if kind == "single" else 2,
+            per_device_eval_batch_size=2,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            **(fsdp if kind == "fsdp" else {}),
+        ),
+        dualspeed=DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified", pruning_ratio=0.7),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(5)),  # which two processes can't share evenly
+        preprocess_logits_for_metrics=count_answers,
+        compute_metrics=mean_of_answers,
+        data_collator=lambda rows: collate([sample(family, row["seed"], row["num_images"]) for row in rows]),
+    )
+    recorder = GradientRecorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    trainer.save_model(f"{out}/saved")
+    validation = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        modes = [str(trainer.mode_of_step(step)) for step in range(NUM_STEPS)]
+        record = {"losses": losses, "modes": modes, "gradients": recorder.steps}
+        record["validation"] = [validation["eval_answer_accuracy"], validation["eval_ce_loss"]]
+        record["find_unused_parameters"] = trainer.args.ddp_find_unused_parameters
+        torch.save(record, Path(out) / "record.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

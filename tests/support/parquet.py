@@ -1,0 +1,37 @@
+"""Parquet files in the columns of LLaVA-NeXT-Data."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from tests.support.samples import entry
+
+
+def picture_bytes(size, kind="JPEG"):
+    """The content of an image file."""
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 80).convert("RGB").save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def write_parquet(folder, rows, name="train-00000-of-00001.parquet"):
+    """Rows in the columns of LLaVA-NeXT-Data."""
+    folder.mkdir(exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
+    columns = {"id": pa.string(), "image": image, "conversations": turns, "data_source": pa.string()}
+    table = pa.Table.from_pylist(rows, schema=pa.schema(columns.items()))
+    pq.write_table(table, folder / name, row_group_size=2)
+
+
+def parquet_rows():
+    """Samples of each kind."""
+    return [
+        entry("<image>\nq", "a", name="jpeg", image={"bytes": picture_bytes((90, 20)), "path": None}),
+        entry("q", "a", "q2", "a2", name="text", image=None),
+        entry("<image>\nq", "a", name="png", image={"bytes": picture_bytes((30, 50), "PNG"), "path": "x.jpg"}),
+        entry("<image>\nq", "a", name="torn", image={"bytes": picture_bytes((30, 50))[:-200], "path": None}),
+        entry("<image>\nq", "a", name="no image", image=None),
+    ]

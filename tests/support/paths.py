@@ -1,0 +1,6 @@
+"""Where the repository's files lie."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOLDEN = REPOSITORY / "tests" / "golden"

@@ -1,0 +1,103 @@
+"""Real dry runs and runs of the workflow in copies of the project, and edits of their configuration."""
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from tests.support.paths import REPOSITORY
+
+BASELINE, NAIVE, MILD, STRONG = ROWS = (
+    "baseline-seed0",
+    "naive_prune-divprune-p0.9-seed0",
+    "dualspeed-divprune-p0.75-seed0",
+    "dualspeed-divprune-p0.9-seed0",
+)
+
+
+TABLES = {
+    "Write tables and figures of the sheet demo",
+    "Write the page that shows the sheet demo: results/report.html",
+}
+
+
+KEPT = {"Draw which tokens each pruning method keeps"}
+
+
+Edit = Callable[[Path], object]
+
+
+def snakemake(project: Path, *arguments: str) -> str:
+    """Output of a Snakemake call in a project's folder."""
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
+    return done.stdout + done.stderr
+
+
+def plan(project: Path, *arguments: str) -> set[str]:
+    """What a dry run would do, by the jobs' messages, with hashes as *."""
+    output = snakemake(project, "-n", *arguments)
+    assert "This was a dry-run" in output or "Nothing to be done" in output, output[-3000:]
+    jobs = re.findall(r"^Job \d+: (.*?)(?: \(progress: .*\))?$", output, flags=re.MULTILINE)
+    return {re.sub(r"-[0-9a-f]{8}\b", "-*", job) for job in jobs if not job.startswith("All of the sheet")}
+
+
+def edit_config(change: Callable[[dict], object]) -> Edit:
+    """An edit of config.yaml."""
+
+    def edit(project: Path) -> None:
+        file = project / "config/demo/config.yaml"
+        content = yaml.safe_load(file.read_text())
+        change(content)
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return edit
+
+
+def edit_rows(change: Callable[[dict[str, dict]], object], sheet: str = "experiments") -> Edit:
+    """An edit of the sheet's rows, by id; written to `sheet`."""
+
+    def edit(project: Path) -> None:
+        with (project / "config/demo/experiments.tsv").open(newline="") as file:
+            rows = {row["id"]: row for row in csv.DictReader(file, delimiter="\t")}
+        columns = list(next(iter(rows.values())))
+        change(rows)
+        with (project / f"config/demo/{sheet}.tsv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, delimiter="\t")
+            writer.writeheader()
+            writer.writerows(rows.values())
+
+    return edit
+
+
+def edit_cell(column: str, value: object, row: str = MILD) -> Edit:
+    """An edit of one cell."""
+    return edit_rows(lambda rows: rows[row].update({column: value}))
+
+
+def finetune_recipe(content: dict) -> dict:
+    return content["models"]["tiny"]["stages"]["finetune"]
+
+
+TARGETS = [f"results/models/{MILD}", f"results/scores/{MILD}/full/gqa.json"]
+
+
+def shrunk_project(folder: Path) -> Path:
+    """The demo's workflow with one row, few pictures and few steps."""
+    for name in ("config", "workflow", "profiles"):
+        shutil.copytree(REPOSITORY / name, folder / name)
+    shutil.copy(REPOSITORY / "Snakefile", folder)
+    file = folder / "config/demo/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["data"] |= {"num_train_scenes": 120, "num_eval_scenes": 10, "questions_per_benchmark": 24}
+    config["base_model"] |= {"vision_steps": 3, "caption_steps": 3, "question_steps": 3, "num_scenes": 60}
+    for stage in config["models"]["tiny"]["stages"].values():
+        stage["training_arguments"] |= {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1}
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    edit_rows(lambda rows: [rows.pop(row) for row in list(rows) if row != MILD])(folder)
+    return folder

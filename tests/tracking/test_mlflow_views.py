@@ -1,0 +1,106 @@
+"""MLflow's own page, in a real browser: its first view says which run is best and what it cost, as the csv say."""
+
+import json
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from dualspeed.reporting.tables import write_tables
+from dualspeed.tracking import mlflow_views as first_page
+from dualspeed.tracking.delivery import ParentRun
+from dualspeed.tracking.metric_log import MetricLog, RunSpec
+from tests.support.browser import open_browser, page_text, screenshot, wait_for
+from tests.support.results_tree import make_tree
+from tests.support.servers import mlflow_server
+
+# Cards that are open, from the first: title, and number of bars or lines.
+READ_CHARTS = """
+return [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(card =>
+  [card.innerText.split('\\n')[0], card.querySelectorAll('.bars .point, .js-line').length])
+"""
+# Cells of the grid by row; names stand in a pinned part of it, numbers in another.
+READ_GRID = """
+const rows = {};
+for (const cell of document.querySelectorAll('.ag-row .ag-cell')) {
+  const row = cell.closest('.ag-row').getAttribute('row-index');
+  rows[row] = {...rows[row], [cell.getAttribute('col-id')]: cell.innerText.trim()};
+}
+return JSON.stringify(Object.keys(rows).map(Number).sort((a, b) => a - b).map(index => rows[index]));
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with results, their tables, and an MLflow store that holds all of it."""
+    folder = tmp_path_factory.mktemp("project")
+    settings = make_tree(folder / "results")
+    for row in settings["experiments"]:
+        parent = ParentRun(row["id"], row["settings_hash"])
+        with MetricLog(
+            folder / "results/state" / row["id"],
+            None,
+            RunSpec(f"finetune {row['id']}", parent, tags={"stage": "finetune"}),
+        ) as log:
+            log.log(1, {"loss": 2.0})
+            log.log(2, {"loss": 1.0})
+    store = {"uri": f"sqlite:///{folder}/results/mlflow.db", "experiment": "dualspeed-demo"}
+    write_tables(settings, folder / "tables/demo", folder / "figures/demo", store)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(project):
+    """A browser at the first view of the store's only experiment."""
+    with mlflow_server(f"sqlite:///{project}/results/mlflow.db", project) as server:
+        experiment = MlflowClient(server.uri).get_experiment_by_name("dualspeed-demo").experiment_id
+        with open_browser(project, width=2600, height=1000) as browser:
+            browser.get(f"{server.uri}/#/experiments/{experiment}")
+            wait_for(browser, lambda page: first_page.TITLE in page_text(page), "the link in the experiment's note")
+            link = browser.find_element("link text", first_page.TITLE)
+            browser.get(link.get_attribute("href"))  # a click would open a second window
+            wait_for(browser, lambda page: "score/mean" in page_text(page), "the column of scores")
+            wait_for(browser, lambda page: "base-1" in page.execute_script(READ_GRID), "the row of base-1")
+            yield browser
+
+
+def read_rows(page) -> dict[str, dict[str, str]]:
+    """The grid's rows by name, from top to bottom: text of the cells of metrics and parameters."""
+    rows = {}
+    for cells in json.loads(page.execute_script(READ_GRID)):
+        name = cells["attributes.`Run Name`"].splitlines()[-1]  # before it stands the dot's colour
+        rows[name] = {column.split("`")[1]: text for column, text in cells.items() if "`" in column}
+    return rows
+
+
+@pytest.mark.browser
+def test_first_view_shows_rows_and_numbers_of_the_csv_best_first(page, project):
+    shown = read_rows(page)
+    screenshot(page, project / "mlflow.png")
+    scores = pd.read_csv(project / "tables/demo/scores.csv")
+    means = scores[scores["inference"] == "full"].groupby("experiment")["score"].mean()
+    speed = pd.read_csv(project / "tables/demo/speed.csv").set_index("experiment")
+    costs = pd.read_csv(project / "tables/demo/costs.csv").set_index("experiment")
+    assert list(shown)[: len(means)] == list(means.sort_values(ascending=False).index)
+    for name, mean in means.items():
+        assert shown[name]["method"] == speed["method"][name]
+        assert float(shown[name]["score/mean"]) == mean
+        assert float(shown[name]["speedup_measured"]) == pytest.approx(speed["speedup_measured"][name], rel=1e-9)
+        assert float(shown[name]["train_hours"]) == pytest.approx(costs["train_hours"][name], rel=1e-9)
+
+
+@pytest.mark.browser
+def test_charts_show_a_bar_for_each_row_and_a_curve_for_each_finetuning(page, project):
+    scores = pd.read_csv(project / "tables/demo/scores.csv")
+    num_rows = scores["experiment"].nunique()
+    drawn = {}
+    for title in (first_page.CHARTS_TITLE, first_page.CURVES_TITLE):
+        link = page.find_element("link text", title).get_attribute("href")
+        page.get("about:blank")
+        page.get(link)
+        wait_for(page, lambda page: page.execute_script(READ_CHARTS), f"the first chart of {title}")
+        wait_for(page, lambda page: page.execute_script(READ_CHARTS)[0][1], f"what is drawn in {title}")
+        drawn[title] = page.execute_script(READ_CHARTS)
+    assert drawn[first_page.CHARTS_TITLE][0] == ["score/mean", num_rows]
+    assert [name for name, _ in drawn[first_page.CHARTS_TITLE]][:3] == ["score/mean", "rel", "speedup_measured"]
+    assert drawn[first_page.CURVES_TITLE][0][0] == "loss"

@@ -1,0 +1,65 @@
+"""Two processes train as one does: the same losses, gradients and checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+
+from tests.support import tiny
+from tests.support.paths import REPOSITORY
+
+WORKER = REPOSITORY / "tests" / "support" / "distributed_worker.py"
+FAMILIES = {"llava": tiny.make_llava, "llava_next": tiny.make_llava_next}
+
+
+def run(family: str, base: Path, out: Path, kind: str) -> dict:
+    """Train with `kind` = single, ddp or fsdp and return what the first rank recorded."""
+    out.mkdir(parents=True)
+    launcher = [sys.executable]
+    if kind != "single":
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), "ACCELERATE_USE_CPU": "true"}
+    finished = subprocess.run(
+        [*launcher, str(WORKER), family, str(base), str(out), kind],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=180,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return torch.load(out / "record.pt")
+
+
+@pytest.fixture(scope="module", params=["llava", pytest.param("llava_next", marks=pytest.mark.slow)])
+def single(request, tmp_path_factory) -> tuple[str, Path, dict]:
+    """Family, folder and record of the training in one process."""
+    folder = tmp_path_factory.mktemp(request.param)
+    FAMILIES[request.param](folder / "base")
+    return request.param, folder, run(request.param, folder / "base", folder / "single", "single")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(single, kind):
+    family, folder, expected = single
+    record = run(family, folder / "base", folder / kind, kind)
+    assert record["find_unused_parameters"] is False
+    assert record["modes"] == expected["modes"]
+    assert set(record["modes"][0:2]) == {"fast", "slow"}
+    assert record["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert record["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+    for step, gradients in enumerate(expected["gradients"]):
+        assert record["gradients"][step].keys() == gradients.keys()
+        assert_close(record["gradients"][step], gradients, atol=1e-5, rtol=1e-4)
+
+    saved, stock = load_file(folder / kind / "saved" / "model.safetensors"), folder / "single" / "saved"
+    assert saved.keys() == load_file(folder / "base" / "model.safetensors").keys()
+    assert_close(saved, load_file(stock / "model.safetensors"), atol=1e-5, rtol=1e-4)
+    AutoModelForImageTextToText.from_pretrained(folder / kind / "saved")
+    isolators = [load_file(path / "mode_isolator.safetensors") for path in (folder / kind / "saved", stock)]
+    assert_close(*isolators, atol=1e-5, rtol=1e-4)
