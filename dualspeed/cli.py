@@ -1,26 +1,33 @@
 """`dualspeed <command>`: one command for each job of the workflow, so that every job also runs by hand.
 
-Settings travel as JSON, frozen when Snakemake planned the job. What a command needs is imported inside it: `--help`
-answers at once, and a job that only counts answers loads no torch.
+The settings of a job lie in a file that is named by their hash (dualspeed.settings.jobs). Each command imports what
+it needs inside its own function: `--help` answers at once, and a job that only counts answers loads no torch.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualspeed.cluster.gpus import take_gpus
 from dualspeed.cluster.launch import launch, must_launch
+from dualspeed.errors import DualSpeedError
+from dualspeed.layout import Layout
+from dualspeed.settings.jobs import read_settings
 from dualspeed.settings.project import load_project
+
+if TYPE_CHECKING:
+    from dualspeed.tracking.delivery import ParentRun
+    from dualspeed.tracking.store import Store
 
 DEMO = "config/demo/config.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a wrong setting or file is one line on stderr and exit status 1."""
+    """Run one command; an error that the user can act on is one line on stderr and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
     options.arguments = arguments
@@ -29,10 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "gpus" in options:
             take_gpus(options.gpus)
         options.run(options)
-    except Exception as error:
-        # Our own errors say what to change; any other is a surprise, and its traceback is what helps.
-        if not type(error).__module__.startswith("dualspeed."):
-            raise
+    except DualSpeedError as error:
         print(f"dualspeed {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -77,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     lmms.add_argument("--batch-size", type=int, default=1, help="lmms-eval's batch size")
     add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
     tables = add_settings(add("tables", run_tables, "out", "figures"))
-    tables.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment")
+    tables.add_argument("--tracking", type=STORE, help="JSON: MLflow uri and experiment")
     comparison = add("compare", run_compare)
     comparison.add_argument("rows", nargs=2, metavar="row", help="id of a row in the sheet")
     comparison.add_argument("--configfile", default=DEMO, help=f"the project's configuration; default {DEMO}")
@@ -90,14 +94,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("track", run_track).add_argument("action", choices=["init", "sync"])
     track = commands.choices["track"]
     track.add_argument("--configfile", default=DEMO, help=f"names store and results; default {DEMO}")
-    track.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment, instead of a configfile's")
+    track.add_argument("--tracking", type=STORE, help="JSON: MLflow uri and experiment, instead of a configfile's")
     track.add_argument("--state", type=Path, help="state folder, likewise")
     return parser
 
 
 def add_settings(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its settings."""
-    command.add_argument("--settings", type=json.loads, required=True, help="JSON, as the workflow makes it")
+    command.add_argument("--settings", type=settings_file, required=True, help="JSON file, as the workflow writes it")
     return command
 
 
@@ -105,6 +109,32 @@ def add_gpus(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its share of this machine's GPUs, where a profile shares them out."""
     command.add_argument("--gpus", type=int, default=0, help="GPUs to take, where DUALSPEED_NUM_GPUS are shared out")
     return command
+
+
+def settings_file(text: str) -> Path:
+    """Path of a file of settings; the JSON text that stood here before is refused."""
+    if text.lstrip().startswith("{"):
+        raise argparse.ArgumentTypeError("JSON text; valid: the path of a file that holds it")
+    return Path(text)
+
+
+def json_argument(names: tuple[str, ...]) -> Callable[[str], dict[str, str]]:
+    """Parser of a JSON object of text values with exactly these keys."""
+
+    def parse(text: str) -> dict[str, str]:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"not valid JSON ({error})") from None
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise argparse.ArgumentTypeError(f"{text}; valid: a JSON object of {' and '.join(names)}")
+        return value
+
+    return parse
+
+
+STORE = json_argument(("uri", "experiment"))
+PARENT = json_argument(("row", "settings_hash"))
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -117,31 +147,46 @@ def read_shard(text: str) -> tuple[int, int]:
 
 def add_tracking(command: argparse.ArgumentParser) -> None:
     """Give a command that logs its MLflow store, and the row that its run belongs to."""
-    command.add_argument("--tracking", type=json.loads, help="JSON: MLflow uri and experiment; none: local file only")
-    command.add_argument("--parent", type=json.loads, help="JSON: row and settings_hash of the experiment's run")
+    command.add_argument("--tracking", type=STORE, help="JSON: MLflow uri and experiment; none: local file only")
+    command.add_argument("--parent", type=PARENT, help="JSON: row and settings_hash of the experiment's run")
+
+
+def store_of(options: argparse.Namespace) -> "Store | None":
+    """MLflow store that `--tracking` names; None without the option."""
+    from dualspeed.tracking.store import Store
+
+    return Store(**options.tracking) if options.tracking else None
+
+
+def parent_of(options: argparse.Namespace) -> "ParentRun | None":
+    """Run that `--parent` names; None without the option."""
+    from dualspeed.tracking.delivery import ParentRun
+
+    return ParentRun(**options.parent) if options.parent else None
 
 
 def run_demo_data(options: argparse.Namespace) -> None:
     """Draw the demo's pictures, conversations and benchmarks."""
     from dualspeed.demo.scenes import write_demo_data
+    from dualspeed.settings.demo import SceneSettings
 
-    write_demo_data(options.settings, options.out)
+    write_demo_data(read_settings(SceneSettings, options.settings), options.out)
 
 
 def run_base_model(options: argparse.Namespace) -> None:
     """Make the demo's base model."""
     from dualspeed.demo.base_model import make_base_model
+    from dualspeed.settings.demo import BaseModelSettings
 
-    make_base_model(options.settings, options.data, options.out)
+    make_base_model(read_settings(BaseModelSettings, options.settings), options.data, options.out)
 
 
 def run_assemble(options: argparse.Namespace) -> None:
     """Put a base model together from a language model and a vision tower."""
     from dualspeed.base_models.assemble import assemble
     from dualspeed.settings.model import ModelParts
-    from dualspeed.settings.reading import read_dataclass
 
-    assemble(read_dataclass(ModelParts, options.settings, "--settings"), options.out)
+    assemble(read_settings(ModelParts, options.settings), options.out)
 
 
 def run_download(options: argparse.Namespace) -> None:
@@ -149,67 +194,67 @@ def run_download(options: argparse.Namespace) -> None:
     from dualspeed.data.download import download
     from dualspeed.data.lock import DataLock
     from dualspeed.files import write_json
-    from dualspeed.settings.reading import read_dataclass
     from dualspeed.settings.sources import Source
 
-    source = read_dataclass(Source, options.settings, "--settings")
+    source = read_settings(Source, options.settings)
     write_json(options.out, download(options.source, source, DataLock(options.lock), options.workers))
 
 
 def run_prepare(options: argparse.Namespace) -> None:
     """Check conversations and images of a stage and make its dataset."""
     from dualspeed.data.prepare import prepare_dataset
-    from dualspeed.settings.reading import read_dataclass
     from dualspeed.settings.recipe import DataRecipe
 
-    recipe = read_dataclass(DataRecipe, options.settings, "--settings")
-    prepare_dataset(recipe, options.model, options.out, options.workers)
+    prepare_dataset(read_settings(DataRecipe, options.settings), options.model, options.out, options.workers)
 
 
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage; resumes from its state."""
+    from dualspeed.settings.stage import StageSettings
+
+    settings = read_settings(StageSettings, options.settings)
     if must_launch(options.nodes, options.processes, options.accelerate_config):
         launch(options.arguments, options.nodes, options.processes, options.cpus, options.accelerate_config)
-    from dualspeed.settings.stage import StageSettings
     from dualspeed.training.stage import train
 
     train(
-        StageSettings.from_dict(options.settings),
+        settings,
         model_folder=options.model,
         data_folder=options.data,
         state_root=options.state,
         out=options.out,
-        tracking=options.tracking,
-        parent=options.parent,
+        tracking=store_of(options),
+        parent=parent_of(options),
         time_limit=options.time_limit,
     )
 
 
 def run_answer(options: argparse.Namespace) -> None:
     """Answer the benchmarks' questions with a trained model."""
-    from dualspeed.evaluation.evaluate import generate_answers
+    from dualspeed.evaluation.answering import generate_answers
+    from dualspeed.settings.jobs import AnswerSettings
 
     generate_answers(
-        options.settings,
+        read_settings(AnswerSettings, options.settings),
         options.model,
         options.state,
         options.out,
-        tracking=options.tracking,
-        parent=options.parent,
+        tracking=store_of(options),
+        parent=parent_of(options),
         shard=options.shard,
     )
 
 
 def run_score(options: argparse.Namespace) -> None:
     """Score the answers to one benchmark."""
-    from dualspeed.evaluation.evaluate import score
+    from dualspeed.evaluation.scoring import score
 
     score(options.benchmark, options.data, options.answers, options.out)
 
 
 def run_submit(options: argparse.Namespace) -> None:
     """Write the file of answers that a test split's server takes."""
-    from dualspeed.evaluation.evaluate import submit
+    from dualspeed.evaluation.scoring import submit
 
     submit(options.benchmark, options.data, options.answers, options.out)
 
@@ -223,29 +268,33 @@ def run_lmms(options: argparse.Namespace) -> None:
 
 def run_speed(options: argparse.Namespace) -> None:
     """Measure the time of a step in each mode."""
-    from dualspeed.settings.method import DualSpeedConfig
-    from dualspeed.settings.reading import read_dataclass
+    from dualspeed.settings.speed import SpeedSettings
     from dualspeed.training.step_times import measure_speed
 
-    settings = dict(options.settings)
-    method = read_dataclass(DualSpeedConfig, settings.pop("dualspeed"), "--settings", "dualspeed")
-    measure_speed(options.model, options.data, options.out, dualspeed=method, **settings)
+    measure_speed(options.model, options.data, options.out, read_settings(SpeedSettings, options.settings))
 
 
 def run_tables(options: argparse.Namespace) -> None:
     """Write the tables and figures of a sheet of experiments."""
+    from dualspeed.reporting.figures.figures import write_figures
     from dualspeed.reporting.tables import write_tables
+    from dualspeed.settings.sheet import Sheet
 
-    write_tables(options.settings, out=options.out, figures=options.figures, tracking=options.tracking)
+    sheet = read_settings(Sheet, options.settings)
+    write_tables(sheet, options.out)
+    write_figures(sheet, options.figures)
+    if store := store_of(options):
+        from dualspeed.reporting.mlflow_runs import log_results
+
+        log_results(sheet, store, options.out, options.figures)
 
 
 def run_compare(options: argparse.Namespace) -> None:
     """Show two rows side by side: settings, scores, time and memory."""
     from dualspeed.reporting.compare import compare
-    from dualspeed.settings import jobs
 
     project = load_project(options.configfile, experiments=options.experiments)
-    print(compare(jobs.table_settings(project), *options.rows))
+    print(compare(project.sheet, *options.rows))
 
 
 def run_end_jobs(options: argparse.Namespace) -> None:
@@ -265,33 +314,36 @@ def run_plan(options: argparse.Namespace) -> None:
 def run_kept_tokens(options: argparse.Namespace) -> None:
     """Draw which tokens of a picture each pruning method keeps."""
     from dualspeed.reporting.figures.kept_tokens import draw_kept_tokens
+    from dualspeed.settings.jobs import KeptTokensSettings
 
-    draw_kept_tokens(options.model, options.out, **options.settings)
+    draw_kept_tokens(options.model, options.out, read_settings(KeptTokensSettings, options.settings))
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Write the page that shows a sheet's tables, figures and examples."""
     from dualspeed.reporting.report import write_report
+    from dualspeed.settings.jobs import ReportSettings
 
-    write_report(options.settings, options.figures, options.out)
+    write_report(read_settings(ReportSettings, options.settings), options.figures, options.out)
 
 
 def run_track(options: argparse.Namespace) -> None:
     """Create the MLflow store (init), or deliver what it lacks (sync)."""
-    from dualspeed.reporting import mlflow_runs as row_runs
-    from dualspeed.tracking import metric_log as tracking
+    from dualspeed.reporting import mlflow_runs
+    from dualspeed.tracking import metric_log
     from dualspeed.tracking import store as mlflow_store
 
-    store, state = options.tracking, options.state
+    store, state = store_of(options), options.state
     if store is None or state is None:
         project = load_project(options.configfile)
-        store, state = store or dataclasses.asdict(project.tracking), state or Path(project.results) / "state"
+        store = store or mlflow_store.Store(project.tracking.uri, project.tracking.experiment)
+        state = state or Path(Layout(project.results).state)
     if options.action == "init":
-        tracking.init(store)
+        metric_log.init(store)
         return
     mlflow_store.be_patient()
-    num_sent = row_runs.sync(state, store)
-    print(f"{num_sent} metrics were missing; they are at {mlflow_store.redact(store['uri'])} now.")
+    num_sent = mlflow_runs.sync(state, store)
+    print(f"{num_sent} metrics were missing; they are at {mlflow_store.redact(store.uri)} now.")
 
 
 if __name__ == "__main__":

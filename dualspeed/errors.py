@@ -29,6 +29,10 @@ class SnakemakeIsLiveError(DualSpeedError, RuntimeError):
     """The snakemake process whose jobs are to be ended is still running."""
 
 
+class OrphanedJobsError(DualSpeedError, TimeoutError):
+    """Orphaned Slurm jobs that don't end after they were cancelled."""
+
+
 class DownloadError(DualSpeedError, RuntimeError):
     """Failed download; the message names the address, what happened and what to do."""
 
@@ -63,6 +67,10 @@ class SampleError(DualSpeedError, ValueError):
 
 class BaseModelError(DualSpeedError, ValueError):
     """Parts that make no base model; the message names the part and what is wrong with it."""
+
+
+class DivergenceError(DualSpeedError, FloatingPointError):
+    """Loss that is no longer finite; the message names the training and the step."""
 
 
 class ModelError(DualSpeedError, ValueError):
