@@ -1,7 +1,12 @@
 """From data to tables: what to run is in config/<name>/, what reruns after an edit in config/README.md."""
 
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
+from dualspeed.errors import ConfigError
+from dualspeed.settings.project import read_yaml
 from dualspeed.settings.snapshot import freeze, read_frozen
 
 min_version("9.27")
@@ -14,6 +19,10 @@ if not workflow.is_main_process and (frozen := read_frozen()):
 
 # Another configuration (--configfile) replaces the demo's; Snakemake would merge the two.
 if "models" not in config:
+    try:
+        read_yaml(Path("config/demo/config.yaml"))  # its error names file and line, Snakemake's own neither
+    except ConfigError as error:
+        raise WorkflowError(error) from None
 
     configfile: "config/demo/config.yaml"
 
@@ -26,7 +35,7 @@ include: "workflow/rules/tables.smk"
 
 
 onstart:
-    freeze(config, SHEET_TEXT, Path(STATE) / "frozen")
+    freeze(config, SHEET_TEXT, Path(LAYOUT.snapshots))
 
 
 rule all:
@@ -40,4 +49,4 @@ rule all:
         SCORES,
         SUBMISSIONS,
     message:
-        "All of the sheet {PROJECT.sheet} is there"
+        "All of the sheet {PROJECT.sheet_name} is there"

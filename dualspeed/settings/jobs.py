@@ -1,136 +1,137 @@
-"""What the workflow tells each job: the part of the configuration that matters to it, as JSON values.
+"""Settings of the workflow's jobs, each in a file that is named by its hash.
 
-Snakemake compares these with what a job ran with before, so anything here that a job does not depend on would make it
-run again for nothing. Settings of training are in dualspeed.settings.project.
+Snakemake compares that name with the one of the last run, so anything here that a job does not depend on would make it
+run again for nothing. Settings of training are in stage.py, those of step times in speed.py.
 """
 
-import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dualspeed.files import sha256_of_json
-from dualspeed.settings.method import DualSpeedConfig
-from dualspeed.settings.model import ModelParts
-from dualspeed.settings.names import in_paper_order
-from dualspeed.settings.project import Experiment, ProjectConfig
-from dualspeed.settings.recipe import Recipe
-from dualspeed.settings.sources import Source
-from dualspeed.settings.stage import finetune_settings, pretrain_key, pretrain_settings
+from dualspeed.errors import ConfigError
+from dualspeed.files import sha256_of_json, write_json
+from dualspeed.settings.fields import check_fields, choice, number
+from dualspeed.settings.identity import GENERATION, identity
+from dualspeed.settings.names import BENCHMARK_NAMES, PRUNER_NAMES, SERVER_FILES, in_paper_order
+from dualspeed.settings.project import BenchmarkConfig, Project
+from dualspeed.settings.reading import check_choice, read_dataclass
+from dualspeed.settings.sheet import Row, Sheet
 
-# Steps of each mode that a measurement of speed takes the median of.
-SPEED_REPEATS = 15
-# CPU threads of a measurement, as the training rules have: more serve long sequences better than short ones.
-SPEED_THREADS = 1
+INFERENCES = ("full", "pruned")
+KEPT_TOKENS_PICTURES = 2
 
 
-def parent_run(project: ProjectConfig, experiment: Experiment) -> dict[str, str]:
-    """Which tracked run a row's jobs belong to: the row and a hash of all that trains it."""
-    stages = [pretrain_settings(project, experiment).to_dict(), finetune_settings(project, experiment).to_dict()]
-    return {"row": experiment.id, "settings_hash": sha256_of_json(stages)[:12]}
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """Settings of one model's answers to all benchmarks, on full or on pruned tokens."""
+
+    experiment: str
+    """Id of the row; the model's name in answers files."""
+    inference: str = choice(INFERENCES)
+    """`full` or `pruned` visual tokens."""
+    benchmarks: dict[str, BenchmarkConfig]
+    """Folder of each benchmark's files."""
+    batch_size: int = number(above=0)
+    """Questions answered at once."""
+    max_new_tokens: int = number(above=0)
+    """Longest answer."""
+    pruner: str | None = choice(PRUNER_NAMES, default=None)
+    """Pruner of pruned inference, and only of it."""
+    pruning_ratio: float | None = number(minimum=0, below=1, default=None)
+    """Its pruning ratio."""
+    threads: int | None = None
+    """CPU threads; None: torch's choice."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in self.benchmarks:
+            check_choice("benchmarks", name, (*BENCHMARK_NAMES, *SERVER_FILES))
+        if self.inference == "pruned" and (self.pruner is None or self.pruning_ratio is None):
+            raise ConfigError("inference: pruned needs pruner and pruning_ratio")
 
 
-def answer_settings(project: ProjectConfig, experiment: Experiment, inference: str) -> dict[str, Any]:
-    """How a row's model answers: on full tokens, or with its own pruner and ratio, or the ones for models without."""
-    settings = {
-        "experiment": experiment.id,
-        "inference": inference,
-        "benchmarks": {name: {"folder": benchmark.folder} for name, benchmark in project.benchmarks.items()},
-        "batch_size": project.inference.batch_size,
-        "max_new_tokens": project.inference.max_new_tokens,
-    }
-    if inference == "pruned":
-        chosen = project.inference if experiment.method == "baseline" else experiment.dualspeed
-        settings |= {"pruner": chosen.pruner, "pruning_ratio": chosen.pruning_ratio}
-    return settings
+@dataclass(frozen=True, kw_only=True)
+class KeptTokensSettings:
+    """Pictures that show what each pruning method keeps, and at which ratio."""
+
+    benchmark: str
+    """Benchmark whose pictures are drawn."""
+    folder: str
+    """Folder of its files."""
+    pruning_ratio: float
+    """Ratio that every method prunes by."""
+    num_pictures: int = KEPT_TOKENS_PICTURES
+    """Pictures, spread evenly over the benchmark."""
 
 
-def speed_settings(project: ProjectConfig, experiment: Experiment) -> dict[str, Any]:
-    """How a row's steps are timed.
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Settings of a sheet's page, which shows tables, figures and examples of answers."""
 
-    r is a matter of arithmetic on the times of a fast and a slow step, alpha only of whether a teacher runs.
-    """
-    recipe = project.models[experiment.model].stages.finetune
-    ratio = DualSpeedConfig().slow_mode_ratio
-    weight = 1.0 if experiment.dualspeed.distillation_weight else 0.0
-    method = dataclasses.replace(experiment.dualspeed, slow_mode_ratio=ratio, distillation_weight=weight)
-    return {
-        "dualspeed": method.to_dict(),
-        "chat_template": recipe.chat_template,
-        "batch_size": recipe.per_device_batch_size or recipe.global_batch_size,
-        "repeats": SPEED_REPEATS,
-        "threads": SPEED_THREADS,
-    }
+    sheet: Sheet
+    """Rows and where their results lie."""
+    folders: dict[str, str]
+    """Folder of each benchmark's files."""
+    command: str
+    """Command that makes all of it again."""
 
 
-def speed_key(project: ProjectConfig, experiment: Experiment) -> str | None:
-    """Name of the measurement of a row's step times; rows with the same share it. None for a row that never prunes."""
-    if experiment.method == "baseline":
-        return None
-    method = experiment.dualspeed
-    teacher = "distilled" if method.distillation_weight else "plain"
-    name = f"{experiment.model}-{method.pruner}-p{method.pruning_ratio:g}-l{method.num_virtual_tokens}-{teacher}"
-    return f"{name}-{sha256_of_json(speed_settings(project, experiment))[:8]}"
+def answer_settings(project: Project, row: Row, inference: str) -> AnswerSettings:
+    """Settings of a row's answers; a Baseline, trained without a pruner, is pruned by the project's."""
+    chosen = project.inference if row.method == "baseline" else row.dualspeed
+    is_pruned = inference == "pruned"
+    return AnswerSettings(
+        experiment=row.id,
+        inference=inference,
+        benchmarks=project.benchmarks,
+        batch_size=project.inference.batch_size,
+        max_new_tokens=project.inference.max_new_tokens,
+        pruner=chosen.pruner if is_pruned else None,
+        pruning_ratio=chosen.pruning_ratio if is_pruned else None,
+    )
 
 
-def table_settings(project: ProjectConfig) -> dict[str, Any]:
-    """What tables and figures show: the sheet's rows and where their results lie."""
-    rows = [
-        dataclasses.asdict(experiment)
-        | {
-            "inferences": list(experiment.inferences),
-            "tables": list(experiment.tables),
-            "pretrain_key": pretrain_key(project, experiment),
-            "speed_key": speed_key(project, experiment),
-            "settings_hash": parent_run(project, experiment)["settings_hash"],
-        }
-        for experiment in project.experiments
-    ]
-    return {
-        "results": project.results,
-        "sheet": project.sheet,
-        "experiments": rows,
-        "benchmarks": project.scored,
-        "inference": {"pruner": project.inference.pruner, "pruning_ratio": project.inference.pruning_ratio},
-    }
+def parent_run(row: Row) -> dict[str, str]:
+    """Identity of the MLflow run that a row's jobs belong to: the row and the key of all that trains it."""
+    return {"row": row.id, "settings_hash": row.settings_hash}
 
 
-def kept_tokens_settings(project: ProjectConfig) -> dict[str, Any]:
-    """Whose pictures show what each pruning method keeps, and at which ratio."""
+def kept_tokens_settings(project: Project) -> KeptTokensSettings:
+    """GQA's pictures where the project answers it, else those of its first benchmark."""
     names = in_paper_order(project.benchmarks)
     benchmark = "gqa" if "gqa" in names else names[0]
-    return {
-        "benchmark": benchmark,
-        "folder": project.benchmarks[benchmark].folder,
-        "pruning_ratio": project.inference.pruning_ratio,
-        "num_pictures": 2,
-    }
+    return KeptTokensSettings(
+        benchmark=benchmark,
+        folder=project.benchmarks[benchmark].folder,
+        pruning_ratio=project.inference.pruning_ratio,
+    )
 
 
-def report_settings(project: ProjectConfig, command: str) -> dict[str, Any]:
-    """What the report shows: what tables do, and examples; `command` makes all of it again."""
+def report_settings(project: Project, command: str) -> ReportSettings:
+    """Settings of the page of the project's sheet; `command` makes all of it again."""
     folders = {name: benchmark.folder for name, benchmark in project.benchmarks.items()}
-    return table_settings(project) | {"folders": folders, "command": command}
+    return ReportSettings(sheet=project.sheet, folders=folders, command=command)
 
 
-def demo_data_settings(project: ProjectConfig) -> dict[str, Any]:
-    """What the demo's data is drawn by."""
-    return dataclasses.asdict(project.data)
+def write_settings(settings: Any, folder: str | Path) -> Path:
+    """Write a settings dataclass to a file of `folder` that is named by the hash of its content; the file's path."""
+    content = {"kind": type(settings).__name__, "generation": GENERATION, "settings": identity(settings)}
+    path = Path(folder) / f"{sha256_of_json(content)[:16]}.json"
+    if not path.exists():
+        write_json(path, content)
+    return path
 
 
-def base_model_settings(project: ProjectConfig) -> dict[str, Any]:
-    """How the demo's base model is made."""
-    return dataclasses.asdict(project.base_model)
-
-
-def parts_settings(parts: ModelParts) -> dict[str, Any]:
-    """What a base model is put together from."""
-    return dataclasses.asdict(parts)
-
-
-def preparation_settings(recipe: Recipe) -> dict[str, Any]:
-    """How a stage's data is prepared."""
-    return recipe.preparation().to_dict()
-
-
-def download_settings(source: Source) -> dict[str, Any]:
-    """What a source is downloaded by."""
-    return dataclasses.asdict(source)
+def read_settings(cls: type, path: str | Path) -> Any:
+    """The `cls` that `write_settings` wrote; ConfigError for a file that is missing, broken or of another kind."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; valid: a file of settings, as the workflow writes it") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind != cls.__name__:
+        raise ConfigError(f"{path}: kind {kind!r}; valid: a file of {cls.__name__}, as the workflow writes it")
+    return read_dataclass(cls, content.get("settings"), str(path))

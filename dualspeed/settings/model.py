@@ -3,23 +3,21 @@
 from dataclasses import dataclass, field
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.reading import check_choice
+from dualspeed.settings.families import BASE_FAMILIES
+from dualspeed.settings.fields import check_fields, choice
 from dualspeed.settings.recipe import Recipe, batch_plan
 from dualspeed.settings.resources import JobResources, ModelResources
 
 PRUNE_BUDGETS = ("image", "tile")
 STAGES = ("pretrain", "finetune")
-FAMILIES = ("llava", "llava_next")
 DTYPES = ("bfloat16", "float16", "float32")
-LLAVA_NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""Height and width of LLaVA-NeXT's any-resolution pictures, for a tower of 336 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
     """A LLaVA as LLaVA's own training starts it: a language model, a vision tower, and what joins them."""
 
-    family: str
+    family: str = choice(tuple(BASE_FAMILIES))
     """llava or llava_next."""
     language_model: str
     """Folder of a Llama, Vicuna say, with its tokenizer."""
@@ -29,14 +27,13 @@ class ModelParts:
     """A projector as LLaVA publishes it, mm_projector.bin; null: random weights."""
     image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
     """Heights and widths that LLaVA-NeXT fits pictures into; null: its own five."""
-    dtype: str = "bfloat16"
-    """Of the weights."""
+    dtype: str = choice(DTYPES, default="bfloat16")
+    """Dtype of the weights."""
 
     def __post_init__(self) -> None:
-        check_choice("family", self.family, FAMILIES)
-        check_choice("dtype", self.dtype, DTYPES)
+        check_fields(self)
         grids = self.image_grid_pinpoints
-        if grids is not None and self.family != "llava_next":
+        if grids is not None and BASE_FAMILIES[self.family].grids is None:
             raise ConfigError(f"image_grid_pinpoints: {grids!r} for family {self.family}; valid: null")
         if grids is not None and not (grids and all(len(grid) == 2 and min(grid) > 0 for grid in grids)):
             raise ConfigError(f"image_grid_pinpoints: {grids!r}; valid: pairs of height and width in pixels")
@@ -56,6 +53,10 @@ class Stages:
     finetune: Recipe
     """Language model, projector and isolator."""
 
+    def __post_init__(self) -> None:
+        if self.pretrain.lora is not None:
+            raise ConfigError("pretrain.lora: the language model isn't trained there; valid: in stages.finetune")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -66,16 +67,16 @@ class ModelConfig:
     stages: Stages
     """Recipe of each stage."""
     parts: ModelParts | None = None
-    """What a model of source `parts` is put together from."""
-    prune_budget: str = "image"
+    """Parts of a model of source `parts`."""
+    prune_budget: str = choice(PRUNE_BUDGETS, default="image")
     """See DualSpeedConfig."""
     relevance_clip: str | None = None
     """See DualSpeedConfig; for rows with cdpruner."""
     resources: ModelResources = field(default_factory=ModelResources)
-    """What its jobs ask a scheduler for."""
+    """Resources that its jobs ask a scheduler for."""
 
     def __post_init__(self) -> None:
-        check_choice("prune_budget", self.prune_budget, PRUNE_BUDGETS)
+        check_fields(self)
         for stage in STAGES:
             recipe, wanted = getattr(self.stages, stage), self.resources_of(stage)
             try:
@@ -86,7 +87,7 @@ class ModelConfig:
             raise ConfigError(f"parts: with source {self.source!r}; valid: with source 'parts', and only there")
 
     def resources_of(self, job: str) -> JobResources:
-        """What a job of this kind (a field of ModelResources) asks for, with the recipe's defaults."""
+        """Resources of a job of this kind (a field of ModelResources), with the recipe's defaults."""
         stage = "pretrain" if job == "pretrain" else "finetune"
         use_cpu = bool(getattr(self.stages, stage).training_arguments.get("use_cpu"))
         return getattr(self.resources, job).resolved(use_cpu)

@@ -1,4 +1,4 @@
-"""Which mode a training step runs: a pure function of (seed, step), so that every rank and every resume agrees."""
+"""Mode of a training step: a pure function of (seed, step), so that every rank and every resume agrees."""
 
 import math
 import random

@@ -1,6 +1,6 @@
 """Configuration: what one YAML file and one sheet of experiments say, checked before anything runs.
 
-Enters: config/<name>/config.yaml and its experiments.tsv. Leaves: a `ProjectConfig` of frozen dataclasses, or one
+Enters: config/<name>/config.yaml and its experiments.tsv. Leaves: a `Project` of frozen dataclasses, or one
 `ConfigError` that names file, key and the valid values. Imports neither torch nor transformers, so that Snakemake
 and the command line answer at once.
 """
@@ -14,49 +14,41 @@ import yaml
 
 from dualspeed.errors import ConfigError
 from dualspeed.settings.demo import BaseModelSettings, SceneSettings
-from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.fields import number
 from dualspeed.settings.model import ModelConfig
-from dualspeed.settings.names import BENCHMARK_NAMES, PRUNER_NAMES, SERVER_FILES, TABLES
+from dualspeed.settings.names import BENCHMARK_NAMES, SERVER_FILES
 from dualspeed.settings.plan import PlanSettings
-from dualspeed.settings.reading import check_choice, check_name, check_range, read_dataclass, read_value
-from dualspeed.settings.sheet import METHODS, read_sheet, resolve_cells
+from dualspeed.settings.reading import check_choice, check_name, read_dataclass, read_value
+from dualspeed.settings.sheet import PrunedInference, Row, Sheet, read_row
+from dualspeed.settings.sheet_file import read_sheet
 from dualspeed.settings.sources import Source, check_folders, sources_of
+from dualspeed.settings.speed import SpeedSettings, speed_settings
+from dualspeed.settings.stage import StageSettings, finetune_settings, pretrain_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Where a benchmark's files lie."""
+    """Location of a benchmark's files."""
 
     folder: str
     """Folder in the layout of the official evaluation files."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
-    """How benchmarks are answered."""
+class InferenceConfig(PrunedInference):
+    """Settings of answering benchmarks."""
 
-    pruner: str = "divprune"
-    """Pruner of pruned inference for models that were trained without one."""
-    pruning_ratio: float = 0.9
-    """Its pruning ratio."""
-    batch_size: int = 16
+    batch_size: int = number(above=0, default=16)
     """Questions answered at once."""
-    max_new_tokens: int = 16
+    max_new_tokens: int = number(above=0, default=16)
     """Longest answer."""
-    shards: int = 1
+    shards: int = number(above=0, default=1)
     """Jobs that a row's questions are divided among."""
-
-    def __post_init__(self) -> None:
-        check_choice("pruner", self.pruner, PRUNER_NAMES)
-        check_range("pruning_ratio", self.pruning_ratio, 0 <= self.pruning_ratio < 1, "in [0, 1)")
-        check_range("batch_size", self.batch_size, self.batch_size > 0, "above 0")
-        check_range("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0")
-        check_range("shards", self.shards, self.shards > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where runs are logged."""
+    """MLflow store that runs are logged to."""
 
     uri: str = "sqlite:///results/mlflow.db"
     """A file of SQLite (sqlite:///path), or an MLflow server (http://host:port)."""
@@ -71,38 +63,15 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """One row of the sheet: one trained model."""
-
-    id: str
-    """Names its folders and runs."""
-    model: str
-    """Key of `models` in the configuration."""
-    method: str
-    """baseline, naive_prune or dualspeed."""
-    dualspeed: DualSpeedConfig
-    """What the method and the row's cells resolve to."""
-    seed: int
-    """Seed of training."""
-    tables: tuple[str, ...]
-    """Tables and figures that show this row."""
-
-    @property
-    def inferences(self) -> tuple[str, ...]:
-        """How its answers are generated: on full tokens, and on pruned ones where Table 2 shows it."""
-        return ("full", "pruned") if "table2" in self.tables else ("full",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectConfig:
+class Project:
     """A configuration file with one of its sheets."""
 
     name: str
     """Names the tables' folder."""
-    experiments: tuple[Experiment, ...]
-    """Rows of the sheet."""
-    sheet: str
-    """`name` and what the sheet's file name adds to `experiments`: demo, demo-full."""
+    rows: tuple[Row, ...]
+    """Rows of the sheet of experiments."""
+    sheet_name: str
+    """`name`, and behind it what the sheet's file name adds to `experiments`: demo, demo-full."""
     tracking: TrackingConfig
     """MLflow."""
     models: dict[str, ModelConfig]
@@ -112,25 +81,45 @@ class ProjectConfig:
     results: str = "results"
     """Folder of everything that is written."""
     inference: InferenceConfig = InferenceConfig()
-    """How benchmarks are answered."""
+    """Settings of answering benchmarks."""
     downloads: dict[str, Source] = field(default_factory=dict)
-    """What is downloaded before anything else, by name."""
+    """Downloads, by name; they come before anything else."""
     plan: PlanSettings = field(default_factory=PlanSettings)
-    """What `dualspeed plan` assumes."""
+    """Assumptions of `dualspeed plan`."""
     data: SceneSettings = field(default_factory=SceneSettings)
     """The demo's data, for models whose source is `demo`."""
     base_model: BaseModelSettings = field(default_factory=BaseModelSettings)
     """The demo's base model, likewise."""
 
     @property
-    def scored(self) -> list[str]:
+    def scored(self) -> tuple[str, ...]:
         """Benchmarks that are scored here; tables show them."""
-        return [name for name in self.benchmarks if name in BENCHMARK_NAMES]
+        return tuple(name for name in self.benchmarks if name in BENCHMARK_NAMES)
 
     @property
-    def submitted(self) -> list[str]:
+    def submitted(self) -> tuple[str, ...]:
         """Benchmarks whose answers go to a server."""
-        return [name for name in self.benchmarks if name in SERVER_FILES]
+        return tuple(name for name in self.benchmarks if name in SERVER_FILES)
+
+    @property
+    def sheet(self) -> Sheet:
+        """All that tables, figures and reports show."""
+        pruned = PrunedInference(pruner=self.inference.pruner, pruning_ratio=self.inference.pruning_ratio)
+        return Sheet(
+            name=self.sheet_name, results=self.results, rows=self.rows, benchmarks=self.scored, inference=pruned
+        )
+
+    def pretrain_settings(self, row: Row) -> StageSettings:
+        """Settings of the pretraining that a row starts from."""
+        return pretrain_settings(self.models[row.model], row.dualspeed, row.seed)
+
+    def finetune_settings(self, row: Row) -> StageSettings:
+        """Settings of the finetuning that makes a row's model."""
+        return finetune_settings(self.models[row.model], row.dualspeed, row.seed)
+
+    def speed_settings(self, row: Row) -> SpeedSettings:
+        """Settings of the measurement of a row's step times."""
+        return speed_settings(self.models[row.model], row.dualspeed)
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
@@ -152,15 +141,14 @@ class ProjectConfig:
 
 def load_project(
     config: Mapping[str, Any] | str | Path, file: str = "config", experiments: str | Path | None = None
-) -> ProjectConfig:
+) -> Project:
     """Read and check a configuration (its path, or its content and the `file` that errors name) and its sheet.
 
     Args:
         experiments: another sheet than the one that the configuration names.
     """
     if isinstance(config, str | Path):
-        file = str(config)
-        config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        file, config = str(config), read_yaml(Path(config))
     values = dict(read_value(dict[str, Any], config, file, "top level"))
     own_sheet = read_value(str, values.pop("experiments", None), file, "experiments")
     sheet_path = Path(experiments or own_sheet)
@@ -169,33 +157,21 @@ def load_project(
     if isinstance(data, Mapping) and "source" in data:
         check_choice(f"{file}: data.source", data["source"], ("demo",))
         values["data"] = {key: value for key, value in data.items() if key != "source"}
-    rows = tuple(read_experiment(row, models, str(sheet_path)) for row in read_sheet(sheet_path))
+    rows = tuple(read_row(cells, models, str(sheet_path)) for cells in read_sheet(sheet_path))
     added = sheet_path.stem.removeprefix("experiments").strip("-")
-    sheet = f"{values.get('name')}-{added}" if added else values.get("name")
-    return read_dataclass(ProjectConfig, values, file, experiments=rows, sheet=sheet)
+    sheet_name = f"{values.get('name')}-{added}" if added else values.get("name")
+    return read_dataclass(Project, values, file, rows=rows, sheet_name=sheet_name)
 
 
-def read_experiment(row: Mapping[str, Any], models: Mapping[str, ModelConfig], file: str) -> Experiment:
-    """Resolve a row's method and cells (None: empty) to settings; ConfigError names row and column."""
-    where = f"{file}: row {row['id']}"
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file; ConfigError names the file, and the line where it is no YAML."""
     try:
-        check_name("id", row["id"], taken=("base",))
-        check_choice("model", row["model"], models)
-        check_choice("method", row["method"], METHODS)
-        tables = tuple(name.strip() for name in (row["tables"] or "").split(",") if name.strip())
-        for name in tables:
-            check_choice("tables", name, TABLES)
-        seed = row["seed"] or 0
-        check_range("seed", seed, seed >= 0, "0 or more")
-        model, cells = models[row["model"]], resolve_cells(row)
-        relevance_clip = model.relevance_clip if cells.get("pruner") == "cdpruner" else None
-        return Experiment(
-            id=row["id"],
-            model=row["model"],
-            method=row["method"],
-            dualspeed=DualSpeedConfig(**cells, prune_budget=model.prune_budget, relevance_clip=relevance_clip),
-            seed=seed,
-            tables=tables,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; valid: a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None

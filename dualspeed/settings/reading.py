@@ -107,7 +107,7 @@ def is_instance(value: object, hint: Any) -> bool:
 
 
 def exponent_hint(value: object) -> str:
-    """What to write instead of a number such as `2e-5`, which YAML reads as a string."""
+    """Advice for a number such as `2e-5`, which YAML reads as a string; empty for other values."""
     try:
         mantissa, exponent = str(float(value)).split("e") if isinstance(value, str) else ("", "")
     except ValueError:

@@ -1,27 +1,27 @@
-"""What the jobs of a model ask a scheduler for: no setting of training, so a changed one runs nothing again."""
+"""Resources that a model's jobs ask a scheduler for; no result depends on them, so a change runs nothing again."""
 
 import dataclasses
 import shlex
 from dataclasses import dataclass, field
 
-from dualspeed.settings.reading import check_range
+from dualspeed.settings.fields import check_fields, number
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobResources:
     """Resources of one kind of job; all but `nodes` count on each node."""
 
-    nodes: int = 1
+    nodes: int = number(above=0, default=1)
     """Machines that train together."""
-    gpu: int | None = None
+    gpu: int | None = number(minimum=0, default=None)
     """GPUs; null: one, or none where the recipe says `use_cpu`."""
-    processes: int | None = None
+    processes: int | None = number(above=0, default=None)
     """Training processes; null: one for each GPU."""
-    cpus: int = 1
+    cpus: int = number(above=0, default=1)
     """CPU cores."""
-    mem_mb: int = 8000
+    mem_mb: int = number(above=0, default=8000)
     """Memory."""
-    runtime: int = 1440
+    runtime: int = number(above=0, default=1440)
     """Longest time in minutes. Training ends in time with a checkpoint, and its retry goes on there."""
     partition: str | None = None
     """Slurm's partition; null: the profile's, or the cluster's default."""
@@ -29,14 +29,11 @@ class JobResources:
     """Slurm's account; null: the profile's, or the cluster's default."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "cpus", "mem_mb", "runtime"):
-            check_range(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        check_range("gpu", self.gpu or 0, (self.gpu or 0) >= 0, "0 or more, or null")
-        check_range("processes", self.processes or 0, self.processes is None or self.processes > 0, "above 0, or null")
+        check_fields(self)
 
     @property
     def num_processes(self) -> int:
-        """How many train together, over all nodes; where that is still null, one on each."""
+        """Processes that train together, over all nodes; one on each node while `processes` is null."""
         return self.nodes * (self.processes or 1)
 
     def resolved(self, use_cpu: bool) -> "JobResources":

@@ -1,110 +1,110 @@
-"""The sheet of experiments: a TSV file with one row per trained model; an empty cell means the default."""
+"""A sheet of experiments: rows with the keys that their results are found by. Tables, figures and reports show one."""
 
-import csv
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.reading import did_you_mean
-
-# column -> type of its cells
-COLUMNS = {
-    "id": str,
-    "model": str,
-    "method": str,
-    "pruner": str,
-    "pruning_ratio": float,
-    "slow_mode_ratio": float,
-    "num_virtual_tokens": int,
-    "distillation_weight": float,
-    "seed": int,
-    "tables": str,
-}
-REQUIRED = ("id", "model", "method")
-
-# method -> the settings it stands for. A Baseline or NaivePrune has no isolator: nothing would train it, or use it.
-METHODS = {
-    "baseline": {"slow_mode_ratio": 1.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
-    "naive_prune": {"slow_mode_ratio": 0.0, "num_virtual_tokens": 0, "distillation_weight": 0.0},
-    "dualspeed": {},
-}
+from dualspeed.settings.fields import check_fields, choice, number
+from dualspeed.settings.identity import key_of
+from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.model import ModelConfig
+from dualspeed.settings.names import PRUNER_NAMES, TABLES
+from dualspeed.settings.reading import check_choice, check_name, check_range
+from dualspeed.settings.sheet_file import METHODS, resolve_cells
+from dualspeed.settings.speed import speed_key
+from dualspeed.settings.stage import finetune_settings, pretrain_key, pretrain_settings
 
 
-def read_sheet(path: Path) -> list[dict[str, Any]]:
-    """Rows as {column: typed value, None for an empty cell}; blank lines and lines starting with # are left out.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the sheet: one trained model."""
 
-    Raises:
-        ConfigError: no file, no row, a mistyped column, a cell of another type, a missing or repeated id.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; valid: a tab-separated sheet of experiments")
+    id: str
+    """Names its folders and runs."""
+    model: str
+    """Key of `models` in the configuration."""
+    method: str
+    """baseline, naive_prune or dualspeed."""
+    dualspeed: DualSpeedConfig
+    """Settings that method and cells resolve to."""
+    seed: int
+    """Seed of training."""
+    tables: tuple[str, ...]
+    """Tables and figures that show this row."""
+    pretrain_key: str
+    """Folder name of the pretraining that it starts from; rows with the same key share it."""
+    speed_key: str | None
+    """File name of the measurement of its step times; None for a row that never prunes."""
+    settings_hash: str
+    """Key of all that trains it; with `id` it names the row's run in MLflow."""
+
+    @property
+    def inferences(self) -> tuple[str, ...]:
+        """Kinds of inference: on full tokens, and on pruned ones if Table 2 shows the row."""
+        return ("full", "pruned") if "table2" in self.tables else ("full",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedInference:
+    """Pruned inference of models that were trained without a pruner."""
+
+    pruner: str = choice(PRUNER_NAMES, default="divprune")
+    """Pruner of pruned inference."""
+    pruning_ratio: float = number(minimum=0, below=1, default=0.9)
+    """Its pruning ratio."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """All that tables, figures and reports show, and where its results lie."""
+
+    name: str
+    """Names the folders of tables and figures: demo, demo-full."""
+    results: str
+    """Folder of everything that is written."""
+    rows: tuple[Row, ...]
+    """Rows in the order of the file."""
+    benchmarks: tuple[str, ...]
+    """Benchmarks that are scored here."""
+    inference: PrunedInference = field(default_factory=PrunedInference)
+    """Pruned inference of a Baseline."""
+
+    @property
+    def root(self) -> Path:
+        """Folder of everything that is written, as a path."""
+        return Path(self.results)
+
+
+def read_row(cells: Mapping[str, Any], models: Mapping[str, ModelConfig], file: str) -> Row:
+    """The row that typed cells (None: empty) describe; ConfigError names row and column."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in csv.reader(file, delimiter="\t") if any(line) and not line[0].startswith("#")]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: not readable as text ({error}); valid: tab-separated UTF-8") from None
-    columns, *rows = lines or [[]]
-    _check_columns(columns, path)
-    if not rows:
-        raise ConfigError(f"{path}: no row; valid: one row per trained model")
-    seen: set[str] = set()
-    return [_read_row(columns, cells, seen, path) for cells in rows]
-
-
-def resolve_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's settings, then the row's cells.
-
-    Raises:
-        ConfigError: a cell contradicts its method; repeating one of its settings is fine.
-    """
-    settings = dict(METHODS[row["method"]])
-    for column in ("pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"):
-        cell = row[column]
-        if cell is None:
-            continue
-        if row["method"] == "baseline" and column in ("pruner", "pruning_ratio"):
-            raise ConfigError(f"{column}: {cell!r} in a row of method baseline, which does not prune; valid: empty")
-        if column in settings and settings[column] != cell:
-            valid = f"{settings[column]:g}, or empty"
-            raise ConfigError(f"{column}: {cell:g} contradicts the method {row['method']}; valid: {valid}")
-        settings[column] = cell
-    return settings
-
-
-def _check_columns(columns: list[str], path: Path) -> None:
-    for column in columns:
-        if column not in COLUMNS:
-            hint = did_you_mean(column, COLUMNS)
-            raise ConfigError(
-                f"{path}: column {column!r} is unknown{hint}; valid: {', '.join(COLUMNS)} (tab-separated)"
-            )
-        if columns.count(column) > 1:
-            raise ConfigError(f"{path}: column {column!r} is there twice; valid: each column once")
-    for column in REQUIRED:
-        if column not in columns:
-            raise ConfigError(f"{path}: column {column!r} is missing; valid: {', '.join(COLUMNS)} (tab-separated)")
-
-
-def _read_row(columns: list[str], cells: list[str], seen: set[str], path: Path) -> dict[str, Any]:
-    row = dict.fromkeys(COLUMNS)
-    identifier = cells[columns.index("id")].strip() if columns.index("id") < len(cells) else ""
-    where = f"{path}: row {identifier or cells}"
-    if len(cells) > len(columns):
-        raise ConfigError(f"{where}: {len(cells)} cells; valid: {len(columns)}, one per column")
-    for column, cell in zip(columns, cells, strict=False):
-        row[column] = _read_cell(COLUMNS[column], cell.strip(), f"{where}: {column}")
-    for column in REQUIRED:
-        if row[column] is None:
-            raise ConfigError(f"{where}: {column}: empty; valid: a value in every row")
-    if identifier in seen:
-        raise ConfigError(f"{where}: id: used by an earlier row; valid: an id of its own")
-    seen.add(identifier)
-    return row
-
-
-def _read_cell(kind: type, cell: str, where: str) -> Any:
-    try:
-        return kind(cell) if cell else None
-    except ValueError:
-        raise ConfigError(f"{where}: {cell!r} is no {kind.__name__}; valid: {kind.__name__}, or empty") from None
+        check_name("id", cells["id"], taken=("base",))
+        check_choice("model", cells["model"], models)
+        check_choice("method", cells["method"], METHODS)
+        tables = tuple(name.strip() for name in (cells["tables"] or "").split(",") if name.strip())
+        for name in tables:
+            check_choice("tables", name, TABLES)
+        seed = cells["seed"] or 0
+        check_range("seed", seed, seed >= 0, "0 or more")
+        model, settings = models[cells["model"]], resolve_cells(cells)
+        relevance_clip = model.relevance_clip if settings.get("pruner") == "cdpruner" else None
+        dualspeed = DualSpeedConfig(**settings, prune_budget=model.prune_budget, relevance_clip=relevance_clip)
+        pretrain = pretrain_settings(model, dualspeed, seed)
+        return Row(
+            id=cells["id"],
+            model=cells["model"],
+            method=cells["method"],
+            dualspeed=dualspeed,
+            seed=seed,
+            tables=tables,
+            pretrain_key=pretrain_key(cells["model"], pretrain),
+            speed_key=None if cells["method"] == "baseline" else speed_key(cells["model"], model, dualspeed),
+            settings_hash=key_of([pretrain, finetune_settings(model, dualspeed, seed)], num_digits=12),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{file}: row {cells['id']}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a configuration downloads: sources, each a folder that is filled from a Hub repository or from plain URLs.
+"""Downloads of a configuration: each source is a folder that is filled from a Hub repository or from plain URLs.
 
 Imports nothing heavy, so that configurations load at once; the work is in dualspeed.data.download.
 """
@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.reading import check_choice, check_range
+from dualspeed.settings.fields import check_fields, choice, number
 
 KINDS = ("hub", "url")
 REPO_TYPES = ("dataset", "model")
@@ -21,16 +21,16 @@ class SourceFile:
     path: str | None = None
     """Hub: path or pattern in the repository. URL: what to save it as; null: the last part of the URL."""
     url: str | None = None
-    """Where a file of kind `url` lies: http(s), or a path on this machine, which is used where it is."""
+    """Address of a file of kind `url`: http(s), or a path on this machine, which is used in place."""
     unpack: str | None = None
     """An archive's content goes to this folder inside the source's; null: it stays as it is."""
     sha256: str | None = None
     """Checksum, where its publisher states one; null: the first download records it in data.lock."""
-    size: int | None = None
+    size: int | None = number(minimum=0, default=None)
     """Bytes, likewise."""
 
     def __post_init__(self) -> None:
-        check_range("size", self.size or 0, self.size is None or self.size >= 0, "0 or more, or null")
+        check_fields(self)
         digits = set((self.sha256 or "").lower())
         if self.sha256 is not None and (len(self.sha256) != 64 or not digits <= set("0123456789abcdef")):
             raise ConfigError(f"sha256: {self.sha256!r} is no checksum; valid: 64 hexadecimal digits, or null")
@@ -39,7 +39,7 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """What the file is called inside the source's folder."""
+        """Name of the file inside the source's folder."""
         return self.path or PurePosixPath(unquote(urlsplit(self.address).path)).name
 
     @property
@@ -52,7 +52,7 @@ class SourceFile:
 class Source:
     """One entry of `downloads`: where its files come from and where they go."""
 
-    kind: str
+    kind: str = choice(KINDS)
     """hub or url."""
     folder: str
     """Folder that holds the files afterwards; recipes and benchmarks point into it."""
@@ -60,7 +60,7 @@ class Source:
     """A folder that holds them already, in the same layout: nothing is downloaded, `folder` becomes a link to it."""
     repo: str | None = None
     """Hub: name of the repository."""
-    repo_type: str = "dataset"
+    repo_type: str = choice(REPO_TYPES, default="dataset")
     """Hub: dataset or model."""
     revision: str | None = None
     """Hub: commit, tag or branch; null: what data.lock holds, or else the newest commit."""
@@ -68,8 +68,7 @@ class Source:
     """Files of the source; for the Hub, none means all of the repository."""
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
-        check_choice("repo_type", self.repo_type, REPO_TYPES)
+        check_fields(self)
         if (self.kind == "hub") != (self.repo is not None):
             raise ConfigError(f"repo: {self.repo!r}; valid: a repository's name for kind hub, null for kind url")
         if self.kind == "url" and not self.files:

@@ -1,16 +1,12 @@
 """Settings of one training run, and the key by which rows share a pretraining."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from dualspeed.errors import ConfigError
-from dualspeed.files import sha256_of_json
+from dualspeed.settings.fields import check_fields, choice
+from dualspeed.settings.identity import key_of
 from dualspeed.settings.method import DualSpeedConfig
-from dualspeed.settings.model import STAGES
-from dualspeed.settings.project import Experiment, ProjectConfig
-from dualspeed.settings.reading import check_choice, read_dataclass
+from dualspeed.settings.model import STAGES, ModelConfig
 from dualspeed.settings.recipe import Recipe
 
 
@@ -18,38 +14,25 @@ from dualspeed.settings.recipe import Recipe
 class StageSettings:
     """Everything that one training run depends on, but its input files."""
 
-    stage: str
+    stage: str = choice(STAGES)
     """pretrain or finetune."""
     seed: int
     """Seed of data order, initialisation and mode schedule."""
     recipe: Recipe
     """Data and training arguments."""
     dualspeed: DualSpeedConfig
-    """The method's settings."""
+    """Settings of the method."""
 
     def __post_init__(self) -> None:
-        check_choice("stage", self.stage, STAGES)
-        if self.stage == "pretrain" and self.recipe.lora is not None:
-            raise ConfigError("stages.pretrain.lora: the language model isn't trained here; valid: in stages.finetune")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, without the launcher's file: how processes share a model doesn't change what they train."""
-        recipe = self.recipe.to_dict()
-        del recipe["accelerate_config"]
-        return dataclasses.asdict(self) | {"recipe": recipe, "dualspeed": self.dualspeed.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
-        """Inverse of `to_dict`."""
-        return read_dataclass(cls, data, "settings")
+        check_fields(self)
 
 
-def pretrain_settings(project: ProjectConfig, experiment: Experiment) -> StageSettings:
-    """Settings of the pretraining that `experiment` starts from: on full tokens if r = 1, else in fast mode only.
+def pretrain_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int) -> StageSettings:
+    """Settings of the pretraining that a row starts from: on full tokens if r = 1, else in fast mode only.
 
-    What does not matter to it is set to the default, so that rows which share a pretraining ask for the same one.
+    Settings without an effect on it are set to their defaults, so that rows which share a pretraining ask for the same.
     """
-    config = dataclasses.replace(experiment.dualspeed, distillation_weight=0.0)
+    config = dataclasses.replace(dualspeed, distillation_weight=0.0)
     if config.slow_mode_ratio == 1:
         default = DualSpeedConfig()
         config = dataclasses.replace(
@@ -57,18 +40,15 @@ def pretrain_settings(project: ProjectConfig, experiment: Experiment) -> StageSe
         )
     else:
         config = dataclasses.replace(config, slow_mode_ratio=0.0)
-    recipe = project.models[experiment.model].stages.pretrain
-    return StageSettings(stage="pretrain", seed=experiment.seed, recipe=recipe, dualspeed=config)
+    return StageSettings(stage="pretrain", seed=seed, recipe=model.stages.pretrain, dualspeed=config)
 
 
-def finetune_settings(project: ProjectConfig, experiment: Experiment) -> StageSettings:
-    """Settings of the finetuning that makes `experiment`'s model."""
-    recipe = project.models[experiment.model].stages.finetune
-    return StageSettings(stage="finetune", seed=experiment.seed, recipe=recipe, dualspeed=experiment.dualspeed)
+def finetune_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int) -> StageSettings:
+    """Settings of the finetuning that makes a row's model."""
+    return StageSettings(stage="finetune", seed=seed, recipe=model.stages.finetune, dualspeed=dualspeed)
 
 
-def pretrain_key(project: ProjectConfig, experiment: Experiment) -> str:
-    """Folder name of the pretraining; rows with the same key share it."""
-    settings = pretrain_settings(project, experiment)
+def pretrain_key(model: str, settings: StageSettings) -> str:
+    """Folder name of a pretraining; rows with the same key share it."""
     mode = "full" if settings.dualspeed.slow_mode_ratio == 1 else "fast"
-    return f"{experiment.model}-{mode}-seed{experiment.seed}-{sha256_of_json(settings.to_dict())[:8]}"
+    return f"{model}-{mode}-seed{settings.seed}-{key_of(settings)}"

@@ -28,6 +28,7 @@ RESERVED = {
     "remove_unused_columns": "the workflow",
     "report_to": "the block tracking",
     "run_name": "the block tracking",
+    "enable_jit_checkpoint": "a stage stops on SIGTERM with a checkpoint of its own",
 }
 # key -> (smallest valid value, words)
 MINIMUM = {"learning_rate": 0, "weight_decay": 0, "warmup_steps": 0, "logging_steps": 0, "save_steps": 0}

@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from dualspeed.benchmarks import BENCHMARKS, SERVER_BENCHMARKS
+from dualspeed.chat_templates import TEMPLATE_NAMES
 from dualspeed.errors import ConfigError
 from dualspeed.pruners import PRUNERS
 from dualspeed.settings import jobs
+from dualspeed.settings.identity import identity
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.names import BENCHMARK_NAMES, PRUNER_NAMES, SERVER_FILES
-from dualspeed.settings.project import Experiment, ProjectConfig, load_project
+from dualspeed.settings.project import Project, load_project
 from dualspeed.settings.recipe import DataRecipe, Recipe, batch_plan
-from dualspeed.settings.sheet import COLUMNS
-from dualspeed.settings.stage import StageSettings, finetune_settings, pretrain_key, pretrain_settings
+from dualspeed.settings.schema import config_schema, row_schema, schema_files
+from dualspeed.settings.sheet import Row
+from dualspeed.settings.sheet_file import COLUMNS
+from dualspeed.settings.stage import StageSettings
 from tests.support.paths import REPOSITORY
 
 DEMO, DEMO_FULL = (REPOSITORY / f"config/demo/experiments{name}.tsv" for name in ("", "-full"))
@@ -28,7 +33,7 @@ MODEL = "models.tiny.stages.finetune"
 ARGUMENTS = f"{MODEL}.training_arguments"
 
 
-def load(sheet: Path = DEMO, **changes: Any) -> ProjectConfig:
+def load(sheet: Path = DEMO, **changes: Any) -> Project:
     """The demo's project with dotted keys (written with __) set; None as a value deletes the key."""
     content = json.loads(json.dumps(CONFIG)) | {"experiments": str(sheet)}
     for key, value in changes.items():
@@ -40,8 +45,8 @@ def load(sheet: Path = DEMO, **changes: Any) -> ProjectConfig:
     return load_project(content, "config.yaml")
 
 
-def row_of(project: ProjectConfig, identifier: str) -> Experiment:
-    return next(experiment for experiment in project.experiments if experiment.id == identifier)
+def row_of(project: Project, identifier: str) -> Row:
+    return next(row for row in project.rows if row.id == identifier)
 
 
 def write_sheet(folder: Path, *rows: str) -> Path:
@@ -53,25 +58,25 @@ def write_sheet(folder: Path, *rows: str) -> Path:
     return folder / "experiments.tsv"
 
 
-def read_row(folder: Path, row: str) -> Experiment:
-    return load(write_sheet(folder, f"id=x model=tiny {row}")).experiments[0]
+def read_row(folder: Path, row: str) -> Row:
+    return load(write_sheet(folder, f"id=x model=tiny {row}")).rows[0]
 
 
 @pytest.mark.parametrize("sheet", ["demo", "paper"])
 def test_the_sheets_of_the_repository_are_valid(sheet):
     for file in (REPOSITORY / "config" / sheet).glob("experiments*.tsv"):
         config = yaml.safe_load((REPOSITORY / "config" / sheet / "config.yaml").read_text())
-        assert load_project(config | {"experiments": str(file)}).experiments
+        assert load_project(config | {"experiments": str(file)}).rows
 
 
 def test_every_demo_row_is_the_same_in_the_full_sheet_and_asks_for_the_same_work():
     demo, full = load(DEMO), load(DEMO_FULL)
-    assert (demo.sheet, full.sheet) == ("demo", "demo-full")
-    for experiment in demo.experiments:
-        same = row_of(full, experiment.id)
-        assert finetune_settings(demo, experiment) == finetune_settings(full, same)
-        assert pretrain_key(demo, experiment) == pretrain_key(full, same)
-        assert experiment.inferences == same.inferences
+    assert (demo.sheet.name, full.sheet.name) == ("demo", "demo-full")
+    for row in demo.rows:
+        same = row_of(full, row.id)
+        assert demo.finetune_settings(row) == full.finetune_settings(same)
+        assert row.pretrain_key == same.pretrain_key
+        assert row.inferences == same.inferences
 
 
 def test_the_methods_are_settings(tmp_path):
@@ -99,29 +104,58 @@ def test_pretraining_is_shared_by_rows_that_ask_for_the_same(tmp_path):
         "slow_random": "method=dualspeed slow_mode_ratio=1 num_virtual_tokens=0 pruner=random pruning_ratio=0.5",
     }
     project = load(write_sheet(tmp_path, *(f"id={name} model=tiny {row}" for name, row in rows.items())))
-    keys = {experiment.id: pretrain_key(project, experiment) for experiment in project.experiments}
+    keys = {row.id: row.pretrain_key for row in project.rows}
     shared = [{"paper", "r", "alpha"}, {"plain", "naive"}, {"baseline", "slow", "slow_random"}]
     alone = [{"l"}, {"p"}, {"pruner"}, {"seed"}]
     groups = {frozenset(name for name in keys if keys[name] == key) for key in keys.values()}
     assert groups == {frozenset(group) for group in shared + alone}
     assert keys["paper"].startswith("tiny-fast-seed0-") and keys["baseline"].startswith("tiny-full-seed0-")
-    speeds = {experiment.id: jobs.speed_key(project, experiment) for experiment in project.experiments}
+    speeds = {row.id: row.speed_key for row in project.rows}
     assert speeds["paper"] == speeds["r"] == speeds["seed"] != speeds["alpha"]
     assert speeds["baseline"] is None
 
 
 def test_finetuning_and_its_learning_rate_leave_the_pretraining_alone():
     changed = load(models__tiny__stages__finetune__training_arguments={"learning_rate": 5.0e-4})
-    for experiment in load().experiments:
-        assert pretrain_key(load(), experiment) == pretrain_key(changed, experiment)
-        assert finetune_settings(load(), experiment) != finetune_settings(changed, experiment)
+    for row in load().rows:
+        same = row_of(changed, row.id)
+        assert row.pretrain_key == same.pretrain_key
+        assert row.settings_hash != same.settings_hash
+        assert load().finetune_settings(row) != changed.finetune_settings(same)
 
 
-def test_stage_settings_survive_json():
+def test_settings_survive_their_files(tmp_path):
     project = load(DEMO_FULL)
-    for experiment in project.experiments:
-        for settings in (pretrain_settings(project, experiment), finetune_settings(project, experiment)):
-            assert StageSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    stages = [
+        settings
+        for row in project.rows
+        for settings in (project.pretrain_settings(row), project.finetune_settings(row))
+    ]
+    others = [
+        project.sheet,
+        project.data,
+        project.base_model,
+        *(project.speed_settings(row) for row in project.rows),
+        *(jobs.answer_settings(project, row, inference) for row in project.rows for inference in row.inferences),
+        jobs.kept_tokens_settings(project),
+        jobs.report_settings(project, "snakemake"),
+    ]
+    for settings in (*stages, *others):
+        path = jobs.write_settings(settings, tmp_path)
+        assert jobs.read_settings(type(settings), path) == settings
+        assert jobs.write_settings(settings, tmp_path) == path
+    assert len({jobs.write_settings(settings, tmp_path) for settings in stages}) == len(set(map(repr, stages)))
+
+
+def test_a_file_of_other_settings_is_one_clear_error(tmp_path):
+    path = jobs.write_settings(load().data, tmp_path)
+    with pytest.raises(ConfigError, match="kind 'SceneSettings'; valid: a file of StageSettings"):
+        jobs.read_settings(StageSettings, path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=f"{path}: not valid JSON"):
+        jobs.read_settings(StageSettings, path)
+    with pytest.raises(ConfigError, match="No such file"):
+        jobs.read_settings(StageSettings, tmp_path / "missing.json")
 
 
 def test_preparation_depends_on_the_data_alone():
@@ -134,9 +168,9 @@ def test_preparation_depends_on_the_data_alone():
 def test_pruned_inference_uses_the_rows_own_pruner_or_the_configured_one(tmp_path):
     rows = ("id=a model=tiny method=baseline", "id=b model=tiny method=dualspeed pruner=random pruning_ratio=0.5")
     project = load(write_sheet(tmp_path, *rows), inference={"pruner": "fastervlm", "pruning_ratio": 0.75})
-    chosen = [jobs.answer_settings(project, experiment, "pruned") for experiment in project.experiments]
-    assert [(one["pruner"], one["pruning_ratio"]) for one in chosen] == [("fastervlm", 0.75), ("random", 0.5)]
-    assert "pruner" not in jobs.answer_settings(project, project.experiments[1], "full")
+    chosen = [jobs.answer_settings(project, row, "pruned") for row in project.rows]
+    assert [(one.pruner, one.pruning_ratio) for one in chosen] == [("fastervlm", 0.75), ("random", 0.5)]
+    assert "pruner" not in identity(jobs.answer_settings(project, project.rows[1], "full"))
 
 
 @pytest.mark.parametrize(
@@ -309,15 +343,56 @@ def test_the_names_known_without_torch_are_those_of_the_registries():
     assert set(SERVER_FILES) == set(SERVER_BENCHMARKS)
 
 
+def test_the_schemas_are_those_that_the_dataclasses_give():
+    for name, text in schema_files().items():
+        assert (REPOSITORY / "workflow/schemas" / name).read_text() == text, "python -m dualspeed.settings.schema"
+
+
 def test_the_schemas_know_the_keys_of_the_configuration_and_the_sheet():
-    schema = yaml.safe_load((REPOSITORY / "workflow/schemas/config.schema.yaml").read_text())
-    derived = {"sheet"}
-    assert set(schema["properties"]) == {field.name for field in dataclasses.fields(ProjectConfig)} - derived
+    schema = config_schema()
+    derived = {"rows", "sheet_name"}
+    own = {field.name for field in dataclasses.fields(Project)} - derived
+    assert set(schema["properties"]) == own | {"experiments"}
     assert set(schema["properties"]["benchmarks"]["propertyNames"]["enum"]) == {*BENCHMARK_NAMES, *SERVER_FILES}
-    recipe = schema["$defs"]["recipe"]["properties"]
+    recipe = schema["$defs"]["Recipe"]["properties"]
     assert set(recipe) == {field.name for field in dataclasses.fields(Recipe)}
-    rows = yaml.safe_load((REPOSITORY / "workflow/schemas/experiments.schema.yaml").read_text())
-    assert list(rows["properties"]) == list(COLUMNS)
+    assert recipe["max_dropped_share"]["maximum"] == 1 and recipe["chat_template"]["enum"] == list(TEMPLATE_NAMES)
+    assert list(row_schema()["properties"]) == list(COLUMNS)
+    assert row_schema()["properties"]["pruning_ratio"]["exclusiveMaximum"] == 1
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("inference__pruning_ratio", 1),
+        ("inference__pruner", "divprun"),
+        ("models__tiny__stages__finetune__max_length", 0),
+        ("models__tiny__stages__finetune__lora", {"rank": 0}),
+        ("models__tiny__resources", {"finetune": {"gpu": -1}}),
+        ("plan", {"gpu": "abacus"}),
+    ],
+)
+def test_schema_and_dataclass_refuse_the_same_values(key, value):
+    validator = Draft202012Validator(config_schema())
+    content = json.loads(json.dumps(CONFIG)) | {"experiments": str(DEMO)}
+    assert not list(validator.iter_errors(content))
+    *parents, last = key.split("__")
+    block = content
+    for parent in parents:
+        block = block[parent]
+    block[last] = value
+    assert list(validator.iter_errors(content))
+    with pytest.raises(ConfigError):
+        load_project(content, "config.yaml")
+
+
+def test_a_configuration_that_is_no_yaml_names_file_and_line(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("name: x\ntracking: [\n")
+    with pytest.raises(ConfigError, match=rf"{file}, line 3: not valid YAML"):
+        load_project(file)
+    with pytest.raises(ConfigError, match=r"missing.yaml: No such file"):
+        load_project(tmp_path / "missing.yaml")
 
 
 def test_the_readme_of_the_configuration_names_every_key_and_column():
@@ -336,11 +411,27 @@ def test_the_configuration_and_the_command_line_load_no_heavy_library():
 
 
 def test_a_wrong_setting_of_a_command_is_one_line(tmp_path):
-    settings = finetune_settings(load(), load().experiments[0]).to_dict()
-    settings["recipe"]["training_arguments"] = {"learning_rate": "2e-5"}
-    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", json.dumps(settings)]
+    file = jobs.write_settings(load().finetune_settings(load().rows[0]), tmp_path)
+    content = json.loads(file.read_text())
+    content["settings"]["recipe"]["training_arguments"] = {"learning_rate": "2e-5"}
+    file.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", str(file)]
     folders = [word for name in ("model", "data", "state", "out") for word in (f"--{name}", str(tmp_path / name))]
     done = subprocess.run([*command, *folders], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "recipe.training_arguments.learning_rate: '2e-5' is of type str; valid: float" in done.stderr
+
+
+def test_json_text_instead_of_a_settings_file_is_refused_in_one_sentence():
+    command = [sys.executable, "-m", "dualspeed.cli", "demo-data", "--settings", "{}", "--out", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "argument --settings: JSON text; valid: the path of a file that holds it" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["compare a b --configfile missing.yaml", "plan --config missing"])
+def test_a_missing_configuration_is_one_line(command):
+    done = subprocess.run([sys.executable, "-m", "dualspeed.cli", *command.split()], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "No such file" in done.stderr, done.stderr

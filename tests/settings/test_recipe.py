@@ -1,4 +1,4 @@
-"""What a recipe's keys do to a training: precision, the vision tower, and how pictures become square."""
+"""Effects of a recipe's keys on a training: precision, the vision tower, and image_aspect_ratio."""
 
 import dataclasses
 
@@ -16,14 +16,14 @@ from dualspeed.errors import ConfigError
 from dualspeed.training import stage as training
 from dualspeed.training.grouping import group_lengths
 from dualspeed.training.stage import load_model, train
-from dualspeed.training.trainable import hold_trained_weights_in_float32, is_vision, set_trainable
+from dualspeed.training.trainable import hold_trained_weights_in_float32, parts_of, set_trainable
 from tests.support import tiny
 from tests.support.batches import collate, sample
-from tests.support.stage import run, settings
+from tests.support.stage import stage_settings, train_stage
 
 
 def changed(stage="finetune", arguments=None, **recipe):
-    chosen = settings(stage)
+    chosen = stage_settings(stage)
     chosen.recipe.training_arguments.update(arguments or {})
     return dataclasses.replace(chosen, recipe=dataclasses.replace(chosen.recipe, **recipe))
 
@@ -40,26 +40,26 @@ def half(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_bfloat16_checkpoint_is_trained_in_float32_and_saved_as_it_was(half, inputs, tmp_path, stage):
+def test_a_bfloat16_checkpoint_is_trained_in_float32_and_saved_as_it_was(half, stage_inputs, tmp_path, stage):
     chosen = changed(stage, {"bf16": True, "learning_rate": 1e-5})
     model, _ = load_model(chosen, half)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-    out = run(inputs, tmp_path, chosen, half)
+    out = train_stage(stage_inputs, tmp_path, chosen, half)
     saved = load_file(out / "model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
     assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
     assert saved.keys() == load_file(half / "model.safetensors").keys()
 
 
-def test_a_resumed_bfloat16_training_ends_where_an_uninterrupted_one_does(half, inputs, tmp_path):
+def test_a_resumed_bfloat16_training_ends_where_an_uninterrupted_one_does(half, stage_inputs, tmp_path):
     chosen = changed("pretrain", {"bf16": True})
-    whole = run(inputs, tmp_path / "whole", chosen, half)
+    whole = train_stage(stage_inputs, tmp_path / "whole", chosen, half)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.ResumableTrainer, "save_model", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(inputs, tmp_path / "cut", chosen, half)
-    resumed = run(inputs, tmp_path / "cut", chosen, half)
+            train_stage(stage_inputs, tmp_path / "cut", chosen, half)
+    resumed = train_stage(stage_inputs, tmp_path / "cut", chosen, half)
     assert_close(load_file(resumed / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0)
 
 
@@ -77,17 +77,19 @@ def test_a_trained_vision_tower_gets_a_gradient_wherever_it_runs(make):
     for mode in Mode:
         model.zero_grad()
         model(**batch, mode=mode).loss.backward()
-        vision = {name: p for name, p in model.named_parameters() if is_vision(name) and p.requires_grad}
+        parts = parts_of(model)
+        vision = {name: p for name, p in model.named_parameters() if parts[name] == "vision" and p.requires_grad}
         assert vision
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vision.values() if p.dim() > 1)
 
 
-def test_the_vision_tower_has_a_learning_rate_of_its_own(inputs, tmp_path):
-    before = load_file(inputs / "base/model.safetensors")
+def test_the_vision_tower_has_a_learning_rate_of_its_own(stage_inputs, tmp_path):
+    before = load_file(stage_inputs / "base/model.safetensors")
 
     def moved(**recipe):
         after = load_file(
-            run(inputs, tmp_path / str(recipe), changed(arguments={"max_steps": 2}, **recipe)) / "model.safetensors"
+            train_stage(stage_inputs, tmp_path / str(recipe), changed(arguments={"max_steps": 2}, **recipe))
+            / "model.safetensors"
         )
         return {name for name in before if "vision_tower" in name and not after[name].equal(before[name])}
 
@@ -132,10 +134,10 @@ def test_batches_are_grouped_by_the_length_that_most_steps_see(ratio, column):
     assert (name, grouped[name][:]) == (column, expected)
 
 
-def test_grouped_training_runs_on_pruned_lengths(inputs, tmp_path):
-    rows = load_from_disk(inputs / "data")
+def test_grouped_training_runs_on_pruned_lengths(stage_inputs, tmp_path):
+    rows = load_from_disk(stage_inputs / "data")
     sizes = [tiny.NUM_IMAGE_TOKENS * len(images) for images in rows["images"][:]]
     rows.add_column("num_image_tokens", sizes).save_to_disk(tmp_path / "data")
     chosen = changed(arguments={"train_sampling_strategy": "group_by_length", "max_steps": 2})
-    train(chosen, inputs / "base", tmp_path / "data", tmp_path / "state", tmp_path / "out")
+    train(chosen, stage_inputs / "base", tmp_path / "data", tmp_path / "state", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").is_file()

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dualspeed.settings.project import load_project
-from dualspeed.settings.stage import pretrain_key
 from tests.support.workflow import REPOSITORY, snakemake
 
 
@@ -57,15 +56,15 @@ def test_the_sheet_has_every_row_of_the_papers_tables(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     project = load_project("config/paper/config.yaml")
     rows = {
-        table: {one.id.removeprefix(f"{one.model}-") for one in project.experiments if table in one.tables}
+        table: {one.id.removeprefix(f"{one.model}-") for one in project.rows if table in one.tables}
         for table in ("table1", "table3")
     }
     pruners = ("divprune", "fastervlm", "cdpruner")
     assert rows["table1"] == {"baseline"} | {f"{m}-{p}-p0.9" for m in ("naive_prune", "dualspeed") for p in pruners}
     steps = ("naive_prune-divprune-p0.9", *(f"dualspeed-divprune-p0.9{step}" for step in ("-l0-a0", "-l4-a0", "")))
     assert rows["table3"] == {"baseline", *steps}
-    of_figure5 = [one.dualspeed for one in project.experiments if "figure5" in one.tables and one.method == "dualspeed"]
+    of_figure5 = [one.dualspeed for one in project.rows if "figure5" in one.tables and one.method == "dualspeed"]
     assert {one.pruning_ratio for one in of_figure5} == {0.5, 0.6, 0.7, 0.8, 0.9, 0.95}
     assert {one.slow_mode_ratio for one in of_figure5} == {0, 0.05, 0.1, 0.15, 0.2}
-    assert len({pretrain_key(project, one) for one in project.experiments}) == JOBS["experiments"]["pretrain"]
+    assert len({one.pretrain_key for one in project.rows}) == JOBS["experiments"]["pretrain"]
     assert project.models["llava-next-7b"].prune_budget == "tile"

@@ -1,22 +1,23 @@
 """A job of a cluster runs with the settings that its DAG was built from, whatever has become of the files since."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 import yaml
 
+from dualspeed.settings.jobs import read_settings
 from dualspeed.settings.snapshot import FROZEN, freeze, read_frozen
+from dualspeed.settings.stage import StageSettings
 from tests.support.workflow import TARGETS, edit_cell, shrunk_project, snakemake
 
 
-def settings_of_finetuning(project: Path, *arguments: str) -> dict:
-    """What a dry run would tell the job."""
+def settings_of_finetuning(project: Path, *arguments: str) -> StageSettings:
+    """Settings that a dry run would hand the finetuning."""
     output = snakemake(project, "-n", "--printshellcmds", *arguments, TARGETS[0])
-    commands = re.findall(r"dualspeed train --settings '(\{.*?\})' --model", output)
-    settings = [json.loads(command) for command in commands]
-    return next(one for one in settings if one["stage"] == "finetune")
+    files = re.findall(r"dualspeed train --settings (\S+) --model", output)
+    settings = [read_settings(StageSettings, project / file) for file in files]
+    return next(one for one in settings if one.stage == "finetune")
 
 
 def test_a_job_reads_what_was_frozen_and_snakemake_itself_the_files(tmp_path, monkeypatch):
@@ -25,7 +26,7 @@ def test_a_job_reads_what_was_frozen_and_snakemake_itself_the_files(tmp_path, mo
     monkeypatch.chdir(project)
     before = settings_of_finetuning(project)
     config = yaml.safe_load(Path("config/demo/config.yaml").read_text())
-    freeze(config, Path(config["experiments"]).read_text(), project / "results/state/frozen")
+    freeze(config, Path(config["experiments"]).read_text(), project / "results/state/snapshots")
     edit_cell("pruning_ratio", "0.5")(project)
     Path("config/demo/config.yaml").write_text("in the: [middle of an edit")
     assert settings_of_finetuning(project, "--mode", "remote") == before

@@ -1,5 +1,6 @@
-"""What an edit runs again, by real dry runs: each line of the table at the end of config/README.md."""
+"""Jobs that an edit runs again, by real dry runs: each line of the table at the end of config/README.md."""
 
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from dualspeed.cli import make_parser
+from dualspeed.settings.jobs import read_settings
 from dualspeed.settings.stage import StageSettings
 from dualspeed.tracking.metric_log import MetricLog, RunSpec
 from tests.support.workflow import (
@@ -24,12 +26,14 @@ from tests.support.workflow import (
     STRONG,
     TABLES,
     Edit,
+    copy_project,
     edit_cell,
     edit_config,
     edit_rows,
     finetune_recipe,
     plan,
     snakemake,
+    stub_outputs,
 )
 
 
@@ -246,23 +250,11 @@ LINES = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A project in which Snakemake takes every job for done: its outputs are stand-ins, its records are real."""
-    project = tmp_path_factory.mktemp("finished")
-    for name in ("Snakefile", "workflow", "profiles", "config"):
-        source = REPOSITORY / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, project / name)
+    """A project in which Snakemake takes every job for done."""
+    project = copy_project(tmp_path_factory.mktemp("finished"))
     edit_config(lambda content: content["benchmarks"].pop("mme"))(project)
     edit_cell("tables", "table1")(project)
-    for line in snakemake(project, "--summary").splitlines():
-        path, *columns = line.split("\t")
-        if len(columns) == 5 and path.startswith("results/"):
-            output = project / path
-            output.parent.mkdir(parents=True, exist_ok=True)
-            if columns[1] in ("make_demo_data", "make_base_model", "prepare_data", "pretrain", "finetune"):
-                output.mkdir()
-            else:
-                output.write_text(path)
-    snakemake(project, "--touch", "--forceall")
+    stub_outputs(project)
     return project
 
 
@@ -290,6 +282,30 @@ def test_every_line_of_the_readme_is_an_edit_here():
     lines = [line.split(" | ")[0].removeprefix("| ") for line in table.split("\n\n")[0].strip().splitlines()]
     assert sorted(lines) == sorted(LINES)
     assert sorted(edit for edits in LINES.values() for edit in edits) == sorted(set(EDITS) - {"nothing"})
+
+
+@pytest.fixture
+def later_package(tmp_path) -> Path:
+    """A folder with the package of a later version, whose recipes and methods have one more optional setting."""
+    folder = tmp_path / "later"
+    shutil.copytree(REPOSITORY / "dualspeed", folder / "dualspeed", ignore=shutil.ignore_patterns("__pycache__"))
+    for module, cls in (("recipe", "Recipe(DataRecipe)"), ("recipe", "DataRecipe"), ("method", "DualSpeedConfig")):
+        file = folder / f"dualspeed/settings/{module}.py"
+        text = file.read_text()
+        body = text.index('"""\n', text.index(f"class {cls}:")) + 4
+        body = text.index("\n\n", body) + 1 if text[body] == "\n" else body
+        field = f"    brand_new_in_{cls[:4].lower()}: int = 3\n"
+        file.write_text(text[:body] + "\n" * (text[body] != "\n") + field + text[body:])
+    return folder
+
+
+def test_a_new_optional_setting_runs_nothing_again(finished, later_package, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    assert plan(project, package=later_package) == set()
+    command, environment = [sys.executable, "-m", "dualspeed.settings.schema"], {"PYTHONPATH": str(later_package)}
+    subprocess.run(command, cwd=project, env=os.environ | environment, check=True)
+    edit_config(lambda content: finetune_recipe(content).update(brand_new_in_reci=4))(project)
+    assert plan(project, package=later_package) == finetune(*ROWS)
 
 
 def test_a_change_of_profile_runs_nothing_again():
@@ -351,6 +367,14 @@ def test_a_wrong_cell_is_one_error_that_names_it(finished, tmp_path):
     assert "Traceback" not in output
 
 
+def test_a_configuration_that_is_no_yaml_is_one_error_that_names_file_and_line(finished, tmp_path):
+    project = shutil.copytree(finished, tmp_path / "project")
+    (project / "config/demo/config.yaml").write_text("name: x\ntracking: [\n")
+    output = snakemake(project, "-n")
+    assert "config/demo/config.yaml, line 3: not valid YAML" in output
+    assert "Traceback" not in output
+
+
 def test_the_schema_refuses_an_unknown_key(finished):
     from jsonschema import ValidationError
     from snakemake.utils import validate
@@ -366,13 +390,14 @@ def test_the_schema_refuses_an_unknown_key(finished):
 def test_every_command_of_the_workflow_is_one_that_dualspeed_takes(finished):
     output = snakemake(finished, "-n", "--forceall", "--printshellcmds")
     lines = re.findall(r"dualspeed ([a-z-]+ (?:init )?--.*) >", output)
-    commands = [make_parser().parse_args(shlex.split(line)) for line in lines]
+    store = shlex.quote('{"uri": "sqlite:///x.db", "experiment": "x"}')
+    commands = [make_parser().parse_args(shlex.split(line.replace('"$DUALSPEED_TRACKING"', store))) for line in lines]
     training = {"demo-data", "base-model", "prepare", "train", "answer", "speed", "track"}
     expected = training | {"tables", "kept-tokens", "report"}
     assert {options.command for options in commands} == expected
     for options in commands:
         if options.command == "train":
-            settings = StageSettings.from_dict(options.settings)
+            settings = read_settings(StageSettings, finished / options.settings)
             assert (settings.stage == "finetune") == (options.parent is not None)
 
 

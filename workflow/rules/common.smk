@@ -1,7 +1,8 @@
-"""The checked configuration, the sheet's rows, and the paths that rules share; no rule is here."""
+"""The checked configuration, the sheet's rows, and the functions and paths that rules share; no rule is here."""
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from snakemake.utils import validate
 
 from dualspeed.cluster.gpus import NUM_GPUS
 from dualspeed.errors import ConfigError
+from dualspeed.layout import Layout
 from dualspeed.settings import jobs
 from dualspeed.settings.names import SERVER_FILES
 from dualspeed.settings.project import load_project
-from dualspeed.settings.sheet import read_sheet
+from dualspeed.settings.sheet_file import read_sheet
 from dualspeed.settings.sources import sources_of
-from dualspeed.settings.stage import finetune_settings, pretrain_key, pretrain_settings
 
 try:
     PROJECT = load_project(config, ", ".join(map(str, workflow.configfiles)))
@@ -38,14 +39,12 @@ shell.prefix(
     f"MALLOC_MMAP_THRESHOLD_={2**30} MALLOC_TRIM_THRESHOLD_={2**33}; "
 )
 
-RESULTS = PROJECT.results
-LOGS, TIMES = f"{RESULTS}/logs", f"{RESULTS}/job_times"
-DEMO_DATA = f"{RESULTS}/data/demo"
-STATE = f"{RESULTS}/state"
+LAYOUT = Layout(PROJECT.results)
+STATE = LAYOUT.state
 
-EXPERIMENTS = {experiment.id: experiment for experiment in PROJECT.experiments}
-PRETRAININGS = {pretrain_key(PROJECT, experiment): experiment for experiment in PROJECT.experiments}
-SPEEDS = {jobs.speed_key(PROJECT, one): one for one in PROJECT.experiments if jobs.speed_key(PROJECT, one)}
+ROWS = {row.id: row for row in PROJECT.rows}
+PRETRAININGS = {row.pretrain_key: row for row in PROJECT.rows}
+SPEEDS = {row.speed_key: row for row in PROJECT.rows if row.speed_key}
 DEMO_MODELS = [name for name, model in PROJECT.models.items() if model.source == "demo"]
 ASSEMBLED_MODELS = [name for name, model in PROJECT.models.items() if model.source == "parts"]
 DOWNLOADED_MODELS = [name for name, model in PROJECT.models.items() if sources_of(model.source, PROJECT.downloads)]
@@ -57,7 +56,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    experiment=one_of(EXPERIMENTS),
+    experiment=one_of(ROWS),
     pretraining=one_of(PRETRAININGS),
     speed=one_of(SPEEDS),
     model=one_of(PROJECT.models),
@@ -66,53 +65,85 @@ wildcard_constraints:
     inference="full|pruned",
 
 
-# Where jobs log to. No params hold it, and what says that the store is there counts as old: another store reruns nothing.
+# Where jobs log to. Their shells read it from the environment: as a param, another store would run everything again, and
+# as a resource, logs would show its password.
 TRACKING = json.dumps({"uri": PROJECT.tracking.uri, "experiment": PROJECT.tracking.experiment})
+TRACKING_VARIABLE = "DUALSPEED_TRACKING"
+os.environ[TRACKING_VARIABLE] = TRACKING
 # A download's folder is no output, for Snakemake would delete half of it; this says that it is whole.
-RECEIPT = f"{RESULTS}/downloads/{{source}}.json"
+RECEIPT = LAYOUT.receipt("{source}")
 DATA_LOCK = Path(workflow.configfiles[0]).parent / "data.lock" if workflow.configfiles else Path("data.lock")
 
-TRACKING_READY = f"{RESULTS}/state/tracking.ready"
+# Where a row's questions are divided, shards leave their answers in the state folder, and generate_answers merges them.
+SHARDS = PROJECT.inference.shards
+QUESTIONS_FOLDERS = {name: benchmark.folder for name, benchmark in PROJECT.benchmarks.items()}
 
-CHECKPOINTS = expand(f"{RESULTS}/models/{{experiment}}", experiment=EXPERIMENTS)
-SCORES = [
-    f"{RESULTS}/scores/{one.id}/{inference}/{benchmark}.json"
-    for one in PROJECT.experiments
-    for inference in one.inferences
-    for benchmark in PROJECT.scored
-]
-SUBMISSIONS = [
-    f"{RESULTS}/submissions/{one.id}/{name}.{SERVER_FILES[name]}"
-    for one in PROJECT.experiments
-    for name in PROJECT.submitted
-]
+CHECKPOINTS = [LAYOUT.model(row) for row in ROWS]
+SCORES, ANSWERS = (
+    [
+        path(row.id, inference, benchmark)
+        for row in PROJECT.rows
+        for inference in row.inferences
+        for benchmark in PROJECT.scored
+    ]
+    for path in (LAYOUT.score, LAYOUT.answer_file)
+)
+SUBMISSIONS = [LAYOUT.submission(row, name, SERVER_FILES[name]) for row in ROWS for name in PROJECT.submitted]
+
+TABLES, FIGURES = LAYOUT.tables(PROJECT.sheet_name), LAYOUT.figures(PROJECT.sheet_name)
+TIDY_FILES = expand(f"{TABLES}/{{name}}.csv", name=["scores", "scores_detail", "scores_by_type", "speed", "costs"])
+TABLE_FILES = expand(
+    f"{TABLES}/{{name}}.{{kind}}",
+    name=["table1", "table2", "table3", "table_speed"],
+    kind=["csv", "md", "tex"],
+)
+FIGURE_FILES = expand(
+    f"{FIGURES}/{{name}}.{{kind}}",
+    name=[
+        *["figure4", "figure5"],
+        *["figure_mismatch", "figure_speedup", "figure_question_types", "figure_learning_curves"],
+    ],
+    kind=["png", "svg"],
+)
+REPORT = LAYOUT.report(PROJECT.sheet_name)
+# What makes this sheet again; the page says so.
+COMMAND = " ".join(
+    ["snakemake"]
+    + [f"--configfile {path}" for path in workflow.configfiles if Path(path) != Path("config/demo/config.yaml")]
+    + [f"--config experiments={config['experiments']}"]
+)
 
 
-def as_json(settings):
-    """Settings as they stand on a command line; equal settings give equal text."""
-    return json.dumps(settings, sort_keys=True)
+def settings_file(settings):
+    """File that hands a job its settings; equal settings give the same path."""
+    return str(jobs.write_settings(settings, LAYOUT.settings))
 
 
 def base_model(model):
     """Folder of the checkpoint that a model's training starts from."""
     is_made = model in (*DEMO_MODELS, *ASSEMBLED_MODELS, *DOWNLOADED_MODELS)
-    return f"{RESULTS}/models/base/{model}" if is_made else PROJECT.models[model].source
+    return LAYOUT.base_model(model) if is_made else PROJECT.models[model].source
 
 
 def made_from(path):
-    """What a job that reads `path` waits for: the demo's data as a whole, a download, or a file of the user's own."""
-    if Path(DEMO_DATA) in Path(path).parents:
-        return DEMO_DATA
-    return next((RECEIPT.format(source=name) for name in sources_of(path, PROJECT.downloads)), path)
+    """Input of a job that reads `path`: the demo's data as a whole, a download's receipt, or the user's own file."""
+    if Path(LAYOUT.demo_data) in Path(path).parents:
+        return LAYOUT.demo_data
+    return next((LAYOUT.receipt(name) for name in sources_of(path, PROJECT.downloads)), path)
+
+
+def questions_of(benchmarks):
+    """Inputs of jobs that read these benchmarks' files."""
+    return sorted({made_from(QUESTIONS_FOLDERS[name]) for name in benchmarks})
 
 
 def images_from(root):
-    """The downloads that fill a root folder of images; none of a folder that is the user's own."""
-    return [RECEIPT.format(source=name) for name in sources_of(root, PROJECT.downloads)]
+    """Downloads that fill a root folder of images; none of a folder that is the user's own."""
+    return [LAYOUT.receipt(name) for name in sources_of(root, PROJECT.downloads)]
 
 
 def validation_from(recipe):
-    """What makes a recipe's held-out conversations; nothing without a validation."""
+    """Input that holds a recipe's held-out conversations; empty without a validation."""
     return [] if recipe.validation_annotations is None else [made_from(recipe.validation_annotations)]
 
 
@@ -121,8 +152,18 @@ def recipe_of(model, stage):
     return getattr(PROJECT.models[model].stages, stage)
 
 
+def model_of_pretraining(wildcards):
+    """Model that a pretraining trains."""
+    return PRETRAININGS[wildcards.pretraining].model
+
+
+def model_of_row(wildcards):
+    """Model that a row trains."""
+    return ROWS[wildcards.experiment].model
+
+
 def wanted(model, job):
-    """What a job of this kind (a field of ModelResources) asks a scheduler for."""
+    """Resources of a job of this kind (a field of ModelResources)."""
     return PROJECT.models[model].resources_of(job)
 
 
@@ -137,3 +178,39 @@ def scheduled(model_of, job):
 def growing(minutes):
     """Runtime of a job that a retry starts anew: every attempt has as much more."""
     return lambda wildcards, attempt: attempt * minutes
+
+
+def launch_options(model, stage):
+    """Options of `dualspeed train` for its processes."""
+    return wanted(model, stage).launch_options(recipe_of(model, stage).accelerate_config)
+
+
+def parent_option(wildcards):
+    """Option that names the run in MLflow that a row's job belongs to."""
+    return f"--parent {shlex.quote(json.dumps(jobs.parent_run(ROWS[wildcards.experiment]), sort_keys=True))}"
+
+
+def answer_settings(wildcards):
+    """File of the settings of a row's answers."""
+    row = ROWS[wildcards.experiment]
+    return settings_file(jobs.answer_settings(PROJECT, row, wildcards.inference))
+
+
+def all_answers(name, benchmarks):
+    """A file of each benchmark beside a row's answers."""
+    folder = LAYOUT.answers("{experiment}", "{inference}")
+    return [f"{folder}/{name.format(benchmark=benchmark)}" for benchmark in benchmarks]
+
+
+def shown(path):
+    """Mark what the HTML report shows, with the caption of the same name."""
+    name, kind = Path(path).stem, Path(path).suffix
+    if kind not in (".csv", ".svg") or path in TIDY_FILES:
+        return path
+    category = "Figures" if kind == ".svg" else "Tables"
+    return report(
+        path,
+        caption=f"../report/{name}.rst",
+        category=category,
+        labels={"sheet": PROJECT.sheet_name, "is": name},
+    )

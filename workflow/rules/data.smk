@@ -1,14 +1,14 @@
-"""What everything starts from: the tracking store, the demo's data and base model, and each stage's dataset."""
+"""Tracking store, downloads, the demo's data, base models, and each stage's dataset."""
 
 
 # The database itself is nobody's output: Snakemake deletes outputs before it makes them anew.
 rule init_tracking:
     output:
-        ready=touch(TRACKING_READY),
+        ready=touch(LAYOUT.store_ready),
     log:
-        f"{LOGS}/init_tracking.log",
+        LAYOUT.log("init_tracking"),
     benchmark:
-        f"{TIMES}/init_tracking.tsv"
+        LAYOUT.job_time("init_tracking")
     threads: 1
     resources:
         mem_mb=2000,
@@ -24,7 +24,7 @@ rule init_tracking:
 # For after a server was away: `snakemake track_sync`. Nothing asks for it, so nothing else runs with it.
 rule track_sync:
     log:
-        f"{LOGS}/track_sync.log",
+        LAYOUT.log("track_sync"),
     localrule: True
     threads: 1
     resources:
@@ -32,10 +32,11 @@ rule track_sync:
         runtime=60,
     params:
         store=TRACKING,
+        state=STATE,
     message:
         "Deliver to MLflow what it lacks"
     shell:
-        "dualspeed track sync --tracking {params.store:q} --state {STATE} 2>&1 | tee {log}"
+        "dualspeed track sync --tracking {params.store:q} --state {params.state} 2>&1 | tee {log}"
 
 
 # On the machine that Snakemake runs on: compute nodes often have no way out.
@@ -43,17 +44,18 @@ rule download:
     output:
         receipt=RECEIPT,
     log:
-        f"{LOGS}/download/{{source}}.log",
+        LAYOUT.log("download/{source}"),
     benchmark:
-        f"{TIMES}/download/{{source}}.tsv"
+        LAYOUT.job_time("download/{source}")
     localrule: True
     threads: 4
     params:
-        settings=lambda wildcards: as_json(jobs.download_settings(PROJECT.downloads[wildcards.source])),
+        settings=lambda wildcards: settings_file(PROJECT.downloads[wildcards.source]),
+        lock=DATA_LOCK,
     message:
         "Download {wildcards.source} (progress: {log})"
     shell:
-        "exec dualspeed download {wildcards.source} --settings {params.settings:q} --lock {DATA_LOCK:q}"
+        "exec dualspeed download {wildcards.source} --settings {params.settings} --lock {params.lock:q}"
         " --out {output.receipt} --workers 4 > {log} 2>&1"
 
 
@@ -66,32 +68,32 @@ rule downloads:
 
 rule make_demo_data:
     output:
-        data=directory(DEMO_DATA),
+        data=directory(LAYOUT.demo_data),
     log:
-        f"{LOGS}/make_demo_data.log",
+        LAYOUT.log("make_demo_data"),
     benchmark:
-        f"{TIMES}/make_demo_data.tsv"
+        LAYOUT.job_time("make_demo_data")
     threads: 1
     resources:
         mem_mb=4000,
         runtime=growing(30),
     params:
-        settings=as_json(jobs.demo_data_settings(PROJECT)),
+        settings=settings_file(PROJECT.data),
     message:
         "Draw the demo's pictures and questions (progress: {log})"
     shell:
-        "dualspeed demo-data --settings {params.settings:q} --out {output.data} > {log} 2>&1"
+        "dualspeed demo-data --settings {params.settings} --out {output.data} > {log} 2>&1"
 
 
 rule make_base_model:
     input:
-        data=DEMO_DATA,
+        data=LAYOUT.demo_data,
     output:
-        model=directory(f"{RESULTS}/models/base/{{model}}"),
+        model=directory(LAYOUT.base_model("{model}")),
     log:
-        f"{LOGS}/make_base_model/{{model}}.log",
+        LAYOUT.log("make_base_model/{model}"),
     benchmark:
-        f"{TIMES}/make_base_model/{{model}}.tsv"
+        LAYOUT.job_time("make_base_model/{model}")
     wildcard_constraints:
         model=one_of(DEMO_MODELS),
     threads: 2
@@ -99,22 +101,22 @@ rule make_base_model:
         mem_mb=4000,
         runtime=growing(60),
     params:
-        settings=as_json(jobs.base_model_settings(PROJECT)),
+        settings=settings_file(PROJECT.base_model),
     message:
         "Make the base model {wildcards.model} (progress: {log})"
     shell:
-        "exec dualspeed base-model --settings {params.settings:q} --data {input.data} --out {output.model} > {log} 2>&1"
+        "exec dualspeed base-model --settings {params.settings} --data {input.data} --out {output.model} > {log} 2>&1"
 
 
 rule assemble_base_model:
     input:
         parts=lambda wildcards: sorted({made_from(part) for part in PROJECT.models[wildcards.model].parts.inputs}),
     output:
-        model=directory(f"{RESULTS}/models/base/{{model}}"),
+        model=directory(LAYOUT.base_model("{model}")),
     log:
-        f"{LOGS}/assemble_base_model/{{model}}.log",
+        LAYOUT.log("assemble_base_model/{model}"),
     benchmark:
-        f"{TIMES}/assemble_base_model/{{model}}.tsv"
+        LAYOUT.job_time("assemble_base_model/{model}")
     wildcard_constraints:
         model=one_of(ASSEMBLED_MODELS),
     threads: 2
@@ -122,11 +124,11 @@ rule assemble_base_model:
         mem_mb=80000,
         runtime=growing(120),
     params:
-        settings=lambda wildcards: as_json(jobs.parts_settings(PROJECT.models[wildcards.model].parts)),
+        settings=lambda wildcards: settings_file(PROJECT.models[wildcards.model].parts),
     message:
         "Put the base model {wildcards.model} together (progress: {log})"
     shell:
-        "dualspeed assemble --settings {params.settings:q} --out {output.model} > {log} 2>&1"
+        "dualspeed assemble --settings {params.settings} --out {output.model} > {log} 2>&1"
 
 
 # A download's folder is no rule's output, and these links to its files are.
@@ -134,11 +136,11 @@ rule link_base_model:
     input:
         receipt=lambda wildcards: made_from(PROJECT.models[wildcards.model].source),
     output:
-        model=directory(f"{RESULTS}/models/base/{{model}}"),
+        model=directory(LAYOUT.base_model("{model}")),
     log:
-        f"{LOGS}/link_base_model/{{model}}.log",
+        LAYOUT.log("link_base_model/{model}"),
     benchmark:
-        f"{TIMES}/link_base_model/{{model}}.tsv"
+        LAYOUT.job_time("link_base_model/{model}")
     wildcard_constraints:
         model=one_of(DOWNLOADED_MODELS),
     localrule: True
@@ -158,19 +160,19 @@ rule prepare_data:
         images=lambda wildcards: images_from(recipe_of(wildcards.model, wildcards.stage).images),
         validation=lambda wildcards: validation_from(recipe_of(wildcards.model, wildcards.stage)),
     output:
-        data=directory(f"{RESULTS}/prepared/{{model}}/{{stage}}"),
+        data=directory(LAYOUT.prepared("{model}", "{stage}")),
     log:
-        f"{LOGS}/prepare_data/{{model}}/{{stage}}.log",
+        LAYOUT.log("prepare_data/{model}/{stage}"),
     benchmark:
-        f"{TIMES}/prepare_data/{{model}}/{{stage}}.tsv"
+        LAYOUT.job_time("prepare_data/{model}/{stage}")
     threads: lambda wildcards: 1 if PROJECT.models[wildcards.model].source == "demo" else 16
     resources:
         mem_mb=8000,
         runtime=growing(240),
     params:
-        settings=lambda wildcards: as_json(jobs.preparation_settings(recipe_of(wildcards.model, wildcards.stage))),
+        settings=lambda wildcards: settings_file(recipe_of(wildcards.model, wildcards.stage).preparation()),
     message:
         "Check and prepare the {wildcards.stage} data of {wildcards.model} (progress: {log})"
     shell:
-        "dualspeed prepare --settings {params.settings:q} --model {input.model} --out {output.data}"
+        "dualspeed prepare --settings {params.settings} --model {input.model} --out {output.data}"
         " --workers {threads} > {log} 2>&1"

@@ -1,89 +1,77 @@
 """Answers, then scores. Jobs are few and fat: one for a row and a way of inference answers all benchmarks."""
 
-ANSWERS = f"{RESULTS}/answers/{{experiment}}/{{inference}}"
-# Where a row's questions are divided, shards leave their answers in the state folder, and generate_answers merges them.
-SHARDS = PROJECT.inference.shards
-
-
-def all_answers(name, benchmarks):
-    """A file of each benchmark beside a row's answers."""
-    return [f"{ANSWERS}/{name.format(benchmark=benchmark)}" for benchmark in benchmarks]
-
 
 rule answer_shard:
     input:
-        model=f"{RESULTS}/models/{{experiment}}",
-        questions=sorted({made_from(benchmark.folder) for benchmark in PROJECT.benchmarks.values()}),
+        model=LAYOUT.model("{experiment}"),
+        questions=questions_of(PROJECT.benchmarks),
     output:
-        touch(f"{ANSWERS}/shard{{shard}}of{SHARDS}.done"),
+        touch(f"{LAYOUT.answers('{experiment}', '{inference}')}/shard{{shard}}of{SHARDS}.done"),
     log:
-        f"{LOGS}/answer_shard/{{experiment}}/{{inference}}/{{shard}}.log",
+        LAYOUT.log("answer_shard/{experiment}/{inference}/{shard}"),
     benchmark:
-        f"{TIMES}/answer_shard/{{experiment}}/{{inference}}/{{shard}}.tsv"
+        LAYOUT.job_time("answer_shard/{experiment}/{inference}/{shard}")
     wildcard_constraints:
         shard="[0-9]+",
     threads: 1
     resources:
-        **scheduled(lambda wildcards: EXPERIMENTS[wildcards.experiment].model, "answer"),
+        **scheduled(model_of_row, "answer"),
     params:
-        settings=lambda wildcards: as_json(
-            jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
-        ),
-        folder=ANSWERS,
+        settings=answer_settings,
+        state=STATE,
+        folder=LAYOUT.answers("{experiment}", "{inference}"),
+        options=lambda wildcards: f"--shard {wildcards.shard}/{SHARDS}",
     message:
         "Answer part {wildcards.shard} of {SHARDS} with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
     shell:
-        "exec dualspeed answer --settings {params.settings:q} --model {input.model} --state {STATE}"
-        " --out {params.folder} --shard {wildcards.shard}/{SHARDS} --gpus {resources.gpu} > {log} 2>&1"
+        "exec dualspeed answer --settings {params.settings} --model {input.model} --state {params.state}"
+        ' --out {params.folder} --tracking "$DUALSPEED_TRACKING" {params.options}'
+        " --gpus {resources.gpu} > {log} 2>&1"
 
 
-rule generate_answers:
+use rule answer_shard as generate_answers with:
     input:
-        model=f"{RESULTS}/models/{{experiment}}",
-        questions=rules.answer_shard.input.questions,
-        shards=[f"{ANSWERS}/shard{number}of{SHARDS}.done" for number in range(1, SHARDS + 1) if SHARDS > 1],
-        store=ancient(TRACKING_READY),
+        model=LAYOUT.model("{experiment}"),
+        questions=questions_of(PROJECT.benchmarks),
+        shards=[
+            f"{LAYOUT.answers('{experiment}', '{inference}')}/shard{number}of{SHARDS}.done"
+            for number in range(1, SHARDS + 1)
+            if SHARDS > 1
+        ],
+        store=ancient(LAYOUT.store_ready),
     output:
         answers=all_answers("{benchmark}.jsonl", PROJECT.benchmarks),
         throughput=all_answers("{benchmark}.throughput.json", PROJECT.benchmarks),
     log:
-        f"{LOGS}/generate_answers/{{experiment}}/{{inference}}.log",
+        LAYOUT.log("generate_answers/{experiment}/{inference}"),
     benchmark:
-        f"{TIMES}/generate_answers/{{experiment}}/{{inference}}.tsv"
-    threads: 1
-    resources:
-        **scheduled(lambda wildcards: EXPERIMENTS[wildcards.experiment].model, "answer"),
+        LAYOUT.job_time("generate_answers/{experiment}/{inference}")
     params:
-        settings=lambda wildcards: as_json(
-            jobs.answer_settings(PROJECT, EXPERIMENTS[wildcards.experiment], wildcards.inference)
-        ),
-        parent=lambda wildcards: as_json(jobs.parent_run(PROJECT, EXPERIMENTS[wildcards.experiment])),
-        folder=f"{RESULTS}/answers/{{experiment}}/{{inference}}",
+        settings=answer_settings,
+        state=lambda wildcards, input: os.path.dirname(input.store),
+        folder=LAYOUT.answers("{experiment}", "{inference}"),
+        options=parent_option,
     message:
         "Answer the benchmarks with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
-    shell:
-        "exec dualspeed answer --settings {params.settings:q} --model {input.model} --state {STATE}"
-        " --out {params.folder} --tracking {TRACKING:q} --parent {params.parent:q}"
-        " --gpus {resources.gpu} > {log} 2>&1"
 
 
 rule score:
     input:
         answers=all_answers("{benchmark}.jsonl", PROJECT.scored),
-        questions=rules.generate_answers.input.questions,
+        questions=questions_of(PROJECT.benchmarks),
     output:
-        scores=expand(f"{RESULTS}/scores/{{{{experiment}}}}/{{{{inference}}}}/{{name}}.json", name=PROJECT.scored),
+        scores=[LAYOUT.score("{experiment}", "{inference}", name) for name in PROJECT.scored],
     log:
-        f"{LOGS}/score/{{experiment}}/{{inference}}.log",
+        LAYOUT.log("score/{experiment}/{inference}"),
     benchmark:
-        f"{TIMES}/score/{{experiment}}/{{inference}}.tsv"
+        LAYOUT.job_time("score/{experiment}/{inference}")
     threads: 1
     resources:
         mem_mb=2000,
         runtime=growing(30),
     params:
         benchmarks=PROJECT.scored,
-        folders=[PROJECT.benchmarks[name].folder for name in PROJECT.scored],
+        folders=[QUESTIONS_FOLDERS[name] for name in PROJECT.scored],
     message:
         "Score {wildcards.experiment}, {wildcards.inference} tokens"
     shell:
@@ -99,14 +87,14 @@ rule score:
 
 rule submission:
     input:
-        answers=f"{RESULTS}/answers/{{experiment}}/full/{{name}}.jsonl",
-        questions=lambda wildcards: made_from(PROJECT.benchmarks[wildcards.name].folder),
+        answers=LAYOUT.answer_file("{experiment}", "full", "{name}"),
+        questions=lambda wildcards: made_from(QUESTIONS_FOLDERS[wildcards.name]),
     output:
-        f"{RESULTS}/submissions/{{experiment}}/{{name}}.{{kind}}",
+        LAYOUT.submission("{experiment}", "{name}", "{kind}"),
     log:
-        f"{LOGS}/submission/{{experiment}}/{{name}}.{{kind}}.log",
+        LAYOUT.log("submission/{experiment}/{name}.{kind}"),
     benchmark:
-        f"{TIMES}/submission/{{experiment}}/{{name}}.{{kind}}.tsv"
+        LAYOUT.job_time("submission/{experiment}/{name}.{kind}")
     wildcard_constraints:
         name=one_of(PROJECT.submitted),
         kind="json|xlsx",
@@ -115,7 +103,7 @@ rule submission:
         mem_mb=2000,
         runtime=growing(30),
     params:
-        folder=lambda wildcards: PROJECT.benchmarks[wildcards.name].folder,
+        folder=lambda wildcards: QUESTIONS_FOLDERS[wildcards.name],
     message:
         "Write what the server of {wildcards.name} takes from {wildcards.experiment}"
     shell:
@@ -126,26 +114,26 @@ rule submission:
 # Not part of `all`: needs lmms-eval, its own data from the Hub, and a GPU. `snakemake evaluate_lmms` runs it for all.
 rule evaluate_lmms:
     input:
-        expand(f"{RESULTS}/lmms_eval/{{experiment}}.csv", experiment=EXPERIMENTS),
+        [LAYOUT.lmms_eval(row) for row in ROWS],
     message:
         "lmms-eval's numbers stand beside ours"
 
 
 rule compare_lmms:
     input:
-        model=f"{RESULTS}/models/{{experiment}}",
-        scores=expand(f"{RESULTS}/scores/{{{{experiment}}}}/full/{{name}}.json", name=PROJECT.scored),
+        model=LAYOUT.model("{experiment}"),
+        scores=[LAYOUT.score("{experiment}", "full", name) for name in PROJECT.scored],
     output:
-        f"{RESULTS}/lmms_eval/{{experiment}}.csv",
+        LAYOUT.lmms_eval("{experiment}"),
     log:
-        f"{LOGS}/lmms_eval/{{experiment}}.log",
+        LAYOUT.log("lmms_eval/{experiment}"),
     benchmark:
-        f"{TIMES}/lmms_eval/{{experiment}}.tsv"
+        LAYOUT.job_time("lmms_eval/{experiment}")
     threads: 1
     resources:
-        **scheduled(lambda wildcards: EXPERIMENTS[wildcards.experiment].model, "answer"),
+        **scheduled(model_of_row, "answer"),
     params:
-        scores=f"{RESULTS}/scores/{{experiment}}/full",
+        scores=lambda wildcards, input: os.path.dirname(input.scores[0]),
         work=f"{STATE}/lmms_eval/{{experiment}}",
     message:
         "Score {wildcards.experiment} with lmms-eval (progress: {log})"
