@@ -1,16 +1,15 @@
-"""What each pruner costs: time, peak memory, and its share of a fast training step of a 7B model.
+"""Cost of each pruner: time, peak memory, and share of a fast training step of a 7B model.
 
     python -m measurements.pruners [--device cpu] [--shapes 16x576x4096 4x2880x4096] [--repeats 9]
 
-Ours prunes the batch at once; beside it stands the published algorithm, image by image (published.py). Both
-are timed in turns, so that what else the machine does slows both alike, and times are medians after one turn to warm
-up; peak memory is that of one call in a process of its own. Needs no weights: features
-are random, and the fast step is what its FLOPs take at the rate of a large bfloat16 (CPU: float32) matrix product on
-the same device, which no real step reaches, so that shares are upper bounds.
+Two forms of each method are measured: our pruner, which prunes the batch at once, and the published algorithm, image by
+image (published.py). They are timed alternately, so that other load on the machine slows both alike; times are medians
+after one warm-up turn. Peak memory is that of one call in its own process. No weights are needed: features are random,
+and the time of a fast step is its FLOPs at the rate of a large bfloat16 (CPU: float32) matrix product on the same
+device, which no real step reaches, so that shares are upper bounds.
 """
 
 import argparse
-import inspect
 import multiprocessing
 import platform
 import resource
@@ -18,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -32,9 +32,11 @@ LLM_PARAMETERS, TOWER_PARAMETERS = 6.7e9, 0.3e9
 KEY_SHAPE, TOWER_WIDTH = (16, 64), 1024
 BYTES_PER_MIB = 2**20
 
+Result = TypeVar("Result")
+
 
 def main() -> None:
-    """Print one table a shape."""
+    """Print one table per shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", default=["16x576x4096", "4x2880x4096"], help="images x tokens x width")
@@ -43,17 +45,18 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{device_name(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     for text in options.shapes:
-        shape = tuple(int(size) for size in text.split("x"))
-        step = fast_step_seconds(options.device, *shape[:2])
+        batch_size, num_tokens, width = (int(size) for size in text.split("x"))
+        step = fast_step_seconds(options.device, batch_size, num_tokens)
         print(f"\n{text}, p = {PRUNING_RATIO}: a fast step takes {step * 1e3:.0f} ms or more")
+        shape = (batch_size, num_tokens, width)
         rows = [row(name, shape, options.device, options.repeats, step) for name in options.pruners]
         print(pd.DataFrame(rows).to_markdown(index=False))
 
 
 def row(name: str, shape: tuple[int, int, int], device: str, repeats: int, step: float) -> dict[str, str]:
-    """One line of the table."""
+    """Row of the table for one pruner; `step` is the time of a fast step in seconds."""
     memory, loop_memory = (in_own_process(peak_of_one_call, form, name, shape, device) for form in FORMS)
-    batched, loop = in_own_process(seconds_in_turns, name, shape, device, repeats)
+    batched, loop = in_own_process(seconds_of_forms, name, shape, device, repeats)
     return {
         "pruner": PRUNER_LABELS[name],
         "ms": f"{batched * 1e3:.1f}",
@@ -65,22 +68,22 @@ def row(name: str, shape: tuple[int, int, int], device: str, repeats: int, step:
     }
 
 
-def in_own_process(function: Callable, *arguments: object) -> object:
-    """What `function` returns in a fresh process."""
+def in_own_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """Call `function` in a new process and return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def peak_of_one_call(form: str, name: str, shape: tuple[int, int, int], device: str) -> float:
-    """Peak bytes beyond the inputs."""
+    """Peak memory in bytes, without the inputs."""
     tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
     before = peak_memory(device)
     FORMS[form](name, tokens, num_keep)
     return peak_memory(device) - before
 
 
-def seconds_in_turns(name: str, shape: tuple[int, int, int], device: str, repeats: int) -> list[float]:
-    """Median seconds of each form."""
+def seconds_of_forms(name: str, shape: tuple[int, int, int], device: str, repeats: int) -> list[float]:
+    """Median seconds of each of FORMS, timed alternately."""
     tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
     calls = [partial(prune, name, tokens, num_keep) for prune in FORMS.values()]
     turns = [[timed(call, device) for call in calls] for _ in range(repeats + 1)]
@@ -89,25 +92,23 @@ def seconds_in_turns(name: str, shape: tuple[int, int, int], device: str, repeat
 
 @torch.no_grad()
 def batched_form(name: str, tokens: VisualTokens, num_keep: int) -> None:
-    """Ours."""
+    """Prune the batch with our pruner."""
     PRUNERS[name](tokens, torch.full((len(tokens.features),), num_keep))
 
 
 @torch.no_grad()
 def loop_form(name: str, tokens: VisualTokens, num_keep: int) -> None:
-    """The published algorithm, image by image; its arguments name the fields that it takes."""
-    function = getattr(published, name)
-    fields = {"attention": "cls_attention"}
-    names = [fields.get(argument, argument) for argument in inspect.signature(function).parameters][:-1]
-    for image in zip(*(getattr(tokens, field) for field in names), strict=True):
-        function(*image, num_keep)
+    """Prune image by image with the published algorithm."""
+    algorithm = getattr(published, name)
+    for image in zip(*(tokens.require(field) for field in published.fields_of(algorithm)), strict=True):
+        algorithm(*image, num_keep)
 
 
 FORMS = {"batched": batched_form, "loop": loop_form}
 
 
 def random_tokens(batch_size: int, num_tokens: int, width: int, device: str) -> VisualTokens:
-    """Everything that any pruner takes, in float32."""
+    """Random float32 tokens with every field of VisualTokens that a pruner can need."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> torch.Tensor:
@@ -124,15 +125,18 @@ def random_tokens(batch_size: int, num_tokens: int, width: int, device: str) -> 
 
 
 def fast_step_seconds(device: str, batch_size: int, num_tokens: int) -> float:
-    """Seconds of a fast step of a 7B model with a CLIP-L tower: forward and backward of the kept tokens and the text,
-    6 FLOPs a parameter and token, and the tower's forward, 2; its attention is left out."""
+    """Seconds of a fast step of a 7B model with a CLIP-L tower.
+
+    The language model's forward and backward take 6 FLOPs per parameter and token (kept tokens, isolator and text), the
+    tower's forward 2; attention is left out.
+    """
     kept = num_tokens_to_keep(num_tokens, PRUNING_RATIO) + ISOLATOR_TOKENS + TEXT_TOKENS
     flops = batch_size * (6 * LLM_PARAMETERS * kept + 2 * TOWER_PARAMETERS * num_tokens)
     return flops / matmul_flops_per_second(device)
 
 
 def matmul_flops_per_second(device: str, size: int = 4096) -> float:
-    """The rate of a square matrix product."""
+    """FLOPs per second of a square matrix product."""
     matrix = torch.randn(size, size, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     multiply = partial(torch.matmul, matrix, matrix)
     multiply()
@@ -140,7 +144,7 @@ def matmul_flops_per_second(device: str, size: int = 4096) -> float:
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, including the device's work."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -149,20 +153,20 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes so far: of the device, or of this process."""
+    """Peak memory so far in bytes: of the GPU, or of this process if the device is the CPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: str) -> str:
-    """What the figures were measured on."""
+    """Name of the processor or GPU."""
     return platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
 
 

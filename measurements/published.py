@@ -1,31 +1,43 @@
 """The pruning methods as their papers and repositories have them: one image at a time, plain loops.
 
-Each follows the published algorithm up to the differences that our function's docstring names. The tests hold ours
-against these; measurements/pruners.py times ours against them. Features are (N, D), attention and relevance (N,), keys
-(N, H, d). Selections return sorted indices, merging methods indices and vectors (K, D).
+Each function follows the published algorithm, except for the differences that the docstring of our pruner of the same
+name lists. The tests compare our pruners with these functions, and measurements/pruners.py times both. Arguments are
+fields of VisualTokens for one image, and k tokens to keep: features (N, D), cls_attention and relevance (N,), keys
+(N, H, d), pre_projection (N, C). Selecting methods return sorted indices, merging methods indices and vectors (K, D).
 """
+
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def similarities(vectors: Tensor) -> Tensor:
+def fields_of(algorithm: Callable) -> list[str]:
+    """Fields of VisualTokens that a function of this module takes, in order."""
+    return list(inspect.signature(algorithm).parameters)[:-1]
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    """(N, D) -> (N, N) cosine similarity."""
     unit = normalize(vectors, dim=-1)
     return unit @ unit.T
 
 
 def best_first(scores: Tensor) -> list[int]:
+    """Indices from the highest score to the lowest."""
     return scores.argsort(descending=True, stable=True).tolist()
 
 
 def in_image_order(vectors: dict[int, Tensor]) -> tuple[list[int], Tensor]:
+    """Sorted indices and their vectors (K, D)."""
     order = sorted(vectors)
     return order, torch.stack([vectors[i] for i in order])
 
 
 def divprune(features: Tensor, k: int) -> list[int]:
-    distance = 1 - similarities(features)
+    distance = 1 - cosines(features)
     to_others = distance.clone().fill_diagonal_(torch.inf).amin(dim=1)
     picked = [int(to_others.argmax())]
     while len(picked) < k:
@@ -35,14 +47,14 @@ def divprune(features: Tensor, k: int) -> list[int]:
     return sorted(picked)
 
 
-def fastervlm(attention: Tensor, k: int) -> list[int]:
-    return sorted(best_first(attention)[:k])
+def fastervlm(cls_attention: Tensor, k: int) -> list[int]:
+    return sorted(best_first(cls_attention)[:k])
 
 
 def cdpruner(features: Tensor, relevance: Tensor, k: int) -> list[int]:
-    """Greedily the largest determinant, its factorisation updated pick by pick."""
+    """Greedily maximise the determinant, with a factorisation that each pick updates."""
     quality = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
-    kernel = quality[:, None] * similarities(features) * quality[None]
+    kernel = quality[:, None] * cosines(features) * quality[None]
     gain, rows, picked = kernel.diagonal().clone(), [], []
     while True:
         best = int(gain.argmax())
@@ -55,14 +67,14 @@ def cdpruner(features: Tensor, relevance: Tensor, k: int) -> list[int]:
         gain[picked] = -torch.inf
 
 
-def visionzip(features: Tensor, attention: Tensor, keys: Tensor, k: int) -> tuple[list[int], Tensor]:
+def visionzip(features: Tensor, cls_attention: Tensor, keys: Tensor, k: int) -> tuple[list[int], Tensor]:
     num_contextual = k * 10 // 64
-    dominant = best_first(attention)[: k - num_contextual]
+    dominant = best_first(cls_attention)[: k - num_contextual]
     vectors = {i: features[i] for i in dominant}
     if num_contextual:
         rest = [i for i in range(len(features)) if i not in set(dominant)]
         targets = rest[:: max(1, len(rest) // num_contextual)][:num_contextual]
-        similarity = similarities(keys.mean(dim=1))
+        similarity = cosines(keys.mean(dim=1))
         joined: dict[int, list[int]] = {target: [] for target in targets}
         for i in rest:
             if i not in joined:
@@ -72,34 +84,37 @@ def visionzip(features: Tensor, attention: Tensor, keys: Tensor, k: int) -> tupl
     return in_image_order(vectors)
 
 
-def prumerge(features: Tensor, attention: Tensor, keys: Tensor, k: int) -> tuple[list[int], Tensor]:
-    """k above 1 and below N."""
-    return take_in_neighbours(features, attention, keys, best_first(attention)[: k - 1])
+def prumerge(features: Tensor, cls_attention: Tensor, keys: Tensor, k: int) -> tuple[list[int], Tensor]:
+    """Defined for 1 < k < N."""
+    return merge_neighbours(features, cls_attention, keys, best_first(cls_attention)[: k - 1])
 
 
-def prumerge_plus(features: Tensor, attention: Tensor, keys: Tensor, k: int) -> tuple[list[int], Tensor]:
-    """k above 1 and below N."""
+def prumerge_plus(features: Tensor, cls_attention: Tensor, keys: Tensor, k: int) -> tuple[list[int], Tensor]:
+    """Defined for 1 < k < N."""
     num_spaced = (k - 1) // 2
-    attended = best_first(attention)[: k - 1 - num_spaced]
+    attended = best_first(cls_attention)[: k - 1 - num_spaced]
     others = [i for i in range(len(features)) if i not in set(attended)]
     spaced = [others[int((j + 0.5) * len(others) / num_spaced)] for j in range(num_spaced)]
-    return take_in_neighbours(features, attention, keys, attended + spaced)
+    return merge_neighbours(features, cls_attention, keys, attended + spaced)
 
 
-def take_in_neighbours(features: Tensor, attention: Tensor, keys: Tensor, kept: list[int]) -> tuple[list[int], Tensor]:
-    similarity = similarities(keys.flatten(1))
+def merge_neighbours(
+    features: Tensor, cls_attention: Tensor, keys: Tensor, kept: list[int]
+) -> tuple[list[int], Tensor]:
+    """Add to each kept token its 32 nearest ones, and sum the others into the most attended of them."""
+    similarity = cosines(keys.flatten(1))
     vectors = {}
     for i in kept:
         neighbours = [j for j in best_first(similarity[i]) if j != i][:32]
-        vectors[i] = features[i] + attention[neighbours] @ features[neighbours]
-    rest = [i for i in best_first(attention) if i not in vectors]
-    vectors[rest[0]] = attention[rest] @ features[rest]
+        vectors[i] = features[i] + cls_attention[neighbours] @ features[neighbours]
+    rest = [i for i in best_first(cls_attention) if i not in vectors]
+    vectors[rest[0]] = cls_attention[rest] @ features[rest]
     return in_image_order(vectors)
 
 
-def vispruner(attention: Tensor, pre_projection: Tensor, k: int) -> list[int]:
-    similarity = similarities(pre_projection)
-    by_attention, num_important = best_first(attention), int(k * 0.5)
+def vispruner(cls_attention: Tensor, pre_projection: Tensor, k: int) -> list[int]:
+    similarity = cosines(pre_projection)
+    by_attention, num_important = best_first(cls_attention), int(k * 0.5)
     important, residual = by_attention[:num_important], by_attention[num_important:]
     while (num_removed := min(8, len(residual) - (k - num_important))) > 0:
         evens, odds = residual[::2], residual[1::2]
@@ -112,7 +127,7 @@ def tome(features: Tensor, k: int) -> tuple[list[int], Tensor]:
     clusters = {i: [i] for i in range(len(features))}
     while (num_merges := min(len(clusters) - k, len(clusters) // 2)) > 0:
         order, means = in_image_order({i: features[members].mean(dim=0) for i, members in clusters.items()})
-        similarity = similarities(means)[::2, 1::2]
+        similarity = cosines(means)[::2, 1::2]
         for source in best_first(similarity.amax(dim=1))[:num_merges]:
             target = int(similarity[source].argmax())
             clusters[order[1::2][target]] += clusters.pop(order[::2][source])

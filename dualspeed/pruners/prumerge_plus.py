@@ -3,25 +3,25 @@
 import torch
 from torch import Tensor
 
-from dualspeed.pruners.contract import MergedTokens, VisualTokens, by_score, evenly_spaced, first, mark, merge
-from dualspeed.pruners.prumerge import num_own, take_in_neighbours
+from dualspeed.pruners.contract import MergedTokens, Pruner, VisualTokens
+from dualspeed.pruners.merging import merge
+from dualspeed.pruners.prumerge import merge_weights, num_without_sum
+from dualspeed.pruners.selection import evenly_spaced, rank_by_attention, top_mask
 
 
 def prumerge_plus(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:
-    """As PruMerge, but only half of the kept tokens are the most attended; the others are evenly spaced.
+    """Prune like PruMerge, but only half of the kept tokens are the most attended; the others are evenly spaced.
 
-    The repository adds as many evenly spaced tokens as attended ones when it trains, whether they are kept already or
-    not; here they are spaced over those that are not, so that none comes twice.
+    Different from the repository: in training it adds as many evenly spaced tokens as attended ones, even if they are
+    kept already; here they are spaced over the tokens that are not kept, so that none is kept twice.
     """
-    tokens.check("prumerge_plus", *prumerge_plus.needs)
     with torch.no_grad():
-        scores, candidates = tokens.attention(num_keep)
-        num_spaced = num_own(num_keep) // 2
-        ranked = by_score(scores.masked_fill(~candidates, -torch.inf))
-        attended = mark(candidates, ranked, first(num_own(num_keep) - num_spaced, ranked))
+        ranking, candidates = rank_by_attention(tokens, num_keep)
+        num_spaced = num_without_sum(num_keep) // 2
+        attended = top_mask(ranking, num_without_sum(num_keep) - num_spaced)
         kept = attended | evenly_spaced(candidates & ~attended, num_spaced)
-        indices, weights = take_in_neighbours(tokens, num_keep, candidates, kept)
+        indices, weights = merge_weights(tokens, num_keep, candidates, kept)
     return merge(tokens.features, indices, weights)
 
 
-prumerge_plus.needs = ("cls_attention", "keys")
+PRUNER = Pruner(prumerge_plus, needs=("cls_attention", "keys"), merges=True)

@@ -3,25 +3,22 @@
 import torch
 from torch import Tensor
 
-from dualspeed.pruners.contract import VisualTokens, select_top_k
+from dualspeed.pruners.contract import Pruner, VisualTokens
+from dualspeed.pruners.selection import select_top_k
 
 
 def random(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
-    """Uniformly random k tokens, a pure function of each image's seed (0 where none is given).
+    """Keep k tokens drawn uniformly, as a pure function of each image's seed.
 
-    Scores are a hash of (seed, index), so that no generator's state stands between two runs: a resumed training
-    prunes as the uninterrupted one, an image alone as in a batch, a GPU as a CPU.
+    Scores are a hash of (seed, index) instead of draws from a generator with state. So a resumed training prunes like
+    an uninterrupted one, an image is pruned alike alone and in a batch, and a GPU prunes like a CPU.
     """
-    batch_size, num_tokens = tokens.features.shape[:2]
     device = tokens.features.device
-    seeds = tokens.seeds if tokens.seeds is not None else torch.zeros(batch_size, dtype=torch.int64, device=device)
-    hashes = splitmix64(splitmix64(seeds.to(device))[:, None] + torch.arange(num_tokens, device=device))
+    seeds = splitmix64(tokens.require("seeds").to(device))
+    hashes = splitmix64(seeds[:, None] + torch.arange(tokens.features.shape[1], device=device))
     # 24 bits are exact in float32; ties go to the lower index.
     scores = (hashes & 0xFFFFFF).float().masked_fill(~tokens.valid(), -torch.inf)
     return select_top_k(scores, num_keep)
-
-
-random.needs = ("seeds",)
 
 
 def splitmix64(values: Tensor) -> Tensor:
@@ -33,5 +30,8 @@ def splitmix64(values: Tensor) -> Tensor:
 
 
 def logical_shift_right(values: Tensor, bits: int) -> Tensor:
-    """Shift int64 right and fill with zeros; torch's own shift copies the sign."""
+    """Shift int64 right and fill with zeros; torch's own shift copies the sign bit."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+PRUNER = Pruner(random, needs=("seeds",))

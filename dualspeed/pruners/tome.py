@@ -3,59 +3,46 @@
 import torch
 from torch import Tensor
 
-from dualspeed.pruners.contract import (
-    MergedTokens,
-    VisualTokens,
-    averages,
-    by_score,
-    first,
-    inner_products,
-    inverse_lengths,
-    members,
-    merge,
-    pairs,
-    positions_of,
-)
+from dualspeed.pruners.contract import MergedTokens, Pruner, VisualTokens
+from dualspeed.pruners.merging import mean_weights, merge
+from dualspeed.pruners.selection import mask_to_indices, prefix_mask, rank_by_score, top_mask, true_positions_first
+from dualspeed.pruners.similarity import inner_products, inverse_norms, submatrix
 
 
 def tome(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:
-    """Bipartite soft matching of the projected features until k tokens are left, each the mean of what it took in.
+    """Bipartite soft matching of the projected features until k tokens are left, each the mean of its cluster.
 
-    A round pairs every second token with the most similar of the others and merges the most similar pairs: half of the
-    tokens at most. The repository merges between the layers of the vision tower and by attention keys, and leaves
-    unmerged tokens ahead of merged ones; here it is one step after the projector, and tokens keep image order in every
-    round.
+    A round matches every second token to the most similar of the others and merges the most similar pairs, at most half
+    of the tokens. Different from the repository: it merges between the layers of the vision tower and by attention
+    keys, and puts unmerged tokens ahead of merged ones; here merging is one step after the projector, and tokens keep
+    image order in every round.
     """
-    indices, weights = clusters(tokens, num_keep)
+    indices, weights = cluster_means(tokens, num_keep)
     return merge(tokens.features, indices, weights)
 
 
-tome.needs = ()
-
-
 @torch.no_grad()
-def clusters(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K) tokens that take others in, and (B, K, N) weights of their means."""
-    alive = tokens.valid()
-    num_keep = num_keep.to(alive.device)
-    everyone = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
-    owners = everyone
-    # Means have the cosines of sums, and inner products of sums are sums of inner products: no round takes up the
-    # vectors themselves.
+def cluster_means(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K) token that each cluster was merged into, and (B, K, N) weights of the clusters' means."""
+    is_left = tokens.valid()
+    num_keep = num_keep.to(is_left.device)
+    itself = torch.arange(is_left.shape[1], device=is_left.device).expand_as(is_left)
+    owners = itself
+    # Means have the cosines of sums, and inner products of sums are sums of inner products: the rounds need the
+    # products alone, not the vectors.
     products = inner_products(tokens.features)
-    # Halving: as many rounds as it takes to come from N to the smallest budget.
-    while (alive.sum(dim=1) > num_keep).any():
-        target = merge_targets(alive, products, num_keep)
+    # A round halves the tokens at most: the number of rounds is log2(N / k) for the smallest budget.
+    while (is_left.sum(dim=1) > num_keep).any():
+        target = merge_targets(is_left, products, num_keep)
         products = add_rows(add_rows(products, target).transpose(1, 2).contiguous(), target)
         owners = target.gather(1, owners)
-        alive = alive & (target == everyone)
-    indices = positions_of(alive)[:, : int(num_keep.max())]
-    indices = indices.masked_fill(~first(num_keep, indices), -1)
-    return indices, averages(members(indices, owners.masked_fill(~tokens.valid(), -1)))
+        is_left = is_left & (target == itself)
+    indices = mask_to_indices(is_left, num_keep)
+    return indices, mean_weights(indices, owners.masked_fill(~tokens.valid(), -1))
 
 
 def add_rows(products: Tensor, target: Tensor) -> Tensor:
-    """Add row n of each (B, N, N) matrix to its row `target` (B, N), in place; rows that are their own target stay."""
+    """Add row n of each (B, N, N) matrix to row `target[n]` (B, N), in place; rows with target[n] = n do not change."""
     batch_size, num_tokens = target.shape
     places = torch.arange(batch_size * num_tokens, device=target.device)
     flat_target = (target + places.view(batch_size, num_tokens)[:, :1]).flatten()
@@ -65,29 +52,34 @@ def add_rows(products: Tensor, target: Tensor) -> Tensor:
     return products
 
 
-def merge_targets(alive: Tensor, products: Tensor, num_keep: Tensor) -> Tensor:
-    """One round: (B, N) the token that each token goes to, most to themselves.
+def merge_targets(is_left: Tensor, products: Tensor, num_keep: Tensor) -> Tensor:
+    """One round of matching.
 
     Args:
-        alive: (B, N) tokens that are left.
+        is_left: (B, N) tokens that are not merged into another one yet.
         products: (B, N, N) inner products of their vectors.
-        num_keep: (B,) how many are to be left in the end.
+        num_keep: (B,) tokens to keep after the last round.
+
+    Returns:
+        (B, N) index of the token that each token is merged into; its own index if it isn't merged in this round.
     """
-    num_alive = alive.sum(dim=1)
-    num_merges = torch.minimum(num_alive - num_keep, num_alive // 2).clamp(min=0)
-    order = positions_of(alive)[:, : int(num_alive.max())]
-    is_left = first(num_alive, order)
+    num_left = is_left.sum(dim=1)
+    num_merges = torch.minimum(num_left - num_keep, num_left // 2).clamp(min=0)
+    order = true_positions_first(is_left)[:, : int(num_left.max())]
+    counted = prefix_mask(num_left, order)
     sources, targets = order[:, ::2], order[:, 1::2]
 
-    scale = inverse_lengths(products)
-    similarity = pairs(products, sources, targets)
+    scale = inverse_norms(products)
+    similarity = submatrix(products, sources, targets)
     similarity *= scale.gather(1, sources)[:, :, None] * scale.gather(1, targets)[:, None]
-    similarity = similarity.masked_fill(~is_left[:, None, 1::2], -torch.inf)
+    similarity = similarity.masked_fill(~counted[:, None, 1::2], -torch.inf)
     nearest = similarity.argmax(dim=-1, keepdim=True)
-    closeness = similarity.gather(2, nearest)[..., 0].masked_fill(~is_left[:, ::2], -torch.inf)
+    highest = similarity.gather(2, nearest)[..., 0].masked_fill(~counted[:, ::2], -torch.inf)
 
-    ranked = by_score(closeness)
-    merged = torch.zeros_like(is_left[:, ::2]).scatter(1, ranked, first(num_merges, ranked))
+    merged = top_mask(rank_by_score(highest), num_merges)
     partners = targets.gather(1, nearest[..., 0])
-    everyone = torch.arange(alive.shape[1], device=alive.device).repeat(len(alive), 1)
-    return everyone.scatter(1, sources, torch.where(merged, partners, sources))
+    itself = torch.arange(is_left.shape[1], device=is_left.device).repeat(len(is_left), 1)
+    return itself.scatter(1, sources, torch.where(merged, partners, sources))
+
+
+PRUNER = Pruner(tome, merges=True)

@@ -1,14 +1,14 @@
-"""Uniform: every N/k-th token in raster order, the control that looks at nothing."""
+"""Uniform: every N/k-th token in raster order, a control that reads no features."""
 
 from torch import Tensor
 
-from dualspeed.pruners.contract import VisualTokens, evenly_spaced, first, positions_of
+from dualspeed.pruners.contract import Pruner, VisualTokens
+from dualspeed.pruners.selection import evenly_spaced, mask_to_indices
 
 
 def uniform(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
-    """The tokens in the middle of k equal stretches of the image."""
-    positions = positions_of(evenly_spaced(tokens.valid(), num_keep))[:, : int(num_keep.max())]
-    return positions.masked_fill(~first(num_keep, positions), -1)
+    """Keep the tokens at the centres of k equal segments of the image."""
+    return mask_to_indices(evenly_spaced(tokens.valid(), num_keep), num_keep)
 
 
-uniform.needs = ()
+PRUNER = Pruner(uniform)

@@ -3,45 +3,40 @@
 import torch
 from torch import Tensor
 
-from dualspeed.pruners.contract import STRIP, VisualTokens, ascending, by_score, cosine_similarity, first
+from dualspeed.pruners.contract import Pruner, VisualTokens
+from dualspeed.pruners.selection import prefix_mask, rank_by_attention, rank_by_score, sort_picks, true_positions_first
+from dualspeed.pruners.similarity import STRIP_ROWS, cosine_similarity
 
-MOST_PER_ROUND = 8
+MAX_REMOVED_PER_ROUND = 8
 
 
 @torch.no_grad()
 def vispruner(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
-    """floor(k / 2) tokens that the CLS token attends to most; of the others what is left when duplicates are removed.
+    """Keep the floor(k / 2) tokens with the most CLS attention, and those of the others that survive deduplication.
 
-    The others stand in the order of their attention. In each round every second one is held against those between, by
-    the cosine of the features before the projector, and the up to 8 most similar leave. The repository fails where an
-    odd number remains; here the two halves may differ by one.
+    The others are ordered by attention. Each round compares every second token with the tokens between, by the cosine
+    of the features before the projector, and removes the up to 8 most similar ones. Different from the repository,
+    which fails if an odd number of tokens remains: here the two halves may differ by one.
     """
-    tokens.check("vispruner", *vispruner.needs)
-    scores, candidates = tokens.attention(num_keep)
-    num_keep = num_keep.to(scores.device)
+    ranking, candidates = rank_by_attention(tokens, num_keep)
+    num_keep = num_keep.to(ranking.device)
     num_important = num_keep // 2
-    # Candidates without a score, if there are any, come after those with one and ahead of all else.
-    lowest = torch.finfo(scores.dtype).min
-    ranked = by_score(torch.where(candidates, scores.clamp(min=lowest), -torch.inf))
-    is_important = first(num_important, ranked)
-    residual = remove_duplicates(
-        cosine_similarity(tokens.pre_projection),
-        order=ranked.gather(1, by_score((~is_important).float())),
+    is_important = prefix_mask(num_important, ranking)
+    survivors = remove_duplicates(
+        cosine_similarity(tokens.require("pre_projection")),
+        order=ranking.gather(1, true_positions_first(~is_important)),
         num_left=candidates.sum(dim=1) - num_important,
         num_wanted=num_keep - num_important,
     )
-    # Important ones first, then the survivors; both fill their places from the left.
-    picked = torch.cat([ranked, residual], dim=1)
-    wanted = torch.cat([is_important, first(num_keep - num_important, residual)], dim=1)
-    picked = picked.gather(1, by_score(wanted.float()))[:, : int(num_keep.max())]
-    return ascending(picked, num_keep)
-
-
-vispruner.needs = ("cls_attention", "pre_projection")
+    # Each row: important tokens first, then survivors, without gaps.
+    tokens_of_both = torch.cat([ranking, survivors], dim=1)
+    is_kept = torch.cat([is_important, prefix_mask(num_keep - num_important, survivors)], dim=1)
+    picks = tokens_of_both.gather(1, true_positions_first(is_kept))[:, : int(num_keep.max())]
+    return sort_picks(picks, num_keep)
 
 
 def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_wanted: Tensor) -> Tensor:
-    """Rounds of removal until `num_wanted` (B,) of the `num_left` (B,) tokens are left.
+    """Remove the most similar tokens in rounds until `num_wanted` (B,) of the `num_left` (B,) tokens are left.
 
     Args:
         similarity: (B, N, N).
@@ -52,28 +47,33 @@ def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_w
     """
     while (num_left > num_wanted).any():
         order = order[:, : int(num_left.max())]
-        is_left = first(num_left, order)
+        is_left = prefix_mask(num_left, order)
         evens, odds = order[:, ::2], order[:, 1::2]
-        closeness = nearest(similarity, evens, odds, is_left[:, 1::2]).masked_fill(~is_left[:, ::2], -torch.inf)
+        highest = highest_similarity(similarity, evens, odds, is_left[:, 1::2])
+        highest = highest.masked_fill(~is_left[:, ::2], -torch.inf)
 
         num_evens = (num_left + 1) // 2
-        num_removed = torch.minimum((num_left - num_wanted).clamp(0, MOST_PER_ROUND), num_evens)
-        by_closeness = by_score(closeness)
+        num_removed = torch.minimum((num_left - num_wanted).clamp(0, MAX_REMOVED_PER_ROUND), num_evens)
+        most_similar_first = rank_by_score(highest)
         is_done = num_removed == 0
-        survives = first(num_evens, by_closeness) & ~first(num_removed, by_closeness)
-        reordered = torch.cat([evens.gather(1, by_closeness), odds], dim=1)
-        reordered = reordered.gather(1, by_score(torch.cat([survives, is_left[:, 1::2]], dim=1).float()))
+        survives = prefix_mask(num_evens, evens) & ~prefix_mask(num_removed, evens)
+        reordered = torch.cat([evens.gather(1, most_similar_first), odds], dim=1)
+        is_next = torch.cat([survives, is_left[:, 1::2]], dim=1)
+        reordered = reordered.gather(1, true_positions_first(is_next))
         order = torch.where(is_done[:, None], order, reordered)
         num_left = num_left - num_removed
     return order
 
 
-def nearest(similarity: Tensor, rows: Tensor, columns: Tensor, counted: Tensor) -> Tensor:
-    """(B, R) how near the tokens at `rows` (B, R) come to any at those `columns` (B, C) that are `counted` (B, C)."""
-    # Whole rows with a penalty on all other columns, strip by strip: picked entries, or all rows at once, would be
-    # large tensors in each of hundreds of rounds, and most of the time.
+def highest_similarity(similarity: Tensor, rows: Tensor, columns: Tensor, counted: Tensor) -> Tensor:
+    """(B, R) highest similarity of each token at `rows` (B, R) to the `counted` (B, C) tokens at `columns` (B, C)."""
+    # Whole rows with a penalty on all other columns, strip by strip: gathering entries, or all rows at once, would
+    # allocate large tensors in each of hundreds of rounds, and take most of the time.
     penalty = torch.full_like(similarity[:, 0], -torch.inf)
     penalty = penalty.scatter(1, columns, torch.where(counted, 0.0, -torch.inf).to(penalty.dtype))[:, None]
     images = torch.arange(len(rows), device=rows.device)[:, None]
-    strips = [similarity[images, strip].add_(penalty).amax(dim=-1) for strip in rows.split(STRIP, dim=1)]
+    strips = [similarity[images, strip].add_(penalty).amax(dim=-1) for strip in rows.split(STRIP_ROWS, dim=1)]
     return torch.cat(strips, dim=1)
+
+
+PRUNER = Pruner(vispruner, needs=("cls_attention", "pre_projection"))

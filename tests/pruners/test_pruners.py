@@ -1,7 +1,6 @@
-"""The contract of dualspeed/pruners/__init__.py for every pruner, and each one's published algorithm."""
+"""Contract of dualspeed/pruners/contract.py for every pruner, and comparison with each published algorithm."""
 
 import dataclasses
-import inspect
 import itertools
 import re
 import shutil
@@ -14,18 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from dualspeed.pruners import PRUNERS, MergedTokens, VisualTokens, get_pruner, num_tokens_to_keep
+from dualspeed.errors import PrunerInputError
+from dualspeed.pruners import PRUNERS, MergedTokens, Pruner, VisualTokens, get_pruner, num_tokens_to_keep
 from dualspeed.settings.names import PRUNER_NAMES
 from measurements import published
 from tests.support.paths import REPOSITORY
 
 WIDTH, HEADS, HEAD_WIDTH = 8, 2, 6
 MERGING = ("prumerge", "prumerge_plus", "spatial_pool", "tome", "visionzip")
+SHARED = {"__init__", "contract", "merging", "selection", "similarity"}
 EXAMPLES = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def tokens(batch_size: int, num_tokens: int, seed: int = 0, mask: torch.Tensor | None = None) -> VisualTokens:
-    """Random tokens with everything that any pruner needs."""
+    """Random tokens with every field that a pruner can need."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -53,7 +54,7 @@ def part(batch: VisualTokens, rows: torch.Tensor | slice, num_tokens: int | None
 
 
 def prune(name: str, batch: VisualTokens, num_keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Indices, and vectors where the method merges."""
+    """Indices, and vectors if the method merges."""
     result = get_pruner(name)(batch, num_keep)
     assert isinstance(result, MergedTokens) == (name in MERGING)
     return (result.indices, result.features) if isinstance(result, MergedTokens) else (result, None)
@@ -61,7 +62,7 @@ def prune(name: str, batch: VisualTokens, num_keep: torch.Tensor) -> tuple[torch
 
 @st.composite
 def batches(draw) -> tuple[VisualTokens, list[int], torch.Tensor]:
-    """Images of different lengths with budgets of their own."""
+    """Images of different lengths and budgets."""
     lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
     num_keep = torch.tensor([draw(st.integers(1, length)) for length in lengths])
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -70,6 +71,36 @@ def batches(draw) -> tuple[VisualTokens, list[int], torch.Tensor]:
 
 def test_configuration_and_registry_name_the_same_pruners():
     assert sorted(PRUNERS) == sorted(PRUNER_NAMES)
+
+
+def test_every_file_of_a_method_is_registered_under_its_name():
+    files = {path.stem for path in (REPOSITORY / "dualspeed" / "pruners").glob("*.py")}
+    assert files - SHARED == {pruner.name for pruner in PRUNERS.values()}
+    assert all(pruner.name == name for name, pruner in PRUNERS.items())
+
+
+def test_merging_pruners_say_so():
+    assert [name for name, pruner in PRUNERS.items() if pruner.merges] == list(MERGING)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_needs_lists_every_field_that_is_read(name):
+    """A pruner keeps the same tokens without the fields that it doesn't need."""
+    batch, num_keep = tokens(2, 30), torch.tensor([8, 9])
+    fields = {field: getattr(batch, field) for field in ("features", *get_pruner(name).needs)}
+    kept, vectors = prune(name, VisualTokens(**fields), num_keep)
+    expected, expected_vectors = prune(name, batch, num_keep)
+    assert torch.equal(kept, expected)
+    assert vectors is None or torch.equal(vectors, expected_vectors)
+
+
+def test_missing_fields_are_reported_before_the_method_runs():
+    def bold(tokens: VisualTokens, num_keep: torch.Tensor) -> torch.Tensor:
+        pytest.fail("the method ran without a field that it needs")
+
+    batch = VisualTokens(features=torch.ones(1, 5, 2), cls_attention=torch.ones(1, 5))
+    with pytest.raises(PrunerInputError, match=r"^bold needs VisualTokens\.keys, which was not given$"):
+        Pruner(bold, needs=("cls_attention", "keys"))(batch, torch.tensor([2]))
 
 
 def test_unknown_pruner_lists_the_valid_ones():
@@ -154,7 +185,7 @@ def test_keeping_all_is_the_identity(name, example):
 @EXAMPLES
 @given(batches())
 def test_selects_in_float32(name, example):
-    """bfloat16 features are pruned as the same numbers in float32: nothing is rounded on the way."""
+    """bfloat16 features are pruned like the same numbers in float32: no intermediate result is rounded."""
     batch, _, num_keep = example
     half = dataclasses.replace(batch, features=batch.features.bfloat16())
     kept, vectors = prune(name, half, num_keep)
@@ -201,9 +232,9 @@ def test_selection_has_no_gradient(name):
 
 
 def published_cases() -> list[tuple[str, int, int]]:
-    """(pruner, N, k) with both parities of N - k, where the published form is defined.
+    """(pruner, N, k) with both parities of N - k, for which the published form is defined.
 
-    CDPruner's determinant is rounding error beyond the rank of the features; PruMerge has two tokens at least.
+    CDPruner's determinant is rounding error beyond the rank of the features; PruMerge keeps at least two tokens.
     """
     cases = itertools.product(PRUNERS, (36, 41), (1, 2, 7, 8, 24, 35))
     most, least = {"cdpruner": WIDTH}, {"prumerge": 2, "prumerge_plus": 2}
@@ -213,10 +244,8 @@ def published_cases() -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize(("name", "num_tokens", "num_keep"), published_cases())
 def test_equals_the_published_algorithm(name, num_tokens, num_keep):
     batch = tokens(1, num_tokens, seed=num_keep)
-    fields = {"attention": "cls_attention"}
     algorithm = getattr(published, name)
-    names = [fields.get(argument, argument) for argument in inspect.signature(algorithm).parameters][:-1]
-    expected = algorithm(*(getattr(batch, field)[0] for field in names), num_keep)
+    expected = algorithm(*(batch.require(field)[0] for field in published.fields_of(algorithm)), num_keep)
     kept, vectors = prune(name, batch, torch.tensor([num_keep]))
     if vectors is None:
         assert kept[0].tolist() == expected
@@ -229,12 +258,12 @@ def test_vispruner_strip_by_strip_keeps_the_same_tokens(monkeypatch):
     mask = torch.arange(60) < torch.tensor([60, 41, 2])[:, None]
     batch, num_keep = tokens(3, 60, mask=mask), torch.tensor([9, 16, 1])
     whole, _ = prune("vispruner", batch, num_keep)
-    monkeypatch.setattr("dualspeed.pruners.vispruner.STRIP", 4)
+    monkeypatch.setattr("dualspeed.pruners.vispruner.STRIP_ROWS", 4)
     assert torch.equal(prune("vispruner", batch, num_keep)[0], whole)
 
 
 def test_cdpruner_keeps_each_token_once_beyond_the_rank_of_the_features():
-    """64 of 96 tokens of 8 dimensions: once nothing new is left, the lower index comes first."""
+    """64 of 96 tokens of 8 dimensions: beyond the rank, the lower index comes first."""
     batch = tokens(1, 96)
     kept = get_pruner("cdpruner")(batch, torch.tensor([64]))[0].tolist()
     spent = get_pruner("cdpruner")(batch, torch.tensor([WIDTH]))[0].tolist()
@@ -243,7 +272,7 @@ def test_cdpruner_keeps_each_token_once_beyond_the_rank_of_the_features():
 
 
 def test_cdpruner_follows_the_question():
-    """Of two groups of directions, the relevant one is kept."""
+    """The relevant one of two groups of directions is kept."""
     features = torch.eye(6)[None]
     for relevant in ([0, 1, 2], [3, 4, 5]):
         relevance = torch.zeros(1, 6)
@@ -260,7 +289,7 @@ def test_uniform_takes_the_middles(num_keep, expected):
 
 @pytest.mark.parametrize("name", ["fastervlm", "vispruner", "visionzip", "prumerge", "prumerge_plus"])
 def test_tokens_without_attention_are_kept_last(name):
-    """Newlines of any-resolution images have none; they stay out until nothing else is left."""
+    """Newline tokens of any-resolution images have no attention; they are kept only if no other token is left."""
     batch = tokens(1, 20)
     batch.cls_attention[0, ::5] = -torch.inf
     kept, vectors = prune(name, batch, torch.tensor([16]))
@@ -270,7 +299,7 @@ def test_tokens_without_attention_are_kept_last(name):
     assert vectors is None or vectors.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNERS if set(get_pruner(name).needs) - {"seeds"}])
+@pytest.mark.parametrize("name", [name for name in PRUNERS if get_pruner(name).needs])
 def test_says_what_it_needs(name):
     with pytest.raises(ValueError, match=rf"{name} needs VisualTokens\.{get_pruner(name).needs[0]}"):
         get_pruner(name)(VisualTokens(features=torch.ones(1, 5, 2)), torch.tensor([2]))
@@ -290,7 +319,7 @@ def test_random_follows_its_seed():
 
 
 def test_random_is_uniform():
-    """1,000 draws of 10 of 50: each token is kept 200 times, give or take 12.6 (standard deviation)."""
+    """1,000 draws of 10 of 50 tokens keep each token 200 times, with a standard deviation of 12.6."""
     features = torch.zeros(1000, 50, 1)
     kept = get_pruner("random")(VisualTokens(features=features, seeds=torch.arange(1000)), torch.full((1000,), 10))
     counts = kept.flatten().bincount(minlength=50)
@@ -300,19 +329,23 @@ def test_random_is_uniform():
 
 
 def test_a_new_pruner_takes_one_file_and_one_line(tmp_path):
-    """CONTRIBUTING's example, in a copy of the package: configuration, registry and model know it."""
+    """CONTRIBUTING's example, in a copy of the package: configuration, registry and labels know it."""
     root = REPOSITORY
-    file, line = re.findall(r"```python\n(.*?)```", (root / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)[:2]
+    guide = (root / "CONTRIBUTING.md").read_text()
+    file, line = re.findall(r"```python\n(\"\"\"Brightest.*?|    \"brightest.*?)```", guide, flags=re.DOTALL)
     package = shutil.copytree(root / "dualspeed", tmp_path / "dualspeed")
     (package / "pruners" / "brightest.py").write_text(file)
-    labels = package / "labels.py"
-    labels.write_text(labels.read_text().replace("PRUNER_LABELS = {\n", "PRUNER_LABELS = {\n" + line))
+    names = package / "settings" / "names.py"
+    assert "PRUNER_LABELS = {\n" in names.read_text()
+    names.write_text(names.read_text().replace("PRUNER_LABELS = {\n", "PRUNER_LABELS = {\n" + line))
     check = """
 import torch
 from dualspeed import DualSpeedConfig
-from dualspeed.pruners import VisualTokens, get_pruner
+from dualspeed.pruners import PRUNERS, VisualTokens, get_pruner
+from dualspeed.settings.names import PRUNER_LABELS, PRUNER_NAMES
 DualSpeedConfig(pruner="brightest")
+print("brightest" in PRUNER_NAMES, "brightest" in PRUNERS, PRUNER_LABELS["brightest"], get_pruner("brightest").name)
 print(get_pruner("brightest")(VisualTokens(features=torch.diag(torch.arange(4.0))[None]), torch.tensor([2])))
 """
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == "tensor([[2, 3]])\n", done.stderr
+    assert done.stdout == "True True Brightest brightest\ntensor([[2, 3]])\n", done.stderr
