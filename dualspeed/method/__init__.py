@@ -1,1 +1,1 @@
-"""DualSpeed: a stock VLM with fast and slow mode."""
+"""DualSpeed's method: a stock VLM with fast and slow mode."""

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) by peft: adapters on the language model's linear layers.
 
-Embeddings and head stay as they are, tied or not; projector and isolator are trained in full, the vision tower not at
-all. A checkpoint is a stock one with the adapters merged in; beside it stands `adapter/`: the adapter as peft writes
-it, and the projector, which training goes on from exactly. A checkpoint amid training has `adapter/` alone.
+Embeddings and head stay frozen, tied or not; projector and isolator are trained in full, the vision tower is frozen. A
+checkpoint is a stock one with the adapters merged in. Beside it, `adapter/` holds the adapter in peft's format and the
+projector, from which training resumes exactly. A checkpoint written during training has `adapter/` only.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
-from dualspeed.method.vlm.families import language_parameters
+from dualspeed.method.vlm.parts import language_parameters
 from dualspeed.settings.recipe import LoraRecipe
 
 ADAPTER_FOLDER = "adapter"
@@ -26,7 +26,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
-    """Arguments of from_pretrained for a QLoRA base: 4-bit NormalFloat, double quantisation, bfloat16 arithmetic."""
+    """Arguments of from_pretrained for QLoRA: 4-bit NormalFloat, double quantisation, bfloat16 arithmetic; else {}."""
     if lora is None or not lora.quantize:
         return {}
     config = BitsAndBytesConfig(
@@ -39,7 +39,7 @@ def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
 
 
 def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
-    """Put an adapter on every linear layer of the language model, which freezes; all else stays trainable or frozen."""
+    """Freeze the language model and add an adapter to each of its linear layers; other parameters keep their state."""
     language, head = language_parameters(vlm), vlm.get_output_embeddings()
     trainable = [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]
     layers = [
@@ -56,34 +56,34 @@ def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
 
 
 def adapter_layers(vlm: PreTrainedModel) -> dict[str, LoraLayer]:
-    """The layers that carry an adapter, by name; empty for a model without."""
+    """Layers with an adapter, by name; empty for a model without adapters."""
     return {name: module for name, module in vlm.named_modules() if isinstance(module, LoraLayer)}
 
 
 def save_merged(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: str | Path) -> None:
-    """Write a stock checkpoint whose layers hold their adapters' products.
+    """Write a stock checkpoint with the adapters merged into their layers.
 
     Args:
-        weights: the model's whole state.
+        weights: full state dict of the model.
     """
     stock = vlm
     if is_quantized(vlm):
-        # Four bits can't be added to: what they were made from can.
+        # Adapters can't be added to 4-bit weights, only to the weights that these were made from.
         stock = AutoModelForImageTextToText.from_pretrained(vlm.name_or_path, dtype=torch.bfloat16)
     stock.save_pretrained(folder, state_dict=merged(vlm, weights, stock.state_dict() if is_quantized(vlm) else {}))
 
 
 def is_quantized(vlm: PreTrainedModel) -> bool:
-    """Whether the model's layers are held in fewer bits (QLoRA)."""
+    """True if the model's layers are quantised (QLoRA)."""
     return getattr(vlm.config, "quantization_config", None) is not None
 
 
 def merged(vlm: PreTrainedModel, weights: dict[str, Tensor], unquantized: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the stock model: each adapter's product added to its layer (paper, section 4.1).
+    """Weights of the stock model: each layer plus the product of its adapter (paper, section 4.1).
 
     Args:
-        weights: the model's whole state, adapters included.
-        unquantized: the stock model's weights, where those of `vlm` are quantised.
+        weights: full state dict of the model, adapters included.
+        unquantized: weights of the stock model if those of `vlm` are quantised, else {}.
     """
     weights = dict(weights)
     for name, layer in adapter_layers(vlm).items():
@@ -98,15 +98,15 @@ def merged(vlm: PreTrainedModel, weights: dict[str, Tensor], unquantized: dict[s
 
 
 def is_base_of(name: str, key: str) -> bool:
-    """Whether a weight is that of the layer `name` itself, below its adapter."""
+    """True if `key` names a weight of the layer `name` itself, not of its adapter."""
     return key.startswith(f"{name}.base_layer.")
 
 
 def save_adapters(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the adapter in peft's format, which `PeftModel.from_pretrained` reads, and what is trained beside it.
+    """Write the adapter in the format of `PeftModel.from_pretrained`, and the other trainable weights beside it.
 
     Args:
-        weights: the model's whole state.
+        weights: full state dict of the model.
     """
     trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad and ".lora_" not in name}
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def save_adapters(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path
 
 
 def load_adapters(vlm: PreTrainedModel, folder: Path) -> None:
-    """Take adapters and projector from what `save_adapters` wrote; KeyError if they are another model's."""
+    """Load adapters and projector from a folder of `save_adapters`; KeyError if they are another model's."""
     state = load_file(folder / PROJECTOR_FILE)
     for key, value in load_file(folder / ADAPTER_FILE).items():
         layer, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")

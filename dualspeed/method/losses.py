@@ -1,7 +1,7 @@
-"""The losses: pure functions of logits and labels at supervised positions.
+"""Losses: pure functions of logits and labels at supervised positions.
 
-M supervised tokens, V vocabulary. Both losses are sums over the M tokens divided by `num_items`: the batch's own M, or,
-under gradient accumulation and several ranks, the number of supervised tokens in the whole step.
+M supervised tokens, V vocabulary. Both losses are sums over the M tokens divided by `num_items`: the batch's own M or,
+with gradient accumulation or several ranks, the number of supervised tokens of the whole step.
 """
 
 from collections.abc import Callable
@@ -15,37 +15,37 @@ from torch.utils.checkpoint import checkpoint
 from dualspeed.batch import IGNORE_INDEX
 
 CHUNK = 1024
-"""Tokens whose logits are in float32 at once."""
+"""Number of tokens whose logits are in float32 at the same time."""
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
-    """(B, L) bool: positions whose next token is supervised, that is, whose logits enter the loss."""
+    """(B, L) bool mask of positions whose next token is supervised: their logits enter the loss."""
     next_is_supervised = torch.zeros_like(labels, dtype=torch.bool)
     next_is_supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return next_is_supervised
 
 
 def supervised_labels(labels: Tensor) -> Tensor:
-    """(M,) the supervised tokens in the order of `supervised_positions`."""
+    """(M,) labels of the supervised tokens, in the order of `supervised_positions`."""
     shifted = labels[:, 1:]
     return shifted[shifted != IGNORE_INDEX]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:
-    """Sum over (M, V) logits and (M,) labels of the cross-entropy, in float32, over `num_items`."""
+    """Cross-entropy of (M, V) logits and (M,) labels, summed in float32 and divided by `num_items`."""
     return sum_over_chunks(_cross_entropy, logits, labels) / num_items
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, num_items: Tensor | int) -> Tensor:
-    """T^2 KL(teacher || student) over (M, V) logits, summed, over `num_items` (paper section 3.3)."""
+    """T^2 KL(teacher || student) of (M, V) logits, summed and divided by `num_items` (paper section 3.3)."""
     divergence = sum_over_chunks(partial(_divergence, temperature), student_logits, teacher_logits)
     return temperature**2 * divergence / num_items
 
 
 def sum_over_chunks(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """`summed(logits, targets)`, CHUNK tokens at a time, whose float32 copies are made anew in the backward pass.
+    """Compute `summed(logits, targets)` in chunks of CHUNK tokens, recomputed in the backward pass.
 
-    So that a long sequence never has (M, V) probabilities in float32 beside its logits.
+    So a long sequence never holds (M, V) float32 probabilities beside its logits.
     """
     if len(logits) <= CHUNK:
         return summed(logits, targets)

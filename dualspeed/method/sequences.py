@@ -1,4 +1,4 @@
-"""Sequence surgery: from a batch with every image placeholder to one with those of the kept tokens alone."""
+"""Sequence surgery: shorten a batch of token sequences to the visual tokens that are kept."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,41 +12,42 @@ from dualspeed.errors import SampleError
 
 
 class Sequences(NamedTuple):
-    """A batch of samples as token sequences, padded to the longest."""
+    """Batch of token sequences, padded to the longest: (B, L) each."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor | None
     by_token: Mapping[str, Tensor] = MappingProxyType({})
-    """(..., B, L) what else belongs to tokens: position_ids, token_type_ids."""
+    """(..., B, L) further inputs with one value per token: position_ids, token_type_ids."""
     question_ids: Tensor | None = None
-    """(B, Q) what the user asks, for pruners that go by it (dualspeed.method.relevance)."""
+    """(B, Q) tokens of the user's text, for pruners that need it (dualspeed.method.relevance)."""
 
 
 def mask_for_attention(inputs: Sequences) -> Tensor | None:
-    """The attention mask, or None where attention is right without one, and quicker: fused causal kernels take none.
+    """Attention mask, or None if causal attention is correct without it, which allows faster fused kernels.
 
-    Padding behind a sample's tokens lies in the future of all of them, so that causal attention never sees it. Where
-    tokens carry more than their ids, attention may be something else than causal.
+    Padding on the right lies in the future of all of a sample's tokens, so causal attention never sees it. With further
+    inputs by token, attention may not be causal.
     """
     if inputs.by_token:
         return inputs.attention_mask
     mask = inputs.attention_mask.bool()
     starts_again = mask[:, 1:] & ~mask[:, :-1]
-    # One question to the device: each waits for all that was launched before.
+    # One host-device sync.
     return inputs.attention_mask if (starts_again.any() | ~mask[:, 0].all()).item() else None
 
 
 def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, padding_side: str = "right") -> Sequences:
-    """Compact sequences to the visual tokens that stay.
+    """Shorten sequences to the visual tokens that are kept.
 
     Args:
-        inputs: (B, L) with all tokens; those of images are `image_token_id`.
-        num_copies: (P,) how many positions each image placeholder becomes, in reading order: 0 drops it, 1 keeps it,
-            1 + l keeps it with room for the isolator before it.
+        inputs: (B, L) sequences with all tokens; image tokens are `image_token_id`.
+        num_copies: (P,) number of positions that each image placeholder becomes, in reading order: 0 drops it, 1 keeps
+            it, 1 + l keeps it with l positions for the isolator before it.
+        padding_side: side on which the shortened sequences are padded.
 
     Raises:
-        ValueError: placeholders and visual tokens differ in number.
+        SampleError: placeholders and visual tokens differ in number.
     """
     input_ids, attention_mask, labels, by_token, _ = inputs
     is_image = (input_ids == image_token_id) & attention_mask.bool()
@@ -74,6 +75,6 @@ def prune_inputs(inputs: Sequences, image_token_id: int, num_copies: Tensor, pad
         input_ids=compact(input_ids, 0),
         attention_mask=compact(attention_mask, 0),
         labels=None if labels is None else compact(labels, IGNORE_INDEX),
-        # The isolator's places take over what belongs to the token after them, its position among others.
+        # The isolator's positions get the values of the token after them, its position_ids included.
         by_token={name: compact(values, 0) for name, values in by_token.items()},
     )

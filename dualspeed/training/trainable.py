@@ -1,59 +1,43 @@
-"""The two stages of training: which parameters each of them trains."""
+"""Parts of a model, and the parts that each stage of training trains."""
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from dualspeed.method.model import DualSpeedModel
-from dualspeed.method.vlm.families import language_parameters
-from dualspeed.method.vlm.tower import selected_vision_layer, vision_encoder
-
-# Modules that translate between vision and language, by the names that VLMs give them; trained in both stages, as is
-# the isolator.
-PROJECTOR_MODULES = (
-    "mode_isolator",
-    "multi_modal_projector",
-    "image_newline",
-    ".connector.",
-    ".visual.merger.",
-    ".visual.deepstack_merger_list.",
-)
+from dualspeed.method.vlm.parts import Part, parameter_parts
 
 
-def is_projector(name: str) -> bool:
-    """Whether a parameter of a DualSpeedModel belongs to projector or isolator."""
-    return any(module in name for module in PROJECTOR_MODULES)
+def parts_of(model: DualSpeedModel) -> dict[str, Part]:
+    """Part of each parameter, by name; the isolator belongs to the projector.
+
+    An `unused` parameter is one that image features never depend on, such as those of vision layers after the selected
+    one: it has no gradient and is never trained.
+    """
+    parts = parameter_parts(model.vlm)
+    return {name: parts.get(parameter, "projector") for name, parameter in model.named_parameters()}
 
 
 def set_trainable(model: DualSpeedModel, stage: str, with_vision: bool = False) -> None:
-    """Pretraining trains projector and isolator, finetuning the language model as well.
+    """Make the parameters of a stage trainable: projector and isolator, in finetuning the language model as well.
 
-    Where the language model carries adapters, they are trained in its stead.
+    If the language model carries adapters, they are trained instead of it.
 
     Args:
-        with_vision: whether the vision tower is trained too, up to the layer that its features come from.
+        stage: `pretrain` or `finetune`.
+        with_vision: True trains the vision tower too.
     """
-    language, vision = language_parameters(model.vlm), vision_parameters(model.vlm) if with_vision else set()
+    parts = parts_of(model)
+    trained: set[Part] = {"projector"}
+    if stage == "finetune":
+        trained.add("language")
+    if with_vision:
+        trained.add("vision")
     for name, parameter in model.named_parameters():
-        finetunes = ".lora_" in name if model.has_adapters else parameter in language
-        parameter.requires_grad_(is_projector(name) or (stage == "finetune" and finetunes) or parameter in vision)
-
-
-def vision_parameters(vlm: PreTrainedModel) -> set[nn.Parameter]:
-    """Parameters of the vision tower that reach the features; later layers never run (dualspeed.method.vlm.tower)."""
-    tower = vlm.model.vision_tower
-    unused = [*vision_encoder(vlm).layers[selected_vision_layer(vlm) + 1 :], getattr(tower, "post_layernorm", None)]
-    idle = {parameter for module in unused if module is not None for parameter in module.parameters()}
-    return set(tower.parameters()) - idle
-
-
-def is_vision(name: str) -> bool:
-    """Whether a parameter of a DualSpeedModel belongs to the vision tower."""
-    return ".vision_tower." in name
+        is_replaced = model.has_adapters and parts[name] == "language" and ".lora_" not in name
+        parameter.requires_grad_(parts[name] in trained and not is_replaced)
 
 
 def hold_trained_weights_in_float32(model: DualSpeedModel) -> None:
-    """Give trained weights of fewer bits the float32 that small updates need; frozen ones stay as they are."""
+    """Convert trainable 16-bit weights to float32, which small updates need; frozen weights keep their dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()

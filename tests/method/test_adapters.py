@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what is saved, and that a resumed run is the uninterrupted one."""
+"""LoRA: trainable parameters, saved files, and equality of resumed and uninterrupted runs."""
 
 import dataclasses
 import json
@@ -13,20 +13,21 @@ from transformers import AutoModelForImageTextToText
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.errors import ConfigError
 from dualspeed.method.adapters import add_adapters, quantization
-from dualspeed.method.model import load_vlm
+from dualspeed.method.checkpoint import load_vlm
+from dualspeed.settings.model import Stages
 from dualspeed.settings.recipe import LoraRecipe
 from dualspeed.settings.stage import StageSettings
 from dualspeed.training.stage import train
 from dualspeed.training.trainable import set_trainable
 from tests.support import tiny
 from tests.support.batches import collate, sample
-from tests.support.stage import run, settings
+from tests.support.stage import stage_settings, train_stage
 
 LORA = LoraRecipe(rank=4, alpha=8, dropout=0.1)
 
 
 def lora_settings(**arguments) -> StageSettings:
-    chosen = settings()
+    chosen = stage_settings()
     recipe = dataclasses.replace(chosen.recipe, lora=LORA)
     recipe.training_arguments.update(arguments)
     return dataclasses.replace(chosen, recipe=recipe)
@@ -37,7 +38,7 @@ def adapted(**config) -> DualSpeedModel:
     torch.manual_seed(1)
     add_adapters(model.vlm, LORA)
     set_trainable(model, "finetune")
-    # As if trained: an adapter starts as a product with zero.
+    # As if trained: an untrained adapter's product is 0.
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -45,8 +46,8 @@ def adapted(**config) -> DualSpeedModel:
 
 
 @pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory):
-    return run(inputs, tmp_path_factory.mktemp("lora"), lora_settings())
+def trained(stage_inputs, tmp_path_factory):
+    return train_stage(stage_inputs, tmp_path_factory.mktemp("lora"), lora_settings())
 
 
 def test_adapters_projector_and_isolator_are_trained():
@@ -58,8 +59,8 @@ def test_adapters_projector_and_isolator_are_trained():
     assert rest == {"multi_modal_projector", "mode_isolator.weight"}
 
 
-def test_training_moves_the_language_model_by_its_adapters_alone(inputs, trained):
-    before, after = load_file(inputs / "base" / "model.safetensors"), load_file(trained / "model.safetensors")
+def test_training_moves_the_language_model_by_its_adapters_alone(stage_inputs, trained):
+    before, after = load_file(stage_inputs / "base" / "model.safetensors"), load_file(trained / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("q_proj" in name for name in moved)
@@ -79,9 +80,9 @@ def test_merged_checkpoint_is_the_adapted_model(tmp_path):
     assert_close(again(mode=Mode.FAST, **batch).loss, model(mode=Mode.FAST, **batch).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_adapter_folder_is_peft_s(inputs, trained):
-    """On the stock base with the trained projector it is the merged checkpoint."""
-    base = load_vlm(inputs / "base")
+def test_adapter_folder_is_peft_s(stage_inputs, trained):
+    """Loaded by peft onto the base with the trained projector, the adapter equals the merged checkpoint."""
+    base = load_vlm(stage_inputs / "base")
     missing, unexpected = base.load_state_dict(load_file(trained / "adapter" / "projector.safetensors"), strict=False)
     assert not unexpected
     assert all("multi_modal_projector" not in name for name in missing)
@@ -91,8 +92,8 @@ def test_adapter_folder_is_peft_s(inputs, trained):
     assert_close(by_peft(**batch).logits, stock(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_resumed_equals_uninterrupted(inputs, trained, tmp_path, monkeypatch):
-    """Stopped after a checkpoint of step 4, dropout and all."""
+def test_resumed_equals_uninterrupted(stage_inputs, trained, tmp_path, monkeypatch):
+    """Stopped after the checkpoint of step 4, with dropout."""
 
     def stop_in_step_5(callback, args, state, control, **_):
         if state.global_step == 5:
@@ -101,12 +102,12 @@ def test_resumed_equals_uninterrupted(inputs, trained, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr("dualspeed.training.callbacks.MetricLogCallback.on_step_begin", stop_in_step_5)
         with pytest.raises(KeyboardInterrupt):
-            run(inputs, tmp_path, lora_settings())
+            train_stage(stage_inputs, tmp_path, lora_settings())
     assert not (tmp_path / "out").exists()
     (checkpoint,) = tmp_path.glob("state/*/checkpoints/checkpoint-4")
     assert (checkpoint / "adapter").is_dir()
-    assert not list(checkpoint.glob("model*.safetensors"))  # the whole model is written at the end alone
-    train(lora_settings(), inputs / "base", inputs / "data", tmp_path / "state", tmp_path / "out")
+    assert not list(checkpoint.glob("model*.safetensors"))  # only the end of training writes the whole model
+    train(lora_settings(), stage_inputs / "base", stage_inputs / "data", tmp_path / "state", tmp_path / "out")
     for file in ("model.safetensors", "mode_isolator.safetensors", "adapter/adapter_model.safetensors"):
         whole, resumed = load_file(trained / file), load_file(tmp_path / "out" / file)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
@@ -121,9 +122,9 @@ def test_qlora_loads_the_model_in_four_bits():
 
 
 def test_pretraining_has_no_adapters():
-    chosen = lora_settings()
-    with pytest.raises(ConfigError, match=r"stages\.pretrain\.lora: the language model isn't trained here"):
-        dataclasses.replace(chosen, stage="pretrain")
+    recipe = lora_settings().recipe
+    with pytest.raises(ConfigError, match=r"pretrain\.lora: the language model isn't trained there"):
+        Stages(pretrain=recipe, finetune=recipe)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -149,7 +150,7 @@ def test_tied_embeddings_stay_tied(tmp_path, lora):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_bfloat16_trains_in_both_modes(lora):
-    """Its losses are those of float32 up to its eight bits; nothing turns float32 on the way but the losses."""
+    """bfloat16 losses equal float32 ones up to 8 bits; only the losses are computed in float32."""
     wide, narrow = (DualSpeedModel(tiny.llava().to(dtype), DualSpeedConfig()) for dtype in (None, torch.bfloat16))
     narrow.load_state_dict(wide.state_dict())
     if lora:

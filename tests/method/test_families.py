@@ -12,19 +12,15 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
+from dualspeed.method.fast_mode import encode_batch, prune_batch
 from dualspeed.method.sequences import Sequences
-from dualspeed.method.vlm.families import image_inputs, token_inputs
-from dualspeed.method.vlm.tower import (
-    RECORDED,
-    drops_first_position,
-    has_cls_token,
-    per_token,
-    projector,
-    selected_attention,
-)
-from dualspeed.method.vlm.vision import encode_images, has_packed_tiles, tiles_per_image
+from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
+from dualspeed.method.vlm.inputs import image_inputs, token_inputs
+from dualspeed.method.vlm.parts import projector
+from dualspeed.method.vlm.tower import drops_first_position, has_cls_token, per_token, selected_attention
+from dualspeed.method.vlm.vision import encode_images, tiles_per_image
 from dualspeed.pruners import PRUNERS, num_tokens_to_keep
-from dualspeed.training.trainable import is_projector, set_trainable
+from dualspeed.training.trainable import parts_of, set_trainable
 from tests.support.families import FAMILIES, IMAGE, Family, batch
 from tests.support.paths import REPOSITORY
 
@@ -70,10 +66,10 @@ def test_batched_equals_alone_on_either_padding_side(family, mode, pruner):
 
 @by_family
 def test_fast_mode_at_90_percent_trains(family):
-    """Its loss falls over 20 steps; language model, projector and isolator learn, the tower doesn't."""
+    """The loss falls over 20 steps; language model, projector and isolator change, the tower doesn't."""
     model = model_of(family, pruning_ratio=0.9)
     set_trainable(model, "finetune")
-    assert any(is_projector(name) and "isolator" not in name for name, _ in model.named_parameters())
+    assert any(part == "projector" and "isolator" not in name for name, part in parts_of(model).items())
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen
     inputs = batch(family, MIXED)
@@ -102,18 +98,18 @@ def test_slow_mode_learns_from_fast_mode(family):
 
 @by_family
 def test_kept_tokens_take_what_belongs_to_them_along(family):
-    """Text and row tokens stay; positions and token types are those of the tokens that stay."""
+    """Text and row tokens are kept; kept tokens keep their positions and token types."""
     model = model_of(family, pruning_ratio=0.5, num_virtual_tokens=2)
     inputs = batch(family, [2])
-    # Each token is known by its place, so that the pruned sequence says which ones it took.
+    # A further input by token holds each token's position, which shows the tokens that pruning kept.
     is_image = inputs["input_ids"] == IMAGE
     whole = Sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
     places = torch.arange(is_image.shape[1])[None]
     pixels = image_inputs(model.vlm, image_side(inputs))
-    by_token_inputs = token_inputs(model.vlm, whole, image_side(inputs), pixels)
+    by_token_inputs = token_inputs(model.vlm, inputs["input_ids"], inputs["attention_mask"], image_side(inputs), pixels)
     whole = whole._replace(by_token=by_token_inputs | {"places": places})
-    images = model._encode(pixels)
-    pruned, output = model._pruned(whole, images, None)
+    images = encode_batch(model, pixels)
+    pruned, output = prune_batch(model, whole, images, None)
     kept = pruned.by_token["places"][0]
     assert set(kept.tolist()) >= set(places[~is_image].tolist())
     assert (kept.diff() >= 0).all()
@@ -135,7 +131,7 @@ def test_kept_tokens_take_what_belongs_to_them_along(family):
 
 
 def prompts(family: Family, num_images: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch to generate from."""
+    """Batch of prompts for generation."""
     inputs = batch(family, num_images, padding_side="left", seed=seed)
     del inputs["labels"]
     if family.token_types:
@@ -145,7 +141,7 @@ def prompts(family: Family, num_images: list[int], seed: int = 0) -> dict[str, t
 
 
 def generator_of(family: Family, **settings) -> DualSpeedModel:
-    """A model that never ends its answers, nor draws images in them."""
+    """Model that never generates an end or an image token."""
     model = model_of(family, **settings).eval()
     model.vlm.generation_config.eos_token_id = None
     model.vlm.generation_config.suppress_tokens = [IMAGE]
@@ -154,13 +150,13 @@ def generator_of(family: Family, **settings) -> DualSpeedModel:
 
 @by_family
 def test_pruned_generation_is_greedy_decoding_of_the_pruned_sequence(family):
-    """Each new token is the likeliest by fast mode's own forward pass over all before it, and alone as in a batch."""
+    """Each new token is the most likely one in a fast forward of all tokens before it; batches change nothing."""
     model = generator_of(family, pruning_ratio=0.9)
     inputs, new = prompts(family, [1, 2, 3]), 12
     arguments = {"mode": Mode.FAST, "max_new_tokens": new, "do_sample": False}
     generated = model.generate(**arguments, **inputs)
     assert generated.shape[1] == inputs["input_ids"].shape[1] + new
-    # The pruned sequence, its positions among it, comes from the whole one with the new tokens behind it.
+    # Prune the full sequence with the new tokens at its end, which gives the positions that generation used.
     asked = {name: torch.nn.functional.pad(values, (0, new), value=1) for name, values in by_token(inputs).items()}
     asked["input_ids"] = generated
     asked["labels"] = generated.clone()
@@ -181,7 +177,7 @@ def test_generation_on_all_tokens_without_isolator_is_the_stock_models(family):
     arguments = {"max_new_tokens": 6, "do_sample": False}
     for num_images in ([1, 2, 3], [2], [0, 1], [0]):
         inputs = prompts(family, num_images)
-        # Twice in turn: neither leaves positions behind that the other goes on with.
+        # Twice in turns: neither may leave state (positions) that changes the other.
         for _ in range(2):
             stock = model.vlm.generate(**arguments, **inputs)
             for mode in Mode:
@@ -198,10 +194,10 @@ def image_side(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @by_family
 def test_text_only_batch_of_one_of_two_ranks_calls_the_same_modules(family, monkeypatch):
-    """A blank image goes through tower, projector and pruner; the loss stays the text's own."""
+    """A blank image goes through tower, projector and pruner; the loss stays that of the text."""
     inputs = batch(family, [0, 0])
     stock = family.build()(**inputs).loss
-    monkeypatch.setattr("dualspeed.method.model.is_sharded", lambda: True)
+    monkeypatch.setattr("dualspeed.method.model.has_other_ranks", lambda: True)
     for mode in Mode:
         model = model_of(family)
         set_trainable(model, "finetune")
@@ -213,7 +209,7 @@ def test_text_only_batch_of_one_of_two_ranks_calls_the_same_modules(family, monk
 
 @tower_families
 def test_attention_is_the_eager_towers(family):
-    """That of the CLS token, or the mean that is received; for a square of patches their mean, for newlines none."""
+    """Attention of the CLS token, or mean received attention: means over squares of patches, -inf for newlines."""
     vlm, images = family.build(), image_side(batch(family, [1, 2]))
     encoded = encode_images(vlm, image_inputs(vlm, images), needs=("cls_attention",))
     eager, weights = family.build(), []
@@ -223,8 +219,8 @@ def test_attention_is_the_eager_towers(family):
     maps = weights[0].mean(dim=1)
     scores = (maps[:, 0] if has_cls_token(eager) else maps.mean(dim=1))[:, int(drops_first_position(eager)) :]
     ours = encoded.described["cls_attention"]
-    if has_packed_tiles(vlm):
-        # Each image begins with its base tile as it is; all that the model puts between are newlines.
+    if family_of(vlm).packs_tiles:
+        # Each image begins with its base tile, unchanged; only newlines are inserted.
         num_tiles = tiles_per_image(vlm, image_inputs(vlm, images))
         first_tiles = [scores[sum(num_tiles[:index])] for index in range(len(num_tiles))]
         starts = [row[:16] for row in ours.split([len(unit) for unit in encoded.features])]
@@ -291,26 +287,26 @@ def test_what_cannot_be_trained_is_refused_with_the_reason():
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="the table says what can't be built without torchvision")
-def test_readme_lists_the_families():
-    """UPDATE_README=1 writes what this run found."""
+def test_docs_list_the_families():
+    """UPDATE_README=1 writes the table that this run found."""
     lines = ["| family | class | pruned by | methods | to train |", "|---|---|---|---|---|"]
     lines += [line_of(family) for family in FAMILIES]
-    readme = REPOSITORY / "README.md"
+    page = REPOSITORY / "docs" / "families.md"
     before, old, after = re.split(
-        r"(?<=<!-- families:start -->\n)(.*?)(?=\n<!-- families:end -->)", readme.read_text(), flags=re.DOTALL
+        r"(?<=<!-- families:start -->\n)(.*?)(?=\n<!-- families:end -->)", page.read_text(), flags=re.DOTALL
     )
     if os.environ.get("UPDATE_README"):
-        readme.write_text(before + "\n".join(lines) + after)
+        page.write_text(before + "\n".join(lines) + after)
     assert old.splitlines() == lines
 
 
 def line_of(family: Family) -> str:
-    """A row of the table, found out by trying."""
+    """Row of the table, found by trying every pruner."""
     vlm = family.build()
     images = image_side(batch(family, [1]))
     units = encode_images(vlm, image_inputs(vlm, images)).features
     methods = [name for name in PRUNERS if accepts(vlm, name)]
-    feature_based = [name for name in PRUNERS if not set(PRUNERS[name].needs) & set(RECORDED)]
+    feature_based = [name for name in PRUNERS if not set(PRUNERS[name].needs) & set(CAPTURED_FIELDS)]
     assert methods in (list(PRUNERS), feature_based)
     return " | ".join(
         [
@@ -332,7 +328,7 @@ def accepts(vlm, pruner: str) -> bool:
 
 
 def processor_needs_torchvision(vlm) -> bool:
-    """Whether the family's processor can't be built without it: for its own sake, or for that of its videos."""
+    """True if the family's processor, or its video processor, can't be built without torchvision."""
     try:
         return (
             "video_processor" in getattr(transformers, PROCESSOR_MAPPING_NAMES[vlm.config.model_type]).get_attributes()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dualspeed import DualSpeedModel, Mode
+from dualspeed.method.fast_mode import encode_batch, prune_batch
 from dualspeed.method.sequences import Sequences
 from dualspeed.pruners import VisualTokens, get_pruner
 from tests.support.golden import ARRAYS, CASES, batch, golden_model
@@ -29,7 +30,7 @@ def grad_norm(model: DualSpeedModel, prefixes: list[str]) -> float:
 
 
 def assert_gradients(model: DualSpeedModel, case: str, mode: str) -> None:
-    """Norms of every part, and whole gradients where they are stored."""
+    """Gradient norms of every part agree, and whole gradients where they are stored."""
     golden = CASES["cases"][case]
     for part, prefixes in PARTS.items():
         if f"{mode}.grad_norm.{part}" in golden:
@@ -51,7 +52,7 @@ def test_divprune_keeps_the_published_tokens(pruning_ratio):
 
 def test_projected_features():
     model = golden_model()
-    images = model._encode({"pixel_values": ARRAYS["main/pixel_values"]})
+    images = encode_batch(model, {"pixel_values": ARRAYS["main/pixel_values"]})
     torch.testing.assert_close(torch.stack(images.features), ARRAYS["main/projected_features"], atol=1e-5, rtol=1e-5)
 
 
@@ -84,9 +85,9 @@ def test_fast_loss_logits_and_gradients(pruning_ratio):
 def test_compacted_batch(pruning_ratio):
     model = golden_model(pruning_ratio)
     inputs = batch("main")
-    images = model._encode({"pixel_values": inputs.pop("pixel_values")})
-    compacted, _ = model._pruned(
-        Sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"]), images, None
+    images = encode_batch(model, {"pixel_values": inputs.pop("pixel_values")})
+    compacted, _ = prune_batch(
+        model, Sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"]), images, None
     )
     mode = f"main/fast_prune{pruning_ratio}"
     assert torch.equal(compacted.labels, ARRAYS[f"{mode}/labels"])
@@ -103,7 +104,7 @@ def test_slow_losses_and_gradients(pruning_ratio):
     assert output.distillation_loss.item() == pytest.approx(golden[f"{mode}.distill"], rel=TOLERANCE)
     output.loss.backward()
     assert_gradients(model, "main", mode)
-    # In the graph, unlike the published code's, but without any effect.
+    # In the graph, unlike in the published code, but without effect.
     assert torch.equal(model.mode_isolator.weight.grad, torch.zeros_like(model.mode_isolator.weight))
 
 

@@ -1,6 +1,6 @@
-"""What a step asks of its device: each answer waits for all that was launched, so their number may not grow.
+"""Host-device syncs of a step: each waits for all launched kernels, so their number must not grow with the batch.
 
-Counted on the CPU by the operations that would wait on a GPU, where `tolist` of a tensor is one more.
+Counted on the CPU, as the operations that would wait on a GPU; there, `tolist` of a tensor is one sync more.
 """
 
 import pytest
@@ -15,7 +15,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations whose result, or its shape, the host has to know."""
+    """Counter of operations whose result, or its shape, the host must know."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Waits(TorchDispatchMode):
 
 
 def batch_of(num_samples: int) -> dict[str, torch.Tensor]:
-    """Samples with one or two images."""
+    """Batch of samples with one or two images."""
     return collate([sample("llava", seed, 1 + seed % 2) for seed in range(num_samples)])
 
 

@@ -7,9 +7,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode, ModeIsolator
-from dualspeed.method.model import load_vlm
+from dualspeed.method.checkpoint import load_vlm
+from dualspeed.method.fast_mode import encode_batch, keep_tokens, prune_batch
 from dualspeed.method.sequences import Sequences, prune_inputs
-from dualspeed.method.vlm.tower import note_missing_cls_token
+from dualspeed.method.vlm.tower import warn_of_missing_cls_token
 from dualspeed.method.vlm.vision import encode_images, pruning_units
 from dualspeed.pruners import PRUNERS, VisualTokens
 from tests.support import tiny
@@ -19,7 +20,7 @@ MODELS = {"llava": tiny.llava, "llava_next": tiny.llava_next}
 
 
 def mixed_batch(family: str, padding_side: str = "right") -> dict[str, torch.Tensor]:
-    """One image, none, two images, one image."""
+    """Batch of samples with 1, 0, 2 and 1 images."""
     return collate([sample(family, seed, count) for seed, count in enumerate((1, 0, 2, 1))], padding_side)
 
 
@@ -76,7 +77,7 @@ def test_batched_equals_alone_on_either_padding_side(family, mode, budget):
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("family", MODELS)
 def test_batched_equals_alone_with_every_pruner(family, pruner):
-    """Nothing that a pruner looks at, the question included, depends on batch mates or padding."""
+    """No input of a pruner, the question included, depends on batch mates or padding."""
     model = dualspeed(family, pruner=pruner, pruning_ratio=0.5)
     samples = [sample(family, seed, count) for seed, count in enumerate((1, 0, 2, 1))]
     alone = torch.stack([model(mode=Mode.FAST, **collate([one])).loss for one in samples])
@@ -87,15 +88,15 @@ def test_batched_equals_alone_with_every_pruner(family, pruner):
 
 @pytest.mark.parametrize("pruner", ["prumerge", "tome"])
 def test_merged_vectors_teach_the_projector_what_was_merged(pruner):
-    """Gradients of the projector equal those of the same weighted sums taken by hand."""
+    """Gradients of the projector equal those of the same weighted sums computed directly."""
     model = dualspeed("llava", pruner=pruner, pruning_ratio=0.75)
     batch = collate([sample("llava", 0, 1)])
-    images = model._encode(image_part(batch))
+    images = encode_batch(model, image_part(batch))
     features = torch.cat(images.features)
     units, _ = pruning_units(images, None)
     described = {name: values[None] for name, values in images.described.items()}
     merged = PRUNERS[pruner](VisualTokens(features[None], **described), torch.tensor([4]))
-    _, kept = model._keep(features, units, torch.tensor([4]), images.described, None)
+    _, kept = keep_tokens(model, features, units, torch.tensor([4]), images.described, None)
     by_model, by_hand = (
         torch.autograd.grad(
             vectors.square().sum(), model.vlm.model.multi_modal_projector.parameters(), retain_graph=True
@@ -122,7 +123,7 @@ def test_fast_sequence_has_isolator_then_kept_tokens():
     batch = collate([sample("llava", 0, 1)])
     images = encode_images(model.vlm, image_part(batch))
     inputs = Sequences(batch["input_ids"], batch["attention_mask"], batch["labels"])
-    compacted, output = model._pruned(inputs, images, None)
+    compacted, output = prune_batch(model, inputs, images, None)
     features = output.pooler_output
     is_image = batch["input_ids"][0] == IMAGE_TOKEN
     assert compacted.input_ids[0].tolist() == (
@@ -135,15 +136,15 @@ def test_fast_sequence_has_isolator_then_kept_tokens():
 
 
 def test_tile_budget_is_the_published_setting():
-    """Each tile keeps its share of its own tokens behind an isolator; newlines are dropped."""
+    """Each tile keeps its share of its tokens behind an isolator; newlines are dropped."""
     model = dualspeed("llava_next", pruning_ratio=0.75, num_virtual_tokens=2, prune_budget="tile")
     size = torch.tensor([[56, 56]])
     num_tiles, num_tokens = next_shape(size[0])
     assert (num_tiles, num_tokens) == (5, 16 + 64 + 8)
     pixel_values = torch.randn(1, num_tiles, 3, 28, 28)
     ids = torch.tensor([[1, *[IMAGE_TOKEN] * num_tokens, 6]])
-    images = model._encode({"pixel_values": pixel_values, "image_sizes": size})
-    compacted, output = model._pruned(Sequences(ids, torch.ones_like(ids), None), images, torch.tensor([0]))
+    images = encode_batch(model, {"pixel_values": pixel_values, "image_sizes": size})
+    compacted, output = prune_batch(model, Sequences(ids, torch.ones_like(ids), None), images, torch.tensor([0]))
     features = output.pooler_output
     assert [len(unit) for unit in features] == [2 + 4] * 5
     assert (compacted.input_ids == IMAGE_TOKEN).sum() == 5 * (2 + 4)
@@ -153,7 +154,7 @@ def test_tile_budget_is_the_published_setting():
 
 @pytest.mark.parametrize("family", MODELS)
 def test_cls_attention_is_the_eager_towers(family):
-    """From one layer's q and k, equal to what the tower would return if it ran without fused attention."""
+    """Attention from one layer's q and k equals what the tower returns without fused attention."""
     vlm = MODELS[family]()
     batch = collate([sample(family, seed, 1) for seed in range(3)])
     images = encode_images(vlm, image_part(batch), needs=("cls_attention",))
@@ -178,7 +179,7 @@ def test_cls_attention_is_the_eager_towers(family):
 def test_tower_without_cls_token_scores_by_received_attention(caplog):
     vlm = tiny.llava_siglip()
     pixel_values = collate([sample("llava", seed, 1) for seed in range(3)])["pixel_values"]
-    note_missing_cls_token.cache_clear()
+    warn_of_missing_cls_token.cache_clear()
     for _ in range(2):
         images = encode_images(vlm, {"pixel_values": pixel_values}, needs=("cls_attention",))
     assert [record.message for record in caplog.records if "no CLS token" in record.message] == [
@@ -200,7 +201,7 @@ def test_attention_pruners_train_without_cls_token(pruner):
 
 @pytest.mark.parametrize("family", MODELS)
 def test_keys_and_pre_projection_belong_to_their_tokens(family):
-    """Projected again, the features before the projector are the features; keys are those of the selected layer."""
+    """Captured features, projected again, equal the features; keys are those of the selected layer."""
     vlm = MODELS[family]()
     batch = collate([sample(family, seed, 1) for seed in range(3)])
     images = encode_images(vlm, image_part(batch), needs=("keys", "pre_projection", "cls_attention"))

@@ -1,4 +1,4 @@
-"""What CDPruner goes by: the question, as the language model or CLIP's text tower understands it."""
+"""Relevance for CDPruner: the question in the embeddings of the language model, or of CLIP's text tower."""
 
 import json
 from pathlib import Path
@@ -7,20 +7,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.batch import QUESTION_PADDING
 from dualspeed.data.collator import ConversationCollator, generation_inputs
 from dualspeed.data.questions import text_of_user, tokenize_questions
+from dualspeed.method.fast_mode import encode_batch, prune_batch
 from dualspeed.method.relevance import ClipRelevance, relevance_by_llm
 from dualspeed.method.sequences import Sequences
 from dualspeed.method.vlm.vision import encode_images
+from dualspeed.settings.identity import identity, record
 from tests.support import tiny
 from tests.support.batches import IMAGE_TOKEN, collate, sample
+from tests.support.word_tokenizer import word_tokenizer
 
 POSITIONS = 10
 SHORT, LONG = "what colour is the digit ?", " ".join(["is there a red 1 2 3 or a blue ?"] * 3)
@@ -28,16 +30,14 @@ SHORT, LONG = "what colour is the digit ?", " ".join(["is there a red 1 2 3 or a
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A random CLIP with the vision tower of tests/tiny.py and a text tower of ten positions."""
+    """Random CLIP with the vision tower of tests/support/tiny.py and a text tower of ten positions."""
     folder = tmp_path_factory.mktemp("clip")
-    words = {word: index for index, word in enumerate([*dict.fromkeys(tiny.WORDS), "<unk>", "<begin>", "<end>"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = [*dict.fromkeys(tiny.WORDS), "<unk>", "<begin>", "<end>"]
     named = {"unk_token": "<unk>", "bos_token": "<begin>", "eos_token": "<end>", "pad_token": "<end>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(folder)
+    word_tokenizer(words, special_tokens=named).save_pretrained(folder)
     text = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"vocab_size": len(words), "max_position_embeddings": POSITIONS}
-    text |= {"bos_token_id": words["<begin>"], "eos_token_id": words["<end>"]}
+    text |= {"bos_token_id": words.index("<begin>"), "eos_token_id": words.index("<end>")}
     vision = tiny.configs()["vision_config"].to_dict()
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
@@ -67,7 +67,7 @@ def model_of(clip_folder, make=tiny.llava, **settings) -> DualSpeedModel:
 
 
 def test_clip_relevance_equals_its_literal_form(clip_folder):
-    """Text by text, piece by piece, patch by patch; a text of any length, alone or among others."""
+    """Equal to a loop over texts, pieces and patches, for texts of any length, alone or in a batch."""
     relevance, clip = ClipRelevance(clip_folder, tiny.llava()), CLIPModel.from_pretrained(clip_folder)
     texts = [SHORT, LONG, "", "red " * 8]
     samples = torch.tensor([0, 0, 1, 1, 2, 3])
@@ -90,11 +90,11 @@ def test_clip_relevance_equals_its_literal_form(clip_folder):
 
 
 def test_patches_are_those_that_clip_itself_would_project(clip_folder):
-    """Of the layer that the model selects."""
+    """The patches are those of the layer that the model selects."""
     vlm = tiny.llava()
     model = model_of(clip_folder, lambda: vlm)
     pixels = {"pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
-    patches = model._encode(pixels).described["pre_projection"]
+    patches = encode_batch(model, pixels).described["pre_projection"]
     states = vlm.model.vision_tower(**pixels, output_hidden_states=True).hidden_states[-2]
     assert_close(patches, states[:, 1:].flatten(0, 1), atol=1e-6, rtol=1e-6)
 
@@ -110,11 +110,13 @@ def test_what_is_kept_follows_the_users_words_alone(clip_folder, picture, make, 
     collate_ = ConversationCollator(processor, question_tokenizer=model.question_tokenizer(processor))
 
     def kept(*conversations: dict) -> torch.Tensor:
-        """Features that stay of all images, isolator included."""
+        """Kept features of all images, isolator included."""
         batch = collate_(conversations)
         whole = Sequences(*(batch[name] for name in ("input_ids", "attention_mask", "labels")))
         pixels = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-        _, output = model._pruned(whole._replace(question_ids=batch["question_ids"]), model._encode(pixels), None)
+        _, output = prune_batch(
+            model, whole._replace(question_ids=batch["question_ids"]), encode_batch(model, pixels), None
+        )
         return torch.cat(list(output.pooler_output)) if isinstance(output.pooler_output, list) else output.pooler_output
 
     one = conversation(picture, SHORT)
@@ -150,7 +152,7 @@ def test_question_is_what_the_user_says(picture):
 
 
 def test_llm_relevance_is_mean_similarity_to_the_question_or_the_prompt():
-    """Answers, images and padding have no part in it; with a question nothing else has."""
+    """Answers, images and padding have no influence; with a question nothing else has."""
     vlm = tiny.llava()
     samples = [sample("llava", seed, 1) for seed in range(2)]
     batch = collate([samples[0], sample("llava", 5, 0), samples[1]])
@@ -199,6 +201,6 @@ def test_what_is_missing_or_unfit_is_named(clip_folder, picture):
 
 
 def test_settings_without_clip_are_as_they_were_before_there_was_the_choice(clip_folder):
-    assert "relevance_clip" not in DualSpeedConfig().to_dict()
+    assert "relevance_clip" not in identity(DualSpeedConfig())
     chosen = DualSpeedConfig(pruner="cdpruner", relevance_clip=str(clip_folder))
-    assert DualSpeedConfig(**chosen.to_dict()) == chosen
+    assert DualSpeedConfig(**record(chosen)) == chosen

@@ -1,7 +1,7 @@
-"""Tiny random models of every supported family, of its real classes, and batches for them.
+"""Tiny random models of every supported family, made of its real classes, and batches for them.
 
-Pixels come from each family's own PIL image processor; the placeholders are written here as its processor would, which
-for some families can't be built without torchvision.
+Pixels come from each family's PIL image processor. Placeholders are written here in the way of its processor, since
+some processors can't be built without torchvision.
 """
 
 from collections.abc import Callable
@@ -83,18 +83,18 @@ Images = list[list[Image.Image]]
 
 @dataclass(frozen=True)
 class Family:
-    """A family's name, a random model of it, and how it takes the images of a batch's samples."""
+    """Family under test: its name, a random model, and the encoding of images."""
 
     name: str
     build: Callable[[], PreTrainedModel]
     encode: Callable[[Images], tuple[dict[str, torch.Tensor], list[list[list[int]]]]]
-    """Inputs of the vision tower, and each image's tokens in each sample."""
+    """Function from each sample's images to the inputs of the vision tower and the tokens of each image."""
     token_types: str | None = None
-    """Name of an input that tells image tokens from text, where the family needs one."""
+    """Name of the input that marks image tokens, if the family needs one."""
 
 
 def square(processor, num_tokens: int = 16) -> Callable:
-    """Images of one size, of 4 x 4 patches."""
+    """Encoding of images of one size, 4 x 4 patches, as `num_tokens` tokens."""
 
     def encode(samples: Images):
         flat = [image for images in samples for image in images]
@@ -105,7 +105,7 @@ def square(processor, num_tokens: int = 16) -> Callable:
 
 
 def counted(inputs: dict[str, torch.Tensor], samples: Images, counts: list[int]):
-    """Placeholders in one run an image."""
+    """Inputs as they are, and one run of placeholders per image."""
     remaining = iter(counts)
     return inputs, [[[IMAGE] * next(remaining) for _ in images] for images in samples]
 
@@ -131,13 +131,13 @@ def encode_onevision(samples: Images):
 
 
 def num_tokens(vlm: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
-    """Visual tokens of each image, as the stock model has them."""
+    """Number of visual tokens of each image in the stock model."""
     with torch.no_grad():
         return [len(image) for image in vlm.get_image_features(**inputs, return_dict=True).pooler_output]
 
 
 def encode_internvl(samples: Images):
-    """A large image becomes several tiles, all in one run."""
+    """Encode images as tiles; all tiles of an image are one run of placeholders."""
     processor = GotOcr2ImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, crop_to_patches=True, min_patches=1, max_patches=3
     )
@@ -159,7 +159,7 @@ def encode_qwen(patch_size: int) -> Callable:
 
 
 def encode_idefics3(samples: Images):
-    """Tiles between row and column tokens."""
+    """Encode images as tiles between row and column tokens."""
     processor = Idefics3ImageProcessorPil(
         size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=True
     )
@@ -172,7 +172,7 @@ def encode_idefics3(samples: Images):
 
 
 def encode_mistral3(samples: Images):
-    """Rows of tokens with a break after each."""
+    """Encode images as rows of tokens with a break after each."""
     processor = PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
     encoded = processor(images=[image for images in samples for image in images], return_tensors="pt")
     sizes = iter(encoded["image_sizes"].tolist())
@@ -184,7 +184,7 @@ def encode_mistral3(samples: Images):
 
 
 def built(model_class: type, config) -> PreTrainedModel:
-    """A random model whose weights are large enough that its answers depend on its input."""
+    """Random model with weights large enough that its outputs depend on its input."""
     torch.manual_seed(0)
     return tiny.spread(model_class(config))
 
@@ -239,7 +239,7 @@ def qwen2_5_vl() -> PreTrainedModel:
 def qwen3_vl() -> PreTrainedModel:
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 8}
     vision |= {"out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    # The second DeepStack features enter after the second layer: a third one looks at them.
+    # The second DeepStack features enter after the second layer, so a third layer must read them.
     config = Qwen3VLConfig(vision_config=vision, text_config=QWEN_TEXT | {"num_hidden_layers": 3}, **QWEN_TOKENS)
     return built(Qwen3VLForConditionalGeneration, config)
 
@@ -263,7 +263,7 @@ def gemma3() -> PreTrainedModel:
         mm_tokens_per_image=4,
     )
     vlm = built(Gemma3ForConditionalGeneration, config)
-    # A new one's is 0, and so were all of its tokens.
+    # It is initialised to 0, which would make all image features 0.
     torch.nn.init.normal_(vlm.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     return vlm
 
@@ -304,14 +304,14 @@ FAMILIES = [
 
 
 def pictures(seed: int, count: int) -> list[Image.Image]:
-    """Noise of different sizes."""
+    """Pictures of noise in different sizes."""
     generator = np.random.default_rng(seed)
     shapes = [SIZES[(seed + index) % len(SIZES)] for index in range(count)]
     return [Image.fromarray(generator.integers(1, 255, (*shape, 3), dtype=np.uint8)) for shape in shapes]
 
 
 def batch(family: Family, num_images: list[int], padding_side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-    """One sample for each number of images: words, the images with words between, words; the last five supervised."""
+    """Batch of a sample per number of images: words, images with words between, words; the last 5 supervised."""
     samples = [pictures(seed + index, count) for index, count in enumerate(num_images)]
     inputs, placeholders = family.encode(samples) if any(num_images) else ({}, [[] for _ in samples])
     rows = []
@@ -336,6 +336,6 @@ def batch(family: Family, num_images: list[int], padding_side: str = "right", se
     if family.token_types == "mm_token_type_ids" or family.name == "Gemma 3":
         inputs[family.token_types] = (input_ids == IMAGE).int()
     elif family.token_types:
-        # PaliGemma: what is answered is of type 1, all before it sees itself whole.
+        # PaliGemma: the answer has type 1; tokens before it attend to each other in both directions.
         inputs[family.token_types] = (inputs["labels"] != -100).int()
     return inputs

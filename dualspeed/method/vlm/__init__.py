@@ -1,1 +1,1 @@
-"""Everything that depends on the family of a VLM."""
+"""Stock VLMs: what a family needs of its own (families), and how its modules and images are reached."""

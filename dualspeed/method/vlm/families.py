@@ -1,188 +1,207 @@
-"""What a family of VLMs needs of its own; all else goes by the conventions that transformers' VLMs share.
+"""Families of VLMs: one record each for what differs between them.
 
-Those are `get_image_features`, a forward that takes `mm_encoder_outputs` and `logits_to_keep`, and
-`config.image_token_id`. A new family that keeps to them needs nothing here.
+Everything else follows the conventions of transformers' VLMs: `get_image_features`, a forward that takes
+`mm_encoder_outputs` and `logits_to_keep`, `get_decoder`, and `config.image_token_id`. A family that keeps to them needs
+no record: `conventional` finds its modules by their usual names.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualspeed.errors import ModelError, UnknownInputError
-from dualspeed.method.sequences import Sequences
-from dualspeed.method.vlm.tower import RECORDED
+from dualspeed.errors import ModelError
+from dualspeed.method.vlm import blank_images
 
-TOWER_FAMILIES = (
-    *("gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "paligemma", "smolvlm", "vipllava"),
+CAPTURED_FIELDS = ("cls_attention", "keys", "pre_projection")
+"""Fields of VisualTokens that are captured during the tower's forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Record of a family: its differences from the others. Paths are dotted attribute names."""
+
+    tower: str = "model.vision_tower"
+    """Path of the vision tower."""
+    layers: str = ""
+    """Path of the tower's layers, within the tower; empty: unknown."""
+    unused: tuple[str, ...] = ()
+    """Paths within the tower of modules that the image features never depend on, where the tower has them."""
+    projector: tuple[str, ...] = ("model.multi_modal_projector",)
+    """Paths of all modules and parameters between tower and language model; the tower's features enter the first."""
+    ignored: tuple[str, ...] = ()
+    """Paths of modules that neither images nor text pass through."""
+
+    selects_layer: bool = False
+    """True if `vision_feature_layer` selects the layer whose output becomes the features; later ones never run then."""
+    drops_first_position: bool = False
+    """True if the tower's first position is always dropped; else `vision_feature_select_strategy` decides."""
+    has_readable_tower: bool = False
+    """True if CAPTURED_FIELDS can be captured: square tiles, one token for each patch or square of patches, and layers
+    of plain attention. The Qwen-VL families' windows and Pixtral's one sequence of all images are not such, and both
+    rotate queries and keys inside the attention."""
+    projects_single_patches: bool = False
+    """True if the projector maps the patches of one layer one by one, so that CLIP's own projection fits them too."""
+
+    packing_settings: tuple[str, ...] = ()
+    """Config keys that `pack_image_features` takes where an image's tiles are packed with newline tokens; empty: the
+    features aren't packed."""
+    splits_samples_into_tiles: bool = False
+    """True if `get_image_features` returns all tiles of a sample as one entry. A tile is then a unit of pruning, and
+    its placeholders stand between row and column tokens; tiles of zeros are padding."""
+    has_tile_budget: bool = False
+    """True if `prune_budget: tile` is meaningful."""
+    has_3d_positions: bool = False
+    """True if image tokens have rotary positions in time, height and width."""
+    blank_image: Callable[[PreTrainedModel], dict[str, Tensor]] = blank_images.square
+    """Function that makes the inputs of `get_image_features` for one blank image."""
+
+    @property
+    def packs_tiles(self) -> bool:
+        """True if images are cut into tiles whose tokens are packed with newlines."""
+        return bool(self.packing_settings)
+
+
+LLAVA = Family(
+    layers="encoder.layers",
+    unused=("post_layernorm", "head"),
+    selects_layer=True,
+    has_readable_tower=True,
+    projects_single_patches=True,
+    has_tile_budget=True,
 )
-"""model_type of those whose vision tower pruners can look into: square tiles, a token for each patch or for a square of
-patches, layers of plain attention. Qwen-VL's windows and Pixtral's single sequence of all images are not, and both
-turn queries and keys by position inside the attention."""
-TILE_FAMILIES = ("idefics3", "smolvlm")
-"""model_type of those that write an image's tiles as runs of placeholders between row and column tokens."""
-TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
-"""Inputs with one number a token, which follow the tokens that stay."""
+# Their features are the tower's last hidden state, after `post_layernorm`.
+SIGLIP = Family(layers="encoder.layers", unused=("head",), has_readable_tower=True)
+IDEFICS3 = Family(
+    tower="model.vision_model",
+    layers="encoder.layers",
+    projector=("model.connector",),
+    has_readable_tower=True,
+    splits_samples_into_tiles=True,
+    has_tile_budget=True,
+    blank_image=blank_images.tile_of_ones,
+)
+QWEN_VL = Family(
+    tower="model.visual",
+    layers="blocks",
+    projector=("model.visual.merger",),
+    has_3d_positions=True,
+    blank_image=blank_images.patches_of_one_token,
+)
+
+FAMILIES: dict[str, Family] = {
+    "gemma3": SIGLIP,
+    "idefics3": IDEFICS3,
+    "internvl": Family(layers="encoder.layer", has_readable_tower=True),
+    "llava": LLAVA,
+    "llava_next": Family(
+        layers="encoder.layers",
+        unused=("post_layernorm", "head"),
+        projector=("model.multi_modal_projector", "model.image_newline"),
+        selects_layer=True,
+        has_readable_tower=True,
+        projects_single_patches=True,
+        packing_settings=("vision_feature_select_strategy",),
+        has_tile_budget=True,
+        blank_image=blank_images.square_in_tiles,
+    ),
+    "llava_onevision": Family(
+        layers="encoder.layers",
+        unused=("post_layernorm", "head"),
+        projector=("model.multi_modal_projector", "model.image_newline"),
+        selects_layer=True,
+        has_readable_tower=True,
+        packing_settings=("vision_aspect_ratio",),
+        blank_image=blank_images.square_in_tiles,
+    ),
+    "mistral3": Family(layers="transformer.layers", blank_image=blank_images.two_by_two_tokens),
+    "paligemma": SIGLIP,
+    "qwen2_5_vl": QWEN_VL,
+    "qwen2_vl": QWEN_VL,
+    "qwen3_vl": Family(
+        tower="model.visual",
+        layers="blocks",
+        projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+        has_3d_positions=True,
+        blank_image=blank_images.patches_of_one_token,
+    ),
+    "smolvlm": IDEFICS3,
+    "vipllava": Family(
+        layers="encoder.layers",
+        unused=("post_layernorm", "head"),
+        selects_layer=True,
+        drops_first_position=True,
+        has_readable_tower=True,
+    ),
+}
+"""config.model_type -> family."""
+CONVENTIONAL_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
+
+
+def family_of(vlm: PreTrainedModel) -> Family:
+    """Record of a model's family, or one made by `conventional`."""
+    return FAMILIES.get(vlm.config.model_type) or conventional(vlm)
+
+
+def conventional(vlm: PreTrainedModel) -> Family:
+    """Record of a family that has none: modules are found by the names that transformers' VLMs share.
+
+    A merger inside the tower belongs to the projector, as does whatever is part of neither tower nor language model.
+    """
+    children = dict(vlm.model.named_children())
+    tower = next((name for name in CONVENTIONAL_TOWERS if name in children), CONVENTIONAL_TOWERS[0])
+    inside = dict(children[tower].named_children()) if tower in children else {}
+    return Family(
+        tower=f"model.{tower}",
+        projector=tuple(f"model.{tower}.{name}" for name in inside if "merger" in name),
+        ignored=tuple(f"model.{name}" for name in children if "audio" in name or "video" in name),
+        has_3d_positions=hasattr(vlm.model, "compute_3d_position_ids"),
+    )
 
 
 def check_family(vlm: PreTrainedModel, pruner: str, needs: tuple[str, ...], prune_budget: str) -> None:
-    """Raise ModelError, with the reason, for a model or a pruner that can't be trained with."""
-    family = type(vlm).__name__
-    takes = inspect.signature(vlm.forward).parameters
-    lacking = [f"its forward takes no {name}" for name in ("mm_encoder_outputs", "logits_to_keep") if name not in takes]
+    """Raise ModelError, with the reason, if a model can't be trained in fast mode, or not with this pruner."""
+    model_class = type(vlm).__name__
+    parameters = inspect.signature(vlm.forward).parameters
+    lacking = [
+        f"its forward takes no {name}" for name in ("mm_encoder_outputs", "logits_to_keep") if name not in parameters
+    ]
     lacking += [] if hasattr(vlm, "get_image_features") else ["it has no get_image_features"]
     lacking += [] if getattr(vlm.config, "image_token_id", None) is not None else ["its config has no image_token_id"]
     if lacking:
         raise ModelError(
-            f"{family} can't be trained on pruned tokens, since {', '.join(lacking)}: visual tokens must stand in the "
-            "sequence of the language model, and enter it as transformers' VLMs take them"
+            f"{model_class} can't be trained on pruned tokens, since {', '.join(lacking)}: visual tokens must stand in "
+            "the sequence of the language model, and enter it as transformers' VLMs take them"
         )
-    read = [name for name in needs if name in RECORDED]
-    if read and vlm.config.model_type not in TOWER_FAMILIES:
+    family = family_of(vlm)
+    captured = [name for name in needs if name in CAPTURED_FIELDS]
+    if captured and not family.has_readable_tower:
+        readable = [name for name, other in FAMILIES.items() if other.has_readable_tower]
         raise ModelError(
-            f"pruner {pruner!r} looks at the vision tower's {', '.join(read)}, which can be read off where the tower "
-            f"sees square tiles apart and its attention adds no positions, as in {', '.join(TOWER_FAMILIES)}, not in "
-            f"{family}; methods that look at none of these serve any model: divprune, cdpruner, tome, "
-            "spatial_pool, uniform, random"
+            f"pruner {pruner!r} looks at the vision tower's {', '.join(captured)}, which can be captured where the "
+            "tower encodes each square tile by itself and its attention adds no positions, as in "
+            f"{', '.join(readable)}, not in {model_class}; methods that need none of these work with any model: "
+            "divprune, cdpruner, tome, spatial_pool, uniform, random"
         )
-    if prune_budget == "tile" and vlm.config.model_type not in ("llava", "llava_next", *TILE_FAMILIES):
-        raise ModelError(f"prune_budget 'tile' is for models that cut images into tiles, not for {family}; use 'image'")
-
-
-def image_inputs(vlm: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Those of a batch's inputs that the vision tower takes; a TypeError names what neither it nor a text takes."""
-    takes = inspect.signature(vlm.get_image_features).parameters
-    unknown = [name for name in inputs if name not in takes and name not in TOKEN_INPUTS and inputs[name] is not None]
-    if unknown:
-        raise UnknownInputError(
-            f"{type(vlm).__name__}: unknown input {', '.join(unknown)}; images take {', '.join(takes)}"
+    if prune_budget == "tile" and not family.has_tile_budget:
+        raise ModelError(
+            f"prune_budget 'tile' is for models that cut images into tiles, not for {model_class}; use 'image'"
         )
-    return {name: values for name, values in inputs.items() if name in takes and values is not None}
 
 
-def image_units(vlm: PreTrainedModel, pooled: Tensor | list[Tensor]) -> list[Tensor]:
-    """The visual tokens that are pruned together, (N_i, D) each: an image's, or for TILE_FAMILIES a tile's.
+def check_clip_tower(vlm: PreTrainedModel, clip_width: int, folder: str) -> None:
+    """Raise ModelError unless CLIP's projection fits what the projector takes: single patches of a tower like CLIP's.
 
     Args:
-        pooled: what `get_image_features` returns, images in reading order.
+        clip_width: width of the vision tower of the CLIP in `folder`.
     """
-    if vlm.config.model_type not in TILE_FAMILIES:
-        return list(pooled)
-    # These return all tokens of a sample at once; a tile has a fixed number of them.
     vision = vlm.config.vision_config
-    num_tokens = (vision.image_size // vision.patch_size) ** 2 // vlm.config.scale_factor**2
-    return [tile for sample in pooled for tile in sample.split(num_tokens) if len(tile)]
-
-
-def image_seeds(vlm: PreTrainedModel, images: dict[str, Tensor], pruning_seed: int) -> Tensor:
-    """(units,) int64: a checksum of each unit's pixels, so that an image is pruned alike in any batch."""
-    pixels = images["pixel_values"]
-    if vlm.config.model_type in TILE_FAMILIES:
-        pixels = pixels.flatten(0, 1)
-        pixels = pixels[pixels.flatten(1).any(dim=1)]  # all zeros is padding
-    bits = torch.int32 if pixels.element_size() == 4 else torch.int16
-    sums = pixels.flatten(1).contiguous().view(bits).sum(dim=1, dtype=torch.int64)
-    if "image_grid_thw" in images:
-        # Here a row is a patch, not an image.
-        sums = torch.stack([patches.sum() for patches in sums.split(images["image_grid_thw"].prod(dim=1).tolist())])
-    return sums + pruning_seed
-
-
-def has_3d_positions(vlm: PreTrainedModel) -> bool:
-    """Whether image tokens have rotary positions in time, height and width, as in the Qwen-VL families."""
-    return hasattr(vlm.model, "compute_3d_position_ids")
-
-
-def token_inputs(
-    vlm: PreTrainedModel, sequences: Sequences, inputs: Mapping[str, Tensor | None], images: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What the language model wants to know about each token, (..., B, L): token types, 3-D positions.
-
-    Args:
-        sequences: the batch with all of its tokens.
-        inputs: what the processor gave, TOKEN_INPUTS among it.
-        images: as from `image_inputs`.
-    """
-    by_token = {name: values for name in TOKEN_INPUTS if (values := inputs.get(name)) is not None}
-    if not has_3d_positions(vlm):
-        return by_token
-    # The model needs the types for nothing else, and computes 1-D positions of a text alone itself.
-    by_token.pop("mm_token_type_ids", None)
-    if not images:
-        return by_token
-    positions = vlm.model.compute_3d_position_ids(
-        input_ids=sequences.input_ids,
-        inputs_embeds=None,
-        image_grid_thw=images["image_grid_thw"],
-        video_grid_thw=None,
-        attention_mask=sequences.attention_mask,
-        past_key_values=None,
-        mm_token_type_ids=(sequences.input_ids == vlm.config.image_token_id).int(),
-    )
-    return by_token | {"position_ids": positions}
-
-
-def blank_image(vlm: PreTrainedModel) -> dict[str, Tensor]:
-    """One blank image as the model's `get_image_features` takes it."""
-    build = BLANK_IMAGES.get(vlm.config.model_type, blank_square)
-    blank = build(vlm)
-    return {
-        name: values.to(vlm.device, vlm.dtype if values.is_floating_point() else None) for name, values in blank.items()
-    }
-
-
-def blank_square(vlm: PreTrainedModel) -> dict[str, Tensor]:
-    """For towers of one resolution."""
-    size = vlm.config.vision_config.image_size
-    side = size if isinstance(size, int) else size[0]
-    return {"pixel_values": torch.zeros(1, 3, side, side)}
-
-
-def blank_tiles(vlm: PreTrainedModel) -> dict[str, Tensor]:
-    """For LLaVA-NeXT and -OneVision: the base tile and those of a square picture."""
-    module = import_module(type(vlm).__module__)
-    side = vlm.config.vision_config.image_size
-    num_tiles = module.image_size_to_num_patches([side, side], vlm.config.image_grid_pinpoints, side)
-    return {"pixel_values": torch.zeros(1, num_tiles, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
-
-
-def blank_patches(vlm: PreTrainedModel) -> dict[str, Tensor]:
-    """For the Qwen-VL families: the patches of one token."""
-    vision = vlm.config.vision_config
-    side = vision.spatial_merge_size
-    channels = getattr(vision, "in_channels", 3)
-    width = channels * vision.temporal_patch_size * vision.patch_size**2
-    return {"pixel_values": torch.zeros(side * side, width), "image_grid_thw": torch.tensor([[1, side, side]])}
-
-
-def blank_tile(vlm: PreTrainedModel) -> dict[str, Tensor]:
-    """For Idefics3 and SmolVLM, which take pictures of zeros for padding."""
-    side = vlm.config.vision_config.image_size
-    return {"pixel_values": torch.ones(1, 1, 3, side, side)}
-
-
-def blank_any_size(vlm: PreTrainedModel) -> dict[str, Tensor]:
-    """For Mistral 3: the pixels of 2 x 2 tokens; of a single one it would lose a dimension."""
-    side = 2 * vlm.config.vision_config.patch_size * vlm.config.spatial_merge_size
-    return {"pixel_values": torch.zeros(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
-
-
-BLANK_IMAGES: dict[str, Callable[[PreTrainedModel], dict[str, Tensor]]] = {
-    "llava_next": blank_tiles,
-    "llava_onevision": blank_tiles,
-    "qwen2_vl": blank_patches,
-    "qwen2_5_vl": blank_patches,
-    "qwen3_vl": blank_patches,
-    "idefics3": blank_tile,
-    "smolvlm": blank_tile,
-    "mistral3": blank_any_size,
-}
-
-
-def language_parameters(vlm: PreTrainedModel) -> set[nn.Parameter]:
-    """Parameters of the language model, its embeddings and its head."""
-    head = vlm.get_output_embeddings()
-    return {*vlm.get_decoder().parameters(), *([] if head is None else head.parameters())}
+    is_clip = vision.model_type == "clip_vision_model" and vision.hidden_size == clip_width
+    if not (is_clip and family_of(vlm).projects_single_patches):
+        raise ModelError(
+            f"relevance_clip: {folder} projects patches of a CLIP tower of width {clip_width}, which those of "
+            f"{type(vlm).__name__} with a {vision.model_type} of width {vision.hidden_size} are not; without "
+            "relevance_clip the language model's own embeddings serve any model"
+        )

@@ -1,6 +1,6 @@
-"""From pixels to projected visual tokens, and what pruners want to know about them.
+"""Image encoding: from pixels to projected visual tokens, and to the fields of VisualTokens that pruners need.
 
-Everything goes through the model's public `get_image_features`; what it doesn't offer is in tower.py.
+Everything goes through the model's public `get_image_features`; tower.py adds what that doesn't offer.
 """
 
 from collections.abc import Collection
@@ -9,45 +9,46 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dualspeed.method.vlm.families import image_units, language_parameters
-from dualspeed.method.vlm.tower import per_token, record_tower, skip_unused_vision_layers
+from dualspeed.method.vlm.families import family_of
+from dualspeed.method.vlm.inputs import image_units
+from dualspeed.method.vlm.tower import capture_fields, per_token, skip_unused_vision_layers
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The images of a batch in reading order; image i has N_i tokens, P in all."""
+    """Encoded images of a batch in reading order; image i has N_i tokens, all of them P."""
 
     output: ModelOutput
-    """What the model's `get_image_features` returned."""
+    """Result of the model's `get_image_features`."""
     features: list[Tensor]
-    """(N_i, D) projected features of each image, LLaVA-NeXT's newlines packed in."""
+    """(N_i, D) projected features of each image, newline tokens included."""
     described: dict[str, Tensor]
-    """(P, ...) what was asked for of the fields of VisualTokens, under their names."""
+    """(P, ...) the requested fields of VisualTokens, by name."""
     tiles: Tensor | None
-    """(P,) which tile of its image a token belongs to, -1 for newlines; None unless asked for."""
+    """(P,) index of each token's tile within its image, -1 for newlines; None unless requested."""
 
     def all_features(self) -> list[Tensor]:
-        """Everything that the projector made of the images: what deeper layers add (DeepStack) as well."""
+        """All outputs of the projector, features for deeper layers (DeepStack) included."""
         deepstack = getattr(self.output, "deepstack_features", None) or []
         return [*self.features, *(torch.cat(list(layer)) for layer in deepstack)]
 
     def keeping(self, features: list[Tensor], positions: list[Tensor], num_virtual_tokens: int) -> ModelOutput:
-        """The output with other features, in the form that the model gave it.
+        """Copy of `output` with other features, in the form that the model returns them in.
 
         Args:
             features: (l + K_u, D) isolator and kept features of each unit.
-            positions: (K_u,) which of the P tokens those are.
-            num_virtual_tokens: l.
+            positions: (K_u,) positions of the kept features among the P tokens.
+            num_virtual_tokens: length l of the isolator.
         """
         pooled = self.output.pooler_output
         changed: dict[str, Any] = {"pooler_output": torch.cat(features) if isinstance(pooled, Tensor) else features}
         if deepstack := getattr(self.output, "deepstack_features", None):
-            # What deeper layers add to the image's tokens: to the isolator nothing.
+            # Deeper layers add these to the image tokens, and zeros to the isolator.
             changed["deepstack_features"] = [
                 [F.pad(torch.cat(list(layer))[kept], (0, 0, num_virtual_tokens, 0)) for kept in positions]
                 for layer in deepstack
@@ -61,25 +62,25 @@ def encode_images(
     """Run vision tower and projector once over all images of a batch.
 
     Args:
-        images: pixel_values, and what else the model's `get_image_features` takes.
-        needs: fields of VisualTokens to describe the tokens by, those of tower.RECORDED.
-        with_tiles: whether to say which tile a token belongs to.
+        images: inputs of the model's `get_image_features`, pixel_values among them.
+        needs: fields of VisualTokens to return; only families.CAPTURED_FIELDS are considered.
+        with_tiles: True to return each token's tile.
     """
-    record: dict[str, Tensor] = {}
-    with skip_unused_vision_layers(vlm) as layer_arguments, record_tower(vlm, needs, record):
+    captured: dict[str, Tensor] = {}
+    with skip_unused_vision_layers(vlm) as layer_arguments, capture_fields(vlm, needs, captured):
         output = vlm.get_image_features(**images, **layer_arguments, return_dict=True)
     features = image_units(vlm, output.pooler_output)
     return EncodedImages(
         output=output,
         features=features,
-        described={name: pack(vlm, values, features, images, of_newline(name)) for name, values in record.items()},
+        described={name: pack(vlm, values, features, images, newline_fill(name)) for name, values in captured.items()},
         tiles=token_tiles(vlm, features, images) if with_tiles else None,
     )
 
 
 def token_tiles(vlm: PreTrainedModel, features: list[Tensor], images: dict[str, Tensor]) -> Tensor:
-    """(P,) tile of each token within its image, -1 for newlines; a model without tiles has one an image."""
-    if not has_packed_tiles(vlm):
+    """(P,) index of each token's tile within its image, -1 for newlines; 0 in models that don't pack tiles."""
+    if not family_of(vlm).packs_tiles:
         return torch.zeros(sum(map(len, features)), dtype=torch.long, device=features[0].device)
     num_tiles = tiles_per_image(vlm, images)
     side = vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size
@@ -87,25 +88,20 @@ def token_tiles(vlm: PreTrainedModel, features: list[Tensor], images: dict[str, 
     return pack(vlm, tiles[:, None].expand(-1, side * side).float(), features, images, -1.0).long()
 
 
-def of_newline(name: str) -> float:
-    """What a newline token, which no patch stands behind, has in place of a field of VisualTokens."""
+def newline_fill(name: str) -> float:
+    """Fill value of newline tokens in a field of VisualTokens."""
     return -torch.inf if name == "cls_attention" else 0.0
 
 
-def has_packed_tiles(vlm: PreTrainedModel) -> bool:
-    """Whether the model cuts images into tiles and packs their tokens with newlines."""
-    return vlm.config.model_type in ("llava_next", "llava_onevision")
-
-
 def tiles_per_image(vlm: PreTrainedModel, images: dict[str, Tensor]) -> list[int]:
-    """Tiles of each image, the base tile included."""
+    """Number of tiles of each image, the base tile included."""
     size_to_num_tiles = import_module(type(vlm).__module__).image_size_to_num_patches
     config = vlm.config
     num_tiles = [
         size_to_num_tiles(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in images["image_sizes"]
     ]
-    # OneVision cuts none of several images of a sample.
+    # OneVision cuts an image into tiles only if it is its sample's only one.
     images_of_sample = images.get("batch_num_images")
     if images_of_sample is None:
         return num_tiles
@@ -116,31 +112,31 @@ def tiles_per_image(vlm: PreTrainedModel, images: dict[str, Tensor]) -> list[int
 def pack(
     vlm: PreTrainedModel, values: Tensor, features: list[Tensor], images: dict[str, Tensor], newline: float
 ) -> Tensor:
-    """Bring what belongs to patches, (tiles, patches, ...), into the order of the projected tokens, (P, ...).
+    """Reorder values of patches, (tiles, patches, ...), to the order of the projected tokens, (P, ...).
 
     Args:
         features, images: as in EncodedImages and `encode_images`.
-        newline: what newline tokens get.
+        newline: fill value of newline tokens.
     """
-    if not has_packed_tiles(vlm):
+    packing_settings = family_of(vlm).packing_settings
+    if not packing_settings:
         return per_token(values, sum(map(len, features)) // len(values)).flatten(0, 1)
     vectors = values.flatten(2) if values.dim() > 2 else values[..., None]
     per_image = torch.split(vectors, tiles_per_image(vlm, images))
     image_newline = vectors.new_full((vectors.shape[-1],), newline)
-    named = {"image_newline": image_newline}
-    if vlm.config.model_type == "llava_next":
-        named["vision_feature_select_strategy"] = vlm.config.vision_feature_select_strategy
-    else:
-        named["vision_aspect_ratio"] = vlm.config.vision_aspect_ratio
-    packed, _ = vlm.model.pack_image_features(per_image, images["image_sizes"], **named)
+    settings = {name: getattr(vlm.config, name) for name in packing_settings}
+    packed, _ = vlm.model.pack_image_features(per_image, images["image_sizes"], image_newline=image_newline, **settings)
     return torch.cat(packed).unflatten(-1, values.shape[2:]) if values.dim() > 2 else torch.cat(packed)[:, 0]
 
 
 def pruning_units(images: EncodedImages, seeds: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """Split the P tokens into the units that are pruned apart: images, or the tiles of images without their newlines.
+    """Split the P tokens into units of pruning: images, or the tiles of images without their newlines.
+
+    Args:
+        seeds: one an image, or None.
 
     Returns:
-        positions of each unit's tokens, ascending, and one seed (U,) a unit.
+        positions of each unit's tokens, ascending, and (U,) seeds of the units.
     """
     sizes = [len(features) for features in images.features]
     device = images.features[0].device
@@ -154,9 +150,3 @@ def pruning_units(images: EncodedImages, seeds: Tensor | None) -> tuple[list[Ten
             if seeds is not None:
                 unit_seeds.append(seeds[index] + tile)
     return units, torch.stack(unit_seeds) if unit_seeds else None
-
-
-def trainable_visual_parameters(vlm: PreTrainedModel) -> list[nn.Parameter]:
-    """Trainable parameters outside the language model: projector, newline, vision tower."""
-    language = language_parameters(vlm)
-    return [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]

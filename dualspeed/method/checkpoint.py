@@ -1,0 +1,95 @@
+"""Checkpoints: a stock one of the VLM, beside it the isolator and the method's settings, which other software ignores.
+
+Folder of a checkpoint: what `vlm.save_pretrained` writes, ISOLATOR_FILE if there is an isolator, METHOD_FILE, and
+`adapter/` if the model is trained by LoRA (dualspeed.method.adapters).
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from dualspeed.errors import ModelError
+from dualspeed.files import write_json
+from dualspeed.layout import METHOD_FILE
+from dualspeed.method.isolator import ISOLATOR_FILE, ModeIsolator
+from dualspeed.settings.identity import record
+from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.reading import read_dataclass
+
+if TYPE_CHECKING:
+    from dualspeed.method.model import DualSpeedModel
+
+ISOLATOR_KEY = "mode_isolator.weight"
+VLM_PREFIX = "vlm."
+
+
+def load_vlm(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a stock checkpoint; ModelError if a weight is missing, unexpected or of another shape."""
+    vlm, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **kwargs)
+    wrong = {problem: sorted(map(str, keys)) for problem, keys in report.items() if keys}
+    if wrong:
+        raise ModelError(f"{path}: the weights don't fit {type(vlm).__name__}: {wrong}")
+    return vlm
+
+
+def read_method_settings(folder: str | Path) -> DualSpeedConfig | None:
+    """Settings of the method that a checkpoint was saved with; None for a stock checkpoint."""
+    file = Path(folder) / METHOD_FILE
+    if not file.exists():
+        return None
+    return read_dataclass(DualSpeedConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
+
+
+def save_checkpoint(
+    model: "DualSpeedModel",
+    folder: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    merged: bool = True,
+) -> None:
+    """Write a checkpoint; the arguments are those of `DualSpeedModel.save_pretrained`."""
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    if dtype is not None:
+        state_dict = {key: value.to(dtype) for key, value in state_dict.items()}
+    weights = {key.removeprefix(VLM_PREFIX): value for key, value in state_dict.items() if key.startswith(VLM_PREFIX)}
+    if model.has_adapters:
+        from dualspeed.method import adapters  # needs peft
+
+        adapters.save_adapters(model.vlm, weights, Path(folder) / adapters.ADAPTER_FOLDER)
+        if merged:
+            adapters.save_merged(model.vlm, weights, folder)
+    else:
+        model.vlm.save_pretrained(folder, state_dict=weights)
+    if model.mode_isolator is not None:
+        isolator = state_dict[ISOLATOR_KEY].detach().contiguous().cpu()
+        save_file({ISOLATOR_KEY: isolator}, Path(folder) / ISOLATOR_FILE, metadata={"format": "pt"})
+    if dtype is not None:
+        # save_pretrained wrote the dtype that training holds the weights in.
+        model.vlm.config.dtype = dtype
+        model.vlm.config.save_pretrained(folder)
+    write_json(Path(folder) / METHOD_FILE, record(model.dualspeed))
+
+
+def load_isolator(isolator: ModeIsolator | None, folder: str | Path) -> bool:
+    """Copy a checkpoint's isolator into `isolator`; False if either of them is missing.
+
+    Raises:
+        ModelError: the saved isolator has another shape.
+    """
+    file = Path(folder) / ISOLATOR_FILE
+    if isolator is None or not file.exists():
+        return False
+    saved = load_file(file)[ISOLATOR_KEY]
+    if saved.shape != isolator.weight.shape:
+        raise ModelError(
+            f"{file}: isolator of shape {tuple(saved.shape)}, but num_virtual_tokens and the model's width ask for "
+            f"{tuple(isolator.weight.shape)}"
+        )
+    with torch.no_grad():
+        isolator.weight.copy_(saved)
+    return True

@@ -1,0 +1,145 @@
+"""Fast mode: encode the images of a batch, choose the visual tokens to keep, and shorten the sequences to them.
+
+B samples, L length, U units of pruning (an image, or one of its tiles), K tokens kept, P visual tokens of the batch,
+D width of the language model, l length of the isolator.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import ModelOutput
+
+from dualspeed.errors import ModelError
+from dualspeed.method.relevance import relevance_by_llm, sample_of_token
+from dualspeed.method.sequences import Sequences, prune_inputs
+from dualspeed.method.vlm.inputs import blank_image, image_seeds
+from dualspeed.method.vlm.vision import EncodedImages, encode_images, pruning_units
+from dualspeed.pruners import MergedTokens, VisualTokens
+from dualspeed.settings.budget import num_tokens_to_keep
+
+if TYPE_CHECKING:
+    from dualspeed.method.model import DualSpeedModel
+
+PrunerResult = Tensor | MergedTokens
+PruningObserver = Callable[[Callable[[], PrunerResult], VisualTokens], PrunerResult]
+"""Function (prune, tokens) that calls `prune()` once and returns its result; `tokens` is the pruner's input."""
+
+
+@contextmanager
+def observe_pruning(model: "DualSpeedModel", observer: PruningObserver) -> Iterator[None]:
+    """Route each call of the model's pruner through `observer` while the context is open: to time it, or to see it."""
+    previous = model.pruning_observer
+    model.pruning_observer = observer
+    try:
+        yield
+    finally:
+        model.pruning_observer = previous
+
+
+def encode_batch(model: "DualSpeedModel", images: dict[str, Tensor]) -> EncodedImages:
+    """Encode the images of a batch, or a blank one if `images` is empty."""
+    return encode_images(
+        model.vlm,
+        images or blank_image(model.vlm),
+        needs=model.pruner.needs if model.clip_relevance is None else ("pre_projection",),
+        with_tiles=model.dualspeed.prune_budget == "tile",
+    )
+
+
+def pruning_seeds(model: "DualSpeedModel", images: dict[str, Tensor], pruning_seed: int) -> Tensor | None:
+    """(images,) int64 seeds for pruners that draw at random; None for others, which saves reading every pixel."""
+    if "pixel_values" not in images or "seeds" not in model.pruner.needs:
+        return None
+    return image_seeds(model.vlm, images, pruning_seed)
+
+
+def prune_batch(
+    model: "DualSpeedModel", inputs: Sequences, images: EncodedImages, seeds: Tensor | None, padding_side: str = "right"
+) -> tuple[Sequences, ModelOutput]:
+    """Shorten a batch to its kept tokens.
+
+    Args:
+        inputs: the sequences with all tokens.
+        seeds: one an image, as from `pruning_seeds`.
+
+    Returns:
+        the shortened sequences, and the image features that go with them: isolator and kept tokens of each unit.
+    """
+    features = torch.cat(images.features)
+    units, unit_seeds = pruning_units(images, seeds)
+    num_keep = torch.tensor([num_tokens_to_keep(len(unit), model.dualspeed.pruning_ratio) for unit in units])
+    described = images.described
+    if "relevance" in model.pruner.needs:
+        described = described | {"relevance": token_relevance(model, inputs, features, described)}
+    kept, kept_features = keep_tokens(model, features, units, num_keep, described, unit_seeds)
+
+    num_copies = torch.zeros(len(features), dtype=torch.long, device=features.device)
+    num_copies[torch.cat(kept)] = 1
+    num_copies[torch.stack([unit[0] for unit in kept])] += model.dualspeed.num_virtual_tokens
+    isolator = [] if model.mode_isolator is None else [model.mode_isolator().to(features.dtype)]
+    unit_features = [torch.cat([*isolator, vectors]) for vectors in kept_features]
+    shortened = prune_inputs(inputs, model.config.image_token_id, num_copies, padding_side)
+    return shortened, images.keeping(unit_features, kept, model.dualspeed.num_virtual_tokens)
+
+
+def keep_tokens(
+    model: "DualSpeedModel",
+    features: Tensor,
+    units: list[Tensor],
+    num_keep: Tensor,
+    described: dict[str, Tensor],
+    seeds: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Choose the tokens of each unit that stay.
+
+    Args:
+        features: (P, D) projected features of the batch.
+        units: positions in `features` of each unit's tokens, ascending.
+        num_keep: (U,) tokens to keep of each unit.
+        described: (P, ...) further fields of VisualTokens.
+        seeds: (U,) for pruners that draw at random.
+
+    Returns:
+        (K,) positions in `features` that stay of each unit, ascending, and the (K, D) vectors there.
+    """
+    positions = pad_sequence(units, batch_first=True)
+    tokens = VisualTokens(
+        features=features[positions],
+        mask=pad_sequence([torch.ones_like(unit, dtype=torch.bool) for unit in units], batch_first=True),
+        seeds=seeds,
+        **{name: values[positions] for name, values in described.items()},
+    )
+    chosen = call_pruner(model, tokens, num_keep)
+    indices = chosen.indices if isinstance(chosen, MergedTokens) else chosen
+    counts = num_keep.tolist()
+    kept = [unit[row[:k]] for unit, row, k in zip(units, indices, counts, strict=True)]
+    if isinstance(chosen, MergedTokens):
+        return kept, [row[:k] for row, k in zip(chosen.features, counts, strict=True)]
+    return kept, [features[unit] for unit in kept]
+
+
+def call_pruner(model: "DualSpeedModel", tokens: VisualTokens, num_keep: Tensor) -> PrunerResult:
+    """Call the model's pruner, through the observer if there is one."""
+    if model.pruning_observer is None:
+        return model.pruner(tokens, num_keep)
+    return model.pruning_observer(lambda: model.pruner(tokens, num_keep), tokens)
+
+
+def token_relevance(
+    model: "DualSpeedModel", inputs: Sequences, features: Tensor, described: dict[str, Tensor]
+) -> Tensor:
+    """(P,) relevance of each visual token to the question of its sample."""
+    image_token_id = model.config.image_token_id
+    if model.clip_relevance is None:
+        return relevance_by_llm(inputs, features, model.vlm.get_input_embeddings(), image_token_id)
+    if inputs.question_ids is None:
+        raise ModelError(
+            "relevance_clip needs question_ids: give ConversationCollator or generation_inputs "
+            "question_tokenizer=model.question_tokenizer(processor)"
+        )
+    samples = sample_of_token(inputs, image_token_id)
+    return model.clip_relevance(inputs.question_ids, described["pre_projection"], samples)

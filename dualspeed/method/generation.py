@@ -1,0 +1,56 @@
+"""Generation on all visual tokens, or on pruned ones behind the mode isolator."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dualspeed.method.fast_mode import encode_batch, prune_batch, pruning_seeds
+from dualspeed.method.sequences import Sequences
+from dualspeed.method.vlm.inputs import TOKEN_INPUTS, image_inputs, token_inputs
+from dualspeed.settings.modes import Mode
+
+if TYPE_CHECKING:
+    from dualspeed.method.model import DualSpeedModel
+
+
+@torch.no_grad()
+def generate(
+    model: "DualSpeedModel",
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_sizes: Tensor | None = None,
+    question_ids: Tensor | None = None,
+    mode: Mode = Mode.SLOW,
+    **kwargs: Any,
+) -> Tensor:
+    """Generate in one mode; arguments and result are those of `DualSpeedModel.generate`."""
+    vlm = model.vlm
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    named = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+    images = {name: values for name, values in named.items() if values is not None}
+    if mode is Mode.SLOW or not images:
+        return vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **kwargs)
+    accepted = inspect.signature(vlm.get_image_features).parameters
+    inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted or name in TOKEN_INPUTS}
+    images = image_inputs(vlm, inputs | images)
+    full = Sequences(
+        input_ids,
+        attention_mask,
+        labels=None,
+        by_token=token_inputs(vlm, input_ids, attention_mask, inputs, images),
+        question_ids=question_ids,
+    )
+    encoded, seeds = encode_batch(model, images), pruning_seeds(model, images, pruning_seed=0)
+    pruned, kept = prune_batch(model, full, encoded, seeds, padding_side="left")
+    # From given positions (3-D ones in the Qwen-VL families) stock generation counts on after the last of them.
+    output = vlm.generate(
+        input_ids=pruned.input_ids,
+        attention_mask=pruned.attention_mask,
+        mm_encoder_outputs={"image": kept},
+        **pruned.by_token,
+        **kwargs,
+    )
+    return torch.cat([input_ids, output[:, pruned.input_ids.shape[1] :]], dim=1)

@@ -1,0 +1,96 @@
+"""Inputs of a batch, sorted by who takes them: the vision tower, or the language model token by token."""
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualspeed.errors import UnknownInputError
+from dualspeed.method.vlm.families import family_of
+
+TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+"""Inputs with one number per token, which pruning shortens along with the sequence."""
+
+
+def image_inputs(vlm: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Inputs that the vision tower takes; UnknownInputError names those that neither it nor the text takes."""
+    accepted = inspect.signature(vlm.get_image_features).parameters
+    unknown = [
+        name for name in inputs if name not in accepted and name not in TOKEN_INPUTS and inputs[name] is not None
+    ]
+    if unknown:
+        raise UnknownInputError(
+            f"{type(vlm).__name__}: unknown input {', '.join(unknown)}; images take {', '.join(accepted)}"
+        )
+    return {name: values for name, values in inputs.items() if name in accepted and values is not None}
+
+
+def blank_image(vlm: PreTrainedModel) -> dict[str, Tensor]:
+    """One blank image as the model's `get_image_features` takes it, on the model's device and in its dtype."""
+    return {
+        name: values.to(vlm.device, vlm.dtype if values.is_floating_point() else None)
+        for name, values in family_of(vlm).blank_image(vlm).items()
+    }
+
+
+def image_units(vlm: PreTrainedModel, pooled: Tensor | list[Tensor]) -> list[Tensor]:
+    """(N_i, D) visual tokens of each image, or of each tile where the model returns all tiles of a sample at once.
+
+    Args:
+        pooled: `pooler_output` of `get_image_features`, images in reading order.
+    """
+    if not family_of(vlm).splits_samples_into_tiles:
+        return list(pooled)
+    # A tile has a fixed number of tokens.
+    vision = vlm.config.vision_config
+    num_tokens = (vision.image_size // vision.patch_size) ** 2 // vlm.config.scale_factor**2
+    return [tile for sample in pooled for tile in sample.split(num_tokens) if len(tile)]
+
+
+def image_seeds(vlm: PreTrainedModel, images: dict[str, Tensor], pruning_seed: int) -> Tensor:
+    """(units,) int64 checksum of each unit's pixels plus the step's seed, so that an image is pruned alike anywhere."""
+    pixels = images["pixel_values"]
+    if family_of(vlm).splits_samples_into_tiles:
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).any(dim=1)]  # tiles of zeros are padding
+    bits = torch.int32 if pixels.element_size() == 4 else torch.int16
+    sums = pixels.flatten(1).contiguous().view(bits).sum(dim=1, dtype=torch.int64)
+    if "image_grid_thw" in images:
+        # pixel_values has one row per patch here, not per image.
+        sums = torch.stack([patches.sum() for patches in sums.split(images["image_grid_thw"].prod(dim=1).tolist())])
+    return sums + pruning_seed
+
+
+def token_inputs(
+    vlm: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    images: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Inputs of the language model with one value per token, (..., B, L): token types, 3-D positions.
+
+    Args:
+        input_ids, attention_mask: (B, L) the batch with all of its tokens.
+        inputs: what the processor gave, TOKEN_INPUTS among it.
+        images: as from `image_inputs`.
+    """
+    by_token = {name: values for name in TOKEN_INPUTS if (values := inputs.get(name)) is not None}
+    if not family_of(vlm).has_3d_positions:
+        return by_token
+    # Such a model uses the types for its positions alone, and computes the 1-D positions of text itself.
+    by_token.pop("mm_token_type_ids", None)
+    if not images:
+        return by_token
+    positions = vlm.model.compute_3d_position_ids(
+        input_ids=input_ids,
+        inputs_embeds=None,
+        image_grid_thw=images["image_grid_thw"],
+        video_grid_thw=None,
+        attention_mask=attention_mask,
+        past_key_values=None,
+        mm_token_type_ids=(input_ids == vlm.config.image_token_id).int(),
+    )
+    return by_token | {"position_ids": positions}
