@@ -1,4 +1,7 @@
-"""One thread a test process: small models are quickest so, and equal thread counts give equal sums."""
+"""Fixtures that several folders share; one thread a test process.
+
+Small models are quickest on one thread, and equal thread counts give equal sums.
+"""
 
 import os
 
@@ -12,21 +15,21 @@ from datasets import Dataset
 from PIL import Image
 
 from tests.support import tiny
-from tests.support.stage import interruptible, run
+from tests.support.stage import interruptible_settings, train_stage
 
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--pictures", metavar="FOLDER", help="where tests/reporting/test_pictures.py leaves its screenshots"
+        "--pictures", metavar="FOLDER", help="folder for the screenshots of tests/reporting/test_pictures.py"
     )
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """A base checkpoint and a prepared dataset of 24 conversations."""
-    folder = tmp_path_factory.mktemp("inputs")
+def stage_inputs(tmp_path_factory) -> Path:
+    """Folder with a base checkpoint, `base`, and a prepared dataset of 24 conversations, `data`."""
+    folder = tmp_path_factory.mktemp("stage_inputs")
     tiny.make_llava(folder / "base")
     rows = []
     for index in range(24):
@@ -51,6 +54,6 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory) -> Path:
-    """What a training makes that nothing happens to; its last step is in the middle of an epoch."""
-    return run(inputs, tmp_path_factory.mktemp("whole"), interruptible())
+def uninterrupted(stage_inputs, tmp_path_factory) -> Path:
+    """Checkpoint of a training of `interruptible_settings` that nothing interrupted."""
+    return train_stage(stage_inputs, tmp_path_factory.mktemp("uninterrupted"), interruptible_settings())

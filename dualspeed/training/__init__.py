@@ -1,1 +1,1 @@
-"""The trainer, and one stage of a run."""
+"""Training of one stage: the trainer, its checkpoints and what it logs."""

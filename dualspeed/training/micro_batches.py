@@ -1,4 +1,4 @@
-"""A batch cut into smaller ones: slow steps need the memory of all tokens, fast ones of a tenth of them."""
+"""Splitting of a batch into micro-batches, because slow steps need the memory of all tokens, fast ones of a tenth."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from dualspeed.errors import SampleError
 
 
 def micro_batches(inputs: dict[str, Any], num_images: list[int], size: int) -> list[dict[str, Any]]:
-    """Cut a collated batch into parts of at most `size` samples, each with its own images.
+    """Split a collated batch into parts of at most `size` samples, each with its own images.
 
     Args:
-        inputs: (B, ...) what belongs to samples, padded to the longest; what belongs to images, in reading order.
-        num_images: (B,) how many images each sample has.
+        inputs: one row a sample, padded to the longest, or one row an image (or patch), in reading order.
+        num_images: (B,) number of images of each sample.
 
     Raises:
-        ValueError: `pixel_values` can't be told apart by image.
+        SampleError: `num_images` has another length than the batch, or the rows of `pixel_values` can't be assigned.
     """
     num_samples = len(inputs["input_ids"])
     if len(num_images) != num_samples:
@@ -29,7 +29,7 @@ def micro_batches(inputs: dict[str, Any], num_images: list[int], size: int) -> l
 
 
 def rows_of(name: str, inputs: dict[str, Any], num_images: list[int], samples: slice, images: slice) -> slice | None:
-    """Which rows of an input belong to `samples` and their `images`; None: it has nothing for them."""
+    """Rows of the input `name` that belong to `samples` and their `images`; None if it has no row for them."""
     if name not in (*INPUTS_PER_IMAGE, "pixel_values"):
         return samples
     if images.start == images.stop:
@@ -42,4 +42,6 @@ def rows_of(name: str, inputs: dict[str, Any], num_images: list[int], samples: s
         return images
     if num_rows == len(num_images):
         return samples
-    raise SampleError(f"{name} has {num_rows} rows, which are neither those of {sum(num_images)} images nor of samples")
+    raise SampleError(
+        f"{name} has {num_rows} rows; valid: one an image ({sum(num_images)}) or one a sample ({len(num_images)})"
+    )

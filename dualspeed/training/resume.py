@@ -1,6 +1,8 @@
-"""Checkpoints to resume from: whole or absent, the last two kept, each with what the trainer's own state leaves out.
+"""Checkpoints to resume from: whole or absent, and only the last two are kept.
 
-`progress.json` in a checkpoint says how many seconds the stage has taken so far and on how many processes it runs.
+A checkpoint is written into the folder `.unfinished` and moved out of it when every process has written its part.
+Beside the trainer's own files it has `progress.json`: the seconds that the stage has taken so far, and the number of
+processes that it runs on.
 """
 
 import json
@@ -14,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dualspeed.errors import WorldSizeError
 from dualspeed.files import write_json
@@ -33,24 +35,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read, None where there is none."""
+    """Newest readable checkpoint in a folder, or None."""
     for checkpoint in list_checkpoints(folder):
         try:
             json.loads((checkpoint / TRAINER_STATE).read_text())
             return checkpoint
         except (FileNotFoundError, json.JSONDecodeError):
-            logger.warning("%s was cut off while it was written; an older one serves", checkpoint)
+            logger.warning("%s is incomplete: training resumes from an older one, if there is one", checkpoint)
     return None
 
 
 def read_progress(checkpoint: Path | None) -> dict[str, Any]:
-    """What progress.json of a checkpoint holds; empty for none."""
+    """Content of a checkpoint's progress.json; empty without a checkpoint or without the file."""
     file = checkpoint / PROGRESS if checkpoint else None
     return json.loads(file.read_text()) if file and file.exists() else {}
 
 
 def check_num_processes(checkpoint: Path | None, num_processes: int) -> None:
-    """Raise WorldSizeError unless the run was started on this many processes."""
+    """Raise WorldSizeError if the run was started on another number of processes."""
     before = read_progress(checkpoint).get("num_processes", num_processes)
     if checkpoint and before != num_processes:
         raise WorldSizeError(
@@ -60,67 +62,73 @@ def check_num_processes(checkpoint: Path | None, num_processes: int) -> None:
 
 
 class ResumableTrainer(DualSpeedTrainer):
-    """Writes checkpoints under a temporary name and moves them, so that a torn one is never resumed from."""
+    """DualSpeedTrainer that is resumed after a kill; `args.output_dir` is `unfinished_folder(checkpoints)`."""
 
     def __init__(self, *args: Any, started: float, **kwargs: Any) -> None:
-        """As DualSpeedTrainer; `started`: the `time.monotonic()` of a start without interruptions."""
+        """Set up training.
+
+        Args:
+            args, kwargs: as for DualSpeedTrainer.
+            started: `time.monotonic()` at the start of the stage, as if nothing had interrupted it.
+        """
         self._started = started
-        self._is_saving = False
         super().__init__(*args, **kwargs)
         if self.is_world_process_zero():
-            shutil.rmtree(self._unfinished, ignore_errors=True)
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)
+        self.add_callback(KeepWholeCheckpoints(self))
 
     def seconds(self) -> float:
         """Wall clock of the stage so far, over all its jobs, without its validations."""
         return time.monotonic() - self._started - self.evaluation_seconds
 
     def get_train_dataloader(self) -> DataLoader:
-        """The stock one, whose workers leave SIGTERM to the trainer."""
+        """Stock data loader, with workers that ignore SIGTERM from outside."""
         return shield_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Likewise."""
+        """Stock data loader, with workers that ignore SIGTERM from outside."""
         return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The stock loop looks whether training is over after a step; resumed at the end, it would train one more.
+        # The stock loop checks for the last step after a step: resumed behind the last one, it would train one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
-    @property
-    def _unfinished(self) -> Path:
-        return Path(self.args.output_dir) / UNFINISHED
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._unfinished) if self._is_saving else super()._get_output_dir(trial)
+def unfinished_folder(checkpoints: Path) -> Path:
+    """Folder below that of the checkpoints which the trainer writes a checkpoint into."""
+    return checkpoints / UNFINISHED
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving = False
-        self.accelerator.wait_for_everyone()  # every process has written its part
-        if self.is_world_process_zero():
-            name = f"checkpoint-{self.state.global_step}"
-            progress = {"seconds": self.seconds(), "num_processes": self.args.world_size}
-            write_json(self._unfinished / name / PROGRESS, progress)
-            folder = Path(self.args.output_dir)
-            if (folder / name).exists():  # torn by a crash of the machine
-                shutil.rmtree(folder / name)
-            os.replace(self._unfinished / name, folder / name)
-            self._unfinished.rmdir()
-            for old in list_checkpoints(folder)[NUM_KEPT:]:
+
+class KeepWholeCheckpoints(TrainerCallback):
+    """Moves each written checkpoint from `.unfinished` to the folder above it, and deletes old ones there."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add progress.json and move the checkpoint, when every process has written its part."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            unfinished = Path(args.output_dir)
+            written, whole = (folder / f"checkpoint-{state.global_step}" for folder in (unfinished, unfinished.parent))
+            progress = {"seconds": self.trainer.seconds(), "num_processes": args.world_size}
+            write_json(written / PROGRESS, progress)
+            if whole.exists():  # torn by a crash of the machine
+                shutil.rmtree(whole)
+            os.replace(written, whole)
+            for old in list_checkpoints(whole.parent)[NUM_KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self.trainer.accelerator.wait_for_everyone()
 
 
 def shield_workers(loader: DataLoader) -> DataLoader:
-    """Let the workers of a loader, which may be accelerate's wrapper, end on their parent's SIGTERM alone.
+    """Make the workers of a data loader end on SIGTERM from their parent only.
 
-    Slurm sends it to every process of a job; a worker that dies of it raises in the middle of a training step.
+    Slurm sends SIGTERM to every process of a job; a worker that dies of it raises in the middle of a training step.
+    The loader may be accelerate's wrapper of another one.
     """
     for one in {id(part): part for part in (loader, getattr(loader, "base_dataloader", loader))}.values():
         one.worker_init_fn = partial(_init_worker, one.worker_init_fn)
@@ -129,12 +137,12 @@ def shield_workers(loader: DataLoader) -> DataLoader:
 
 def _init_worker(stock_init: Any, worker_id: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_parent_alone, daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
     if stock_init is not None:
         stock_init(worker_id)
 
 
-def _end_for_parent_alone() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     # The trainer ends its workers by SIGTERM too, and waits for them when it exits.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass

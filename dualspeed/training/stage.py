@@ -1,7 +1,7 @@
-"""One stage of one run, from a checkpoint to the next: what `dualspeed train` does.
+"""Training of one stage, from one checkpoint to the next: the job of `dualspeed train`.
 
-Everything that a killed job needs to go on lies in a state folder, named by a hash of all that decides the result:
-settings, input weights, data. State of other settings is therefore never resumed.
+A killed job resumes from its state folder, which is named by a hash of all that decides the result: settings, input
+weights and data. So the state of other settings is never resumed.
 """
 
 import logging
@@ -17,19 +17,28 @@ from transformers import ProcessorMixin, TrainingArguments, set_seed
 
 from dualspeed.cluster.run_lock import run_lock
 from dualspeed.data.collator import ConversationCollator
-from dualspeed.data.prepare import VALIDATION_FOLDER
 from dualspeed.data.processing import load_processor
 from dualspeed.environment import environment
 from dualspeed.errors import CheckpointError, InterruptedTrainingError
 from dualspeed.files import atomic_folder, sha256_of_file, sha256_of_json, write_json
+from dualspeed.layout import METRICS_FILE, TRAINING_RECORD, VALIDATION_FOLDER
 from dualspeed.method.model import DualSpeedModel
+from dualspeed.settings.identity import key_of, record
 from dualspeed.settings.modes import Mode
 from dualspeed.settings.recipe import batch_plan
 from dualspeed.settings.stage import StageSettings
-from dualspeed.tracking.metric_log import METRICS_FILE, MetricLog, ParentRun, RunSpec
+from dualspeed.tracking.delivery import ParentRun
+from dualspeed.tracking.metric_log import MetricLog, RunSpec
+from dualspeed.tracking.store import Store
 from dualspeed.training.callbacks import MetricLogCallback, StopInTime
 from dualspeed.training.grouping import group_lengths
-from dualspeed.training.resume import ResumableTrainer, check_num_processes, last_checkpoint, read_progress
+from dualspeed.training.resume import (
+    ResumableTrainer,
+    check_num_processes,
+    last_checkpoint,
+    read_progress,
+    unfinished_folder,
+)
 from dualspeed.training.step_times import machine, peak_memory_bytes
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 from dualspeed.training.validation import count_answers, mean_of_answers
@@ -43,17 +52,17 @@ def train(
     data_folder: Path,
     state_root: Path,
     out: Path,
-    tracking: dict[str, str] | None = None,
-    parent: dict[str, str] | None = None,
+    tracking: Store | None = None,
+    parent: ParentRun | None = None,
     time_limit: float | None = None,
 ) -> None:
-    """Run a stage from the checkpoint in `model_folder` on the prepared data in `data_folder`, and write it to `out`.
+    """Train a stage from the checkpoint in `model_folder` on the prepared data in `data_folder`; write it to `out`.
 
     Args:
-        state_root: holds the state folders; a stage that was killed goes on where its last whole checkpoint is.
-        tracking: MLflow's `uri` and `experiment`; None logs to the state folder alone.
-        parent: `row` and `settings_hash` of the experiment that the run belongs to; None for a shared pretraining.
-        time_limit: minutes that this job has; training stops with a checkpoint in time. None: no limit.
+        state_root: folder of the state folders; a stage that was killed resumes from its last whole checkpoint there.
+        tracking: MLflow store that metrics also go to; None: to the state folder alone.
+        parent: run of the row that the training belongs to; None for a pretraining, which rows share.
+        time_limit: minutes that this job has; training stops before with a checkpoint. None: no limit.
 
     Raises:
         InterruptedTrainingError: the time was over, or SIGTERM came.
@@ -83,38 +92,37 @@ def train(
                 raise InterruptedTrainingError(f"{stop.reason}: {steps} are done and kept; start it again to go on")
             save(trainer, settings, state, out)
         if is_first_process:
-            shutil.rmtree(state / "checkpoints", ignore_errors=True)  # all that they hold is in `out`
+            shutil.rmtree(state / "checkpoints", ignore_errors=True)  # `out` has all of their content
 
 
 def world_size() -> int:
-    """Processes that train together, as their launcher says."""
+    """Number of processes that train together, as set by their launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def run_spec(settings: StageSettings, out: Path, parent: dict[str, str] | None) -> RunSpec:
-    """What the stage's run is called, set to and tagged with."""
+def run_spec(settings: StageSettings, out: Path, parent: ParentRun | None) -> RunSpec:
+    """Name, parameters and tags of the stage's run in MLflow."""
     return RunSpec(
         name=f"{settings.stage} {out.name}",
-        parent=ParentRun(**parent) if parent else None,
-        params=settings.to_dict(),
+        parent=parent,
+        params=record(settings),
         tags={"stage": settings.stage} | ({"pretrain_key": out.name} if settings.stage == "pretrain" else {}),
     )
 
 
 def open_state(state_root: Path, settings: StageSettings, model_folder: Path, data_folder: Path) -> Path:
-    """The folder that holds the resumable state of this stage, with what decides its name."""
-    identity = {
-        "settings": settings.to_dict(),
+    """Create or find the state folder of this stage, and write its settings and the hashes of its inputs to it."""
+    inputs = {
         "model": fingerprint(model_folder, "*.safetensors", "config.json"),
         "data": fingerprint(data_folder, "*.arrow", f"{VALIDATION_FOLDER}/*.arrow"),
     }
-    state = state_root / sha256_of_json(identity)[:16]
-    write_json(state / "settings.json", identity)
-    return state
+    name = sha256_of_json({"settings": key_of(settings, num_digits=64), **inputs})[:16]
+    write_json(state_root / name / "settings.json", {"settings": record(settings), **inputs})
+    return state_root / name
 
 
 def fingerprint(folder: Path, *patterns: str) -> str:
-    """Hash of the content of a folder's files of these patterns."""
+    """Hash of the content of the files in a folder that match one of the patterns."""
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not files:
         raise CheckpointError(f"{folder}: no {' or '.join(patterns)} in this folder")
@@ -122,8 +130,8 @@ def fingerprint(folder: Path, *patterns: str) -> str:
 
 
 def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, ProcessorMixin]:
-    """The checkpoint as its stage trains it, and its processor with the stage's chat template."""
-    set_seed(settings.seed)  # an isolator that the checkpoint doesn't have yet starts from the seed
+    """Load the model, with the stage's parameters trainable, and its processor, with the stage's chat template."""
+    set_seed(settings.seed)  # initialises the isolator, if the checkpoint has none
     if (lora := settings.recipe.lora) is None:
         model = DualSpeedModel.from_pretrained(folder, settings.dualspeed)
     else:
@@ -132,13 +140,13 @@ def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, P
         model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **adapters.quantization(lora))
         adapters.add_adapters(model.vlm, lora)
     set_trainable(model, settings.stage, with_vision=settings.recipe.vision_learning_rate is not None)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # whose optimizer holds float32 weights itself
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # its optimizer holds float32 weights itself
         hold_trained_weights_in_float32(model)
     return model, load_processor(folder, settings.recipe.chat_template, settings.recipe.image_aspect_ratio)
 
 
 def load_data(settings: StageSettings, folder: Path) -> tuple[Dataset, Dataset | None]:
-    """The samples to train on, and the held-out ones of a stage that has a validation."""
+    """Training samples and, for a stage with a validation, held-out samples."""
     has_validation = settings.recipe.validation_annotations is not None
     return load_from_disk(folder), load_from_disk(folder / VALIDATION_FOLDER) if has_validation else None
 
@@ -152,35 +160,21 @@ def make_trainer(
     checkpoints: Path,
     started: float,
 ) -> ResumableTrainer:
-    """The trainer of a stage, which `started` at this `time.monotonic()` if it never was interrupted."""
-    recipe, num_processes = settings.recipe, world_size()
-    per_device_batch_size = recipe.per_device_batch_size or recipe.global_batch_size // num_processes
+    """Make the trainer of a stage.
+
+    Args:
+        held_out: validation samples; None: no validation.
+        checkpoints: folder of the checkpoints to resume from.
+        started: `time.monotonic()` at the start of the stage, as if nothing had interrupted it.
+    """
+    recipe = settings.recipe
     dataset, length_column = group_lengths(dataset, settings.dualspeed)
-    validates = {}
     if held_out is not None:
         held_out, _ = group_lengths(held_out, settings.dualspeed)
-        # Validations are on full tokens, as slow steps are.
-        validates = {
-            "eval_strategy": "steps",
-            "eval_steps": recipe.validation_steps,
-            "per_device_eval_batch_size": recipe.slow_per_device_batch_size or per_device_batch_size,
-        }
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(checkpoints),
-            "seed": settings.seed,
-            "per_device_train_batch_size": per_device_batch_size,
-            "gradient_accumulation_steps": batch_plan(recipe.global_batch_size, num_processes, per_device_batch_size),
-            "logging_nan_inf_filter": False,
-            "length_column_name": length_column,
-            **validates,
-            **recipe.training_arguments,
-        }
-    )
     return ResumableTrainer(
         started=started,
         model=model,
-        args=arguments,
+        args=training_arguments(settings, checkpoints, length_column, held_out is not None),
         train_dataset=dataset,
         eval_dataset=held_out,
         preprocess_logits_for_metrics=count_answers,
@@ -198,28 +192,52 @@ def make_trainer(
     )
 
 
+def training_arguments(
+    settings: StageSettings, checkpoints: Path, length_column: str, has_validation: bool
+) -> TrainingArguments:
+    """Make a stage's `transformers.TrainingArguments`, for this number of processes; those of the recipe come last."""
+    recipe, num_processes = settings.recipe, world_size()
+    per_device_batch_size = recipe.per_device_batch_size or recipe.global_batch_size // num_processes
+    arguments = {
+        "output_dir": str(unfinished_folder(checkpoints)),
+        "seed": settings.seed,
+        "per_device_train_batch_size": per_device_batch_size,
+        "gradient_accumulation_steps": batch_plan(recipe.global_batch_size, num_processes, per_device_batch_size),
+        "logging_nan_inf_filter": False,
+        "length_column_name": length_column,
+    }
+    if has_validation:
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": recipe.validation_steps,
+            # Validations run on full tokens, as slow steps do.
+            "per_device_eval_batch_size": recipe.slow_per_device_batch_size or per_device_batch_size,
+        }
+    return TrainingArguments(**arguments | recipe.training_arguments)
+
+
 def save(trainer: ResumableTrainer, settings: StageSettings, state: Path, out: Path) -> None:
-    """Write the stock checkpoint, the isolator, training.json and the metrics to `out`, whole or not at all."""
+    """Write checkpoint, training record and metrics to `out`, all of them or none."""
     trainer.save_dtype = trainer.accelerator.unwrap_model(trainer.model).stored_dtype
     if not trainer.is_world_process_zero():
-        trainer.save_model(str(out))  # sharded weights are gathered from every process; only the first writes
+        trainer.save_model(str(out))  # takes part in gathering sharded weights; only the first process writes
         return
     with atomic_folder(out) as folder:
         trainer.save_model(str(folder))
-        write_json(folder / "training.json", training_record(trainer, settings))
-        # Figures read what the workflow declares, and state isn't.
+        write_json(folder / TRAINING_RECORD, training_record(trainer, settings))
+        # Figures read declared outputs, and the state folder is none.
         shutil.copyfile(state / METRICS_FILE, folder / METRICS_FILE)
 
 
 def training_record(trainer: ResumableTrainer, settings: StageSettings) -> dict[str, Any]:
-    """What a stage was and what it cost; `train_seconds` is its wall clock, validations left out, over all resumes."""
+    """Settings, cost and last losses of a stage; `train_seconds` is wall clock over all jobs, without validations."""
     num_steps, seconds = trainer.state.global_step, trainer.seconds()
     num_samples = num_steps * settings.recipe.global_batch_size
     losses = {key: value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key}
     return {
         "stage": settings.stage,
         "seed": settings.seed,
-        "settings": settings.to_dict(),
+        "settings": record(settings),
         "train_seconds": seconds,
         "num_steps": num_steps,
         "num_slow_steps": sum(trainer.mode_of_step(step) is Mode.SLOW for step in range(num_steps)),

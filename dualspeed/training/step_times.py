@@ -1,7 +1,7 @@
-"""What a training step costs in each mode: seconds, memory, FLOPs and the pruner's share.
+"""Cost of a training step in each mode: seconds, memory, FLOPs and the pruner's seconds.
 
-One process, one model, one batch in memory. The steps of the modes take turns, so that whatever else the machine does
-meets all of them alike; medians are reported.
+Measured in one process on one batch in memory. The modes take turns, so that other load on the machine affects all of
+them alike; the medians are reported.
 """
 
 import os
@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,29 @@ from transformers import AutoProcessor, BatchFeature
 from dualspeed.chat_templates import use_template
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.files import write_json
-from dualspeed.method.model import DualSpeedModel, load_vlm
-from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.method.checkpoint import load_vlm
+from dualspeed.method.fast_mode import PrunerResult, observe_pruning
+from dualspeed.method.model import DualSpeedModel
 from dualspeed.settings.modes import Mode
+from dualspeed.settings.speed import SpeedSettings
 from dualspeed.training.trainable import set_trainable
 
 Step = Callable[[], None]
 
 
-def measure_speed(
-    model_folder: Path,
-    data_folder: Path,
-    out: Path,
-    dualspeed: DualSpeedConfig,
-    chat_template: str,
-    batch_size: int,
-    repeats: int,
-    threads: int,
-) -> None:
+def measure_speed(model_folder: Path, data_folder: Path, out: Path, settings: SpeedSettings) -> None:
     """Time Baseline's, fast and slow steps on one batch of the training data and write them to `out` as JSON.
 
-    On `threads` CPU threads, whatever the environment says. A step is vision tower, pruner, forward, backward, gradient
-    clipping and AdamW; the batch is already in memory.
+    A step is vision tower, pruner, forward, backward, gradient clipping and AdamW. The number of CPU threads is that of
+    `settings`, whatever the environment says.
     """
-    torch.set_num_threads(threads)
-    model = DualSpeedModel(load_vlm(model_folder), dualspeed)
+    torch.set_num_threads(settings.threads)
+    model = DualSpeedModel(load_vlm(model_folder), settings.dualspeed)
     set_trainable(model, "finetune")
-    batch = training_batch(model, model_folder, data_folder, chat_template, batch_size).to(model.device)
+    batch = training_batch(model, model_folder, data_folder, settings.chat_template, settings.batch_size)
+    batch = batch.to(model.device)
     steps = training_steps(model, dict(batch))
-    seconds, pruner_seconds = time_in_turns(model, steps, repeats)
+    seconds, pruner_seconds = time_in_turns(model, steps, settings.repeats)
     flops = {name: count_flops(step) for name, step in steps.items()}
     write_json(
         out,
@@ -63,9 +56,9 @@ def measure_speed(
             "theory_u": flops["fast"] / flops["baseline"],
             "pruner_seconds": statistics.median(pruner_seconds),
             "peak_memory_bytes": peak_memory_bytes(),
-            "batch_size": batch_size,
+            "batch_size": settings.batch_size,
             "sequence_length": batch["input_ids"].shape[1],
-            "repeats": repeats,
+            "repeats": settings.repeats,
             "threads": torch.get_num_threads(),
             "machine": machine(),
         },
@@ -75,7 +68,7 @@ def measure_speed(
 def training_batch(
     model: DualSpeedModel, model_folder: Path, data_folder: Path, chat_template: str, batch_size: int
 ) -> BatchFeature:
-    """The first `batch_size` samples of a prepared dataset, collated."""
+    """Collated batch of the first `batch_size` samples of a prepared dataset."""
     processor = AutoProcessor.from_pretrained(model_folder)
     use_template(processor, chat_template)
     dataset = load_from_disk(data_folder)
@@ -84,9 +77,12 @@ def training_batch(
 
 
 def training_steps(model: DualSpeedModel, batch: dict[str, Any]) -> dict[str, Step]:
-    """One callable a mode; all train the same weights, with a learning rate of 0, which costs what any other does."""
+    """Functions that run a step of each mode on the same weights.
+
+    The learning rate is 0, so that the weights stay as they are; a step costs as much as with any other.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)  # as the trainer's default
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)  # the trainer's default
 
     def step(**mode: Any) -> None:
         optimizer.zero_grad()
@@ -104,7 +100,7 @@ def training_steps(model: DualSpeedModel, batch: dict[str, Any]) -> dict[str, St
 def time_in_turns(
     model: DualSpeedModel, steps: dict[str, Step], repeats: int
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each repetition of each step, and the pruner's seconds in each fast step, after one warm-up round."""
+    """Seconds of each repetition by step, and the pruner's seconds of each fast step, after one warm-up round."""
     model.train()
     seconds = defaultdict(list)
     pruner_seconds = []
@@ -120,7 +116,7 @@ def time_in_turns(
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds that a call takes, including what it leaves running on a GPU."""
+    """Seconds of a call, including work that it leaves queued on a GPU."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -130,30 +126,23 @@ def timed(function: Callable[[], Any]) -> float:
 
 @contextmanager
 def time_pruner(model: DualSpeedModel) -> Iterator[list[float]]:
-    """Collect the seconds of each call of the model's pruner while the context is open."""
-    pruner = model.pruner
+    """List that gets the seconds of each call of the model's pruner while the context is open."""
     seconds: list[float] = []
 
-    @wraps(pruner)
-    def wrapped(*args: Any) -> Any:
-        result = None
-
-        def call() -> None:
-            nonlocal result
-            result = pruner(*args)
-
-        seconds.append(timed(call))
+    def time_call(prune: Callable[[], PrunerResult], _: Any) -> PrunerResult:
+        synchronize()
+        start = time.perf_counter()
+        result = prune()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
         return result
 
-    model.pruner = wrapped  # type: ignore[assignment]  # to mypy, functions have no attributes
-    try:
+    with observe_pruning(model, time_call):
         yield seconds
-    finally:
-        model.pruner = pruner
 
 
 def count_flops(step: Step) -> int:
-    """FLOPs of a step by torch's counter, which sees attention only where it is made of matrix products."""
+    """FLOPs of a step by torch's counter, with attention as matrix products, since it counts no fused attention."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
     return counter.get_total_flops()
@@ -166,14 +155,14 @@ def synchronize() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this process has held: on the GPU if there is one, else resident."""
+    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def machine() -> str:
-    """GPU, or processor with its number of cores, in words."""
+    """Name of the GPU, or of the processor with its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

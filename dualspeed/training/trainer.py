@@ -1,4 +1,4 @@
-"""DualSpeedTrainer: `transformers.Trainer` that decides which mode a step runs, and saves stock checkpoints."""
+"""DualSpeedTrainer: a `transformers.Trainer` that chooses the mode of each step and saves stock checkpoints."""
 
 import time
 from collections import defaultdict
@@ -18,15 +18,28 @@ from transformers import (
 )
 
 from dualspeed.errors import CheckpointError, ConfigError, SampleError
-from dualspeed.method.model import DualSpeedModel, DualSpeedOutput, load_vlm
+from dualspeed.method.checkpoint import load_vlm
+from dualspeed.method.model import DualSpeedModel, DualSpeedOutput
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode, mode_of_step
 from dualspeed.training.micro_batches import micro_batches
-from dualspeed.training.trainable import is_projector, is_vision
+from dualspeed.training.trainable import parts_of
 
 
 class DualSpeedTrainer(Trainer):
-    """Trains a VLM in fast and slow steps; swap it for `Trainer`, give it a `DualSpeedConfig`, keep the rest."""
+    """Trains a VLM in fast and slow steps; takes the place of `Trainer`, with a `DualSpeedConfig` as well.
+
+    Example:
+        >>> trainer = DualSpeedTrainer(
+        ...     model=vlm,
+        ...     args=TrainingArguments("out"),
+        ...     dualspeed=DualSpeedConfig(pruner="divprune"),
+        ...     train_dataset=dataset,
+        ...     data_collator=ConversationCollator(processor),
+        ...     processing_class=processor,
+        ... )
+        >>> trainer.train()
+    """
 
     def __init__(
         self,
@@ -41,14 +54,15 @@ class DualSpeedTrainer(Trainer):
         """Set up training.
 
         Args:
-            model: a stock VLM, or one already wrapped in a DualSpeedModel.
-            dualspeed: the method's settings; None: those of a wrapped model, or the paper's.
-            projector_learning_rate: of projector and isolator; None: `args.learning_rate`.
-            vision_learning_rate: of the vision tower, where it is trained; None: `args.learning_rate`.
-            slow_batch_size: samples that a device takes at once in a slow step, where that is less than in a fast one;
-                the data collator then gives `num_images`, a list of how many each sample has, as well.
-            kwargs: as for `transformers.Trainer`; the data collator gives input_ids, attention_mask, labels and,
-                where a batch has images, pixel_values and what else the VLM takes.
+            model: a stock VLM, or a DualSpeedModel.
+            dualspeed: settings of the method; None: those of the DualSpeedModel, or the paper's for a stock VLM.
+            projector_learning_rate: learning rate of projector and isolator; None: `args.learning_rate`.
+            vision_learning_rate: learning rate of the vision tower, if it is trainable; None: `args.learning_rate`.
+            slow_batch_size: samples of a micro-batch of a slow step on each device; larger batches are split. The data
+                collator must then also give `num_images`, a list with the number of images of each sample. None: no
+                split.
+            kwargs: as for `transformers.Trainer`; the data collator gives input_ids, attention_mask, labels and, for a
+                batch with images, pixel_values and the VLM's other image inputs.
         """
         if isinstance(model, DualSpeedModel):
             if dualspeed not in (None, model.dualspeed):
@@ -58,33 +72,32 @@ class DualSpeedTrainer(Trainer):
             model = DualSpeedModel(model, dualspeed or DualSpeedConfig())
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter is in the graph of every step
-        # The columns are for the collator: the model's signature says nothing about them.
-        args.remove_unused_columns = False
+        args.remove_unused_columns = False  # columns are inputs of the collator, not of the model
         self.learning_rates = {"projector": projector_learning_rate, "vision": vision_learning_rate}
-        # Of the weights that are saved; None: as they are trained, which resuming needs.
-        self.save_dtype: torch.dtype | None = None
         self.slow_batch_size = slow_batch_size
-        self._losses: dict[str, list[Tensor]] = defaultdict(list)
+        self.save_dtype: torch.dtype | None = None
+        """Dtype of saved weights; None: as they are trained, which resuming needs."""
+        self._merges_adapters = True
+        self._losses: dict[tuple[Mode, str], list[Tensor]] = defaultdict(list)
         self._steps: dict[Mode, set[int]] = defaultdict(set)
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._logged_at = time.perf_counter()
-        self._is_ongoing = False
         self.evaluation_seconds = 0.0
-        """Time that evaluations took, which throughput leaves out."""
+        """Total duration of the evaluations, which the throughput leaves out."""
         super().__init__(model=model, args=args, **kwargs)
         if slow_batch_size is not None and self.is_deepspeed_enabled:
-            raise ConfigError("slow_batch_size is not for DeepSpeed, whose engine counts micro-batches itself")
+            raise ConfigError("slow_batch_size: DeepSpeed's engine counts micro-batches itself; valid: None")
         self.add_callback(FrozenIsolatorInSlowSteps(self))
 
     def mode_of_step(self, step: int) -> Mode:
-        """Mode of an optimizer step, the same on every rank and after every resume."""
+        """Mode of the optimizer step `step`, from 0; the same on every rank and after every resume."""
         config = self.accelerator.unwrap_model(self.model).dualspeed
         return mode_of_step(self.args.seed, step, config.slow_mode_ratio, config.mode_schedule)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of a micro-batch; a slow step's in parts of `slow_batch_size`."""
+        """Run forward and backward pass of a batch; in a slow step, of micro-batches of `slow_batch_size` samples."""
         inputs = dict(inputs)
         num_images, size = inputs.pop("num_images", None), self.slow_batch_size
         is_fast = self.mode_of_step(self.state.global_step) is Mode.FAST
@@ -105,16 +118,16 @@ class DualSpeedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, DualSpeedOutput]:
-        """Loss of a micro-batch in the mode of its step; in evaluation, cross-entropy on all tokens."""
+        """Loss of a micro-batch in the mode of its step; in evaluation, the cross-entropy on all tokens."""
         mode = self.mode_of_step(self.state.global_step) if model.training else Mode.SLOW
         outputs = model(
-            **{name: values for name, values in inputs.items() if name != "num_images"},  # `training_step` reads it
+            **{name: values for name, values in inputs.items() if name != "num_images"},  # for `training_step` only
             mode=mode,
             distill=model.training,
             pruning_seed=(self.args.seed << 32) + self.state.global_step,
             num_items_in_batch=num_items_in_batch,
         )
-        # The ranks' gradients are averaged, while each loss is a share of the sum over all ranks' tokens.
+        # Gradients are averaged over ranks, while each rank's loss is its share of the sum over all ranks' tokens.
         is_share = self.args.average_tokens_across_devices and num_items_in_batch is not None
         scale = self.accelerator.num_processes if is_share else 1
         if model.training:
@@ -123,22 +136,22 @@ class DualSpeedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _record(self, inputs: dict[str, Any], outputs: DualSpeedOutput, mode: Mode, scale: int) -> None:
-        """Keep a micro-batch's figures on the device; `log` brings them home."""
+        """Accumulate a micro-batch's losses and counts on the device; `log` copies them to the host."""
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self._steps[mode].add(self.state.global_step)
         self._sums["tokens"].append(inputs["attention_mask"].sum())
         self._sums["samples"].append(inputs["input_ids"].new_tensor(len(inputs["input_ids"])))
         self._sums["batches_without_supervision"].append(inputs["input_ids"].new_tensor(len(outputs.logits) == 0))
-        self._losses[f"{mode}/ce_loss"].append(outputs.ce_loss.detach() * scale)
+        self._losses[mode, "ce_loss"].append(outputs.ce_loss.detach() * scale)
         if outputs.distillation_loss is not None:
-            self._losses[f"{mode}/distillation_loss"].append(outputs.distillation_loss.detach() * scale)
+            self._losses[mode, "distillation_loss"].append(outputs.distillation_loss.detach() * scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to the stock record what happened since the last one: losses of each mode, throughput, learning rates."""
+        """Log; a training record also gets mean losses by mode, throughput and learning rates since the last one."""
         if "loss" in logs:
-            # A step's loss is the sum of its micro-batches' shares.
-            for name, values in self._losses.items():
-                logs[name] = torch.stack(values).sum().item() / len(self._steps[Mode(name.partition("/")[0])])
+            for (mode, name), values in self._losses.items():
+                # The loss of a step is the sum over its micro-batches, which are shares of it.
+                logs[f"{mode}/{name}"] = torch.stack(values).sum().item() / len(self._steps[mode])
             totals = {name: torch.stack(values).sum().item() for name, values in self._sums.items()}
             seconds = time.perf_counter() - self._logged_at
             for name in ("tokens", "samples"):
@@ -152,7 +165,7 @@ class DualSpeedTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the stock trainer's, but training goes on as if there had been none: random numbers and throughput."""
+        """Evaluate without an effect on training: random state and throughput stay as they were."""
         device, started = self.args.device, time.perf_counter()
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             metrics = super().evaluate(*args, **kwargs)
@@ -162,7 +175,7 @@ class DualSpeedTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the stock trainer's, with a group of its own for projector and isolator."""
+        """Create the stock optimizer, with parameter groups for projector and vision tower."""
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -170,44 +183,46 @@ class DualSpeedTrainer(Trainer):
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters by learning rate and weight decay; the isolator never decays."""
-        decaying = set(self.get_decay_parameter_names(model))
+        """Trainable parameters by part, hence learning rate, and by weight decay; the isolator never decays."""
+        inner: DualSpeedModel = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        parts, decaying = parts_of(inner), set(self.get_decay_parameter_names(inner))
         groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
+        for name, parameter in inner.named_parameters():
             if parameter.requires_grad:
-                part = "projector" if is_projector(name) else "vision" if is_vision(name) else "model"
-                groups[part, name in decaying and "mode_isolator" not in name].append(parameter)
+                group = parts[name] if parts[name] in self.learning_rates else "model"
+                groups[group, name in decaying and "mode_isolator" not in name].append(parameter)
         return [
             {
-                "name": f"{part}{'' if decays else '_no_decay'}",
+                "name": f"{group}{'' if decays else '_no_decay'}",
                 "params": parameters,
-                "lr": self.learning_rates.get(part) or self.args.learning_rate,
+                "lr": self.learning_rates.get(group) or self.args.learning_rate,
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
-            for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+            for (group, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the stock trainer's, but adapters are merged only where training ends: it goes on from them alone."""
-        self._is_ongoing = True
+        """Save a checkpoint to resume from, with adapters alone: training doesn't change the weights they adapt."""
+        self._merges_adapters = False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._is_ongoing = False
+            self._merges_adapters = True
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a stock checkpoint with the isolator beside it (the stock trainer writes prefixed names)."""
         if not self.args.should_save:
             return
-        output_dir, merged = output_dir or self.args.output_dir, not self._is_ongoing
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict, self.save_dtype, merged)
+        folder = output_dir or self.args.output_dir
+        model: DualSpeedModel = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict, self.save_dtype, merged=self._merges_adapters)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load what `_save` wrote; raises on a missing or unexpected weight."""
+        """Load the files of `_save`; raises on a missing or unexpected weight."""
         if self.is_fsdp_enabled:
-            # Sharded weights lie beside the stock checkpoint, in accelerate's own format.
+            # Sharded weights are beside the stock checkpoint, in accelerate's own format.
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         inner: DualSpeedModel = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -216,7 +231,7 @@ class DualSpeedTrainer(Trainer):
 
             adapters.load_adapters(inner.vlm, Path(resume_from_checkpoint) / adapters.ADAPTER_FOLDER)
         else:
-            # Trained weights may be held in more bits than frozen ones.
+            # Trainable weights may be in float32 and frozen ones in bfloat16.
             saved = load_vlm(resume_from_checkpoint, dtype=torch.promote_types(inner.vlm.dtype, torch.float32))
             inner.vlm.load_state_dict(saved.state_dict(), strict=True)
         if inner.mode_isolator is not None and not inner.load_isolator(resume_from_checkpoint):
@@ -224,7 +239,7 @@ class DualSpeedTrainer(Trainer):
 
 
 class FrozenIsolatorInSlowSteps(TrainerCallback):
-    """A slow step gives the isolator a gradient of 0, which AdamW's momentum would still turn into an update."""
+    """Keeps the isolator unchanged in slow steps, where AdamW's momentum would update it even with a gradient of 0."""
 
     def __init__(self, trainer: DualSpeedTrainer) -> None:
         self.trainer = trainer
@@ -232,7 +247,7 @@ class FrozenIsolatorInSlowSteps(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hide the isolator from the optimizer in a slow step."""
+        """Remove the isolator's gradient in a slow step, so that the optimizer skips it."""
         isolator = self.trainer.accelerator.unwrap_model(self.trainer.model).mode_isolator
         if isolator is not None and self.trainer.mode_of_step(state.global_step) is Mode.SLOW:
             isolator.weight.grad = None

@@ -1,7 +1,8 @@
-"""Validation while a stage trains: the share of held-out answers that the model gives right, and their cross-entropy.
+"""Validation during training: accuracy and cross-entropy on held-out answers.
 
-An answer is a contiguous stretch of supervised tokens, a turn that is; it is right if each of its tokens is the most
-probable one after the true ones before it. Counts are per sample, so that neither batches nor processes change them.
+An answer is a contiguous span of supervised tokens, that is, a turn. It is right if each of its tokens is the most
+probable one, given the true tokens before it. Counts are per sample, so that they depend neither on the batch size nor
+on the number of processes.
 
 B samples, L length, M supervised tokens, A answers, V vocabulary.
 """
@@ -17,20 +18,20 @@ from transformers import EvalPrediction
 from dualspeed.batch import IGNORE_INDEX
 from dualspeed.method.losses import CHUNK
 
-# What the trainer calls a metric -> what the log calls it; it has others, which say nothing more.
 VALIDATION_METRICS = {
     "eval_answer_accuracy": "validation/answer_accuracy",
     "eval_ce_loss": "validation/ce_loss",
     "eval_runtime": "validation/seconds",
 }
+"""Trainer's name of a metric -> name in the log; the trainer's other `eval_*` metrics follow from these."""
 
 
 def count_answers(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """(B, 4) of each sample: answers, right ones, supervised tokens, and the sum of their cross-entropies.
+    """(B, 4) counts of each sample: answers, right answers, supervised tokens, sum of the tokens' cross-entropies.
 
     Args:
-        outputs: a DualSpeedOutput's tensors; the last are the (M, V) logits.
-        labels: (B, L), as the model took them.
+        outputs: tensors of a DualSpeedOutput; the last one is the (M, V) logits.
+        labels: (B, L) labels that the model was given.
     """
     logits, targets = outputs[-1], labels[:, 1:]
     supervised = targets != IGNORE_INDEX
@@ -50,12 +51,12 @@ def count_answers(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
 
 
 def mean_of_answers(counted: EvalPrediction) -> dict[str, float]:
-    """Accuracy (0 to 100) over all answers and cross-entropy over all their tokens, from `count_answers`."""
+    """Accuracy over all answers, 0 to 100, and mean cross-entropy of all their tokens, from `count_answers`."""
     answers, right, tokens, loss = counted.predictions.astype(float).sum(axis=0)
     return {"answer_accuracy": 100 * right / max(answers, 1), "ce_loss": loss / max(tokens, 1)}
 
 
 def as_logged(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the trainer logs, a validation's metrics by their own names and no others of it."""
+    """Copy of the trainer's `logs`: renames the `eval_*` metrics of VALIDATION_METRICS, drops the other ones."""
     names = {key: VALIDATION_METRICS.get(key, key) for key in logs}
     return {name: logs[key] for key, name in names.items() if not name.startswith("eval_")}

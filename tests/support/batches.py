@@ -1,4 +1,4 @@
-"""Batches of random samples for the models of tests/tiny.py."""
+"""Batches of random samples for the models of tests/support/tiny.py."""
 
 import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -11,7 +11,7 @@ NEXT_SIZES = [(20, 60), (60, 21), (28, 28)]
 
 
 def sample(family: str, seed: int, num_images: int) -> dict:
-    """One sample: text, images of different shapes, text with five supervised tokens."""
+    """One sample: text, images of different shapes, then text whose last five tokens are supervised."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(5, 25, (16,), generator=generator).tolist()
     images, ids = [], [1, *words[:4]]
@@ -30,7 +30,7 @@ def sample(family: str, seed: int, num_images: int) -> dict:
 
 
 def next_shape(size: torch.Tensor) -> tuple[int, int]:
-    """Tiles and packed tokens of an image, as the stock model has them."""
+    """Number of tiles and of packed tokens of an image, by the stock model."""
     num_tiles = image_size_to_num_patches(size, tiny.GRID_PINPOINTS, tiny.IMAGE_SIZE)
     model = tiny.llava_next()
     features = model.get_image_features(
@@ -40,6 +40,7 @@ def next_shape(size: torch.Tensor) -> tuple[int, int]:
 
 
 def collate(samples: list[dict], padding_side: str = "right") -> dict[str, torch.Tensor]:
+    """Batch of samples, padded to the longest."""
     length = max(len(sample["ids"]) for sample in samples)
 
     def pad(values: list[int], padding: int) -> list[int]:

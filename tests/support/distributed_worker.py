@@ -1,7 +1,7 @@
-"""One training that test_distributed.py runs in one process, in two with DDP, and in two with FSDP2.
+"""Training that tests/training/test_distributed.py runs in one process, in two with DDP, and in two with FSDP2.
 
-Eight steps, every kind of batch in both modes: images on both ranks, no image at all, images on the first rank alone,
-and rows of each kind. Writes losses, modes, the first rank's gradients, and the final checkpoint.
+Eight steps, each kind of batch in both modes: images on both ranks, no image, images on the first rank only, and
+samples with and without images. Writes losses, modes, the first rank's gradients and the final checkpoint.
 """
 
 import sys
@@ -17,13 +17,13 @@ from dualspeed.training.validation import count_answers, mean_of_answers
 from tests.support import tiny
 from tests.support.batches import collate, sample
 
-# Images of the four samples of a step; a process of two takes the first or the last two.
+# Images of each of the four samples of a step; with two processes, each takes two samples.
 COMPOSITIONS = [(1, 2, 1, 1), (0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 0, 2)]
 NUM_STEPS = 2 * len(COMPOSITIONS)
 
 
 class GradientRecorder(TrainerCallback):
-    """Keeps what the optimizer is about to apply in each step."""
+    """Records the gradients of each step before the optimizer applies them."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -62,7 +62,7 @@ def main(family: str, base: str, out: str, kind: str) -> None:
         ),
         dualspeed=DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified", pruning_ratio=0.7),
         train_dataset=dataset,
-        eval_dataset=dataset.select(range(5)),  # which two processes can't share evenly
+        eval_dataset=dataset.select(range(5)),  # odd, so that two processes get different numbers
         preprocess_logits_for_metrics=count_answers,
         compute_metrics=mean_of_answers,
         data_collator=lambda rows: collate([sample(family, row["seed"], row["num_images"]) for row in rows]),

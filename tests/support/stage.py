@@ -1,4 +1,4 @@
-"""A stage of training on a tiny model and 24 conversations."""
+"""Trainings of one stage on a tiny model and the 24 conversations of the fixture `stage_inputs`."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from dualspeed.training.stage import train
 NUM_STEPS = 12
 
 
-def settings(stage: str = "finetune", seed: int = 0, **dualspeed) -> StageSettings:
+def stage_settings(stage: str = "finetune", seed: int = 0, **dualspeed) -> StageSettings:
+    """Settings of NUM_STEPS steps with a checkpoint after every second one; `dualspeed` are the method's."""
     recipe = Recipe(
         annotations="unused.json",
         images="unused",
@@ -32,18 +33,21 @@ def settings(stage: str = "finetune", seed: int = 0, **dualspeed) -> StageSettin
     return StageSettings(stage=stage, seed=seed, recipe=recipe, dualspeed=config)
 
 
-def run(inputs: Path, folder: Path, chosen: StageSettings, model: Path | None = None) -> Path:
-    train(chosen, model or inputs / "base", inputs / "data", folder / "state", folder / "out")
+def interruptible_settings() -> StageSettings:
+    """Settings with a data loading worker and a last step in the middle of an epoch."""
+    chosen = stage_settings()
+    chosen.recipe.training_arguments.update(max_steps=NUM_STEPS + 1, dataloader_num_workers=1)
+    return chosen
+
+
+def train_stage(stage_inputs: Path, folder: Path, chosen: StageSettings, model: Path | None = None) -> Path:
+    """Train below `folder`, from `model` or the base checkpoint; folder of the trained checkpoint."""
+    train(chosen, model or stage_inputs / "base", stage_inputs / "data", folder / "state", folder / "out")
     return folder / "out"
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit: the model's and the isolator's."""
     for name in ("model.safetensors", "mode_isolator.safetensors"):
         left, right = load_file(one / name), load_file(other / name)
         assert all(torch.equal(left[key], right[key]) for key in right)
-
-
-def interruptible() -> StageSettings:
-    chosen = settings()
-    chosen.recipe.training_arguments.update(max_steps=NUM_STEPS + 1, dataloader_num_workers=1)
-    return chosen

@@ -1,4 +1,4 @@
-"""The size of model that measurements are tested at."""
+"""Model size for the tests of measurements."""
 
 import dataclasses
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dualspeed.chat_templates import load_template
+from tests.support.word_tokenizer import word_tokenizer
 
 IMAGE_SIZE = 28
 PATCH_SIZE = 7
@@ -34,21 +35,12 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the special tokens of LLaVA."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *dict.fromkeys(WORDS)])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    splits = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    return word_tokenizer([*SPECIAL_TOKENS, *dict.fromkeys(WORDS)], splits)
 
 
 def configs(dropout: float = 0.0) -> dict:
-    """Vision and text configurations that both models share."""
+    """Vision and text configurations that the models share."""
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -148,7 +140,7 @@ def llava_next_processor() -> LlavaNextProcessor:
 
 
 def save_with_hub_names(model, folder: Path) -> None:
-    """Save under the Hub's parameter names, which transformers keeps once it has loaded them."""
+    """Save under the Hub's parameter names; transformers keeps the names that it loaded a model under."""
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()}

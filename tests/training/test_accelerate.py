@@ -1,4 +1,4 @@
-"""The launcher files that ship: each is read as accelerate reads it, and trains two processes."""
+"""Configurations for `accelerate launch` that ship: accelerate reads each, and two processes train with it."""
 
 import json
 import os
@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
+from dualspeed.settings.jobs import write_settings
 from tests.support import tiny
 from tests.support.paths import REPOSITORY
-from tests.support.stage import settings
+from tests.support.stage import stage_settings
 
 FOLDER = REPOSITORY / "config/accelerate"
 
@@ -31,36 +32,40 @@ def test_every_file_is_one_that_accelerate_takes(name, kind):
         assert config.fsdp_config["fsdp_version"] == 2
 
 
-def train(inputs: Path, model: Path, out: Path, *launcher: str) -> Path:
-    chosen = settings().to_dict()
-    chosen["recipe"]["training_arguments"] |= {"bf16": True, "max_steps": 6, "activation_checkpointing": True}
-    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", json.dumps(chosen), "--model", str(model)]
-    command += ["--data", str(inputs / "data"), "--state", str(out / "state"), "--out", str(out / "model"), *launcher]
+def train(stage_inputs: Path, model: Path, out: Path, *launcher: str) -> Path:
+    """Train six steps by the command line; folder of the trained model."""
+    chosen = stage_settings()
+    chosen.recipe.training_arguments.update(bf16=True, max_steps=6, activation_checkpointing=True)
+    settings = write_settings(chosen, out / "settings")
+    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", str(settings), "--model", str(model)]
+    command += ["--data", str(stage_inputs / "data"), "--state", str(out / "state"), "--out", str(out / "model")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, *launcher], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return out / "model"
 
 
 @pytest.fixture(scope="module")
-def single(inputs, tmp_path_factory) -> tuple[Path, Path]:
-    """A base model in bfloat16, and what one process makes of it."""
+def single(stage_inputs, tmp_path_factory) -> tuple[Path, Path]:
+    """Base model in bfloat16, and the model that one process trains from it."""
     folder = tmp_path_factory.mktemp("single")
     tiny.make_llava(folder / "float32")
     model = AutoModelForImageTextToText.from_pretrained(folder / "float32", dtype=torch.bfloat16)
     model.save_pretrained(folder / "base")
     tiny.llava_processor().save_pretrained(folder / "base")
-    return folder / "base", train(inputs, folder / "base", folder)
+    return folder / "base", train(stage_inputs, folder / "base", folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
-def test_two_processes_train_by_the_shipped_file_as_one_does(inputs, single, tmp_path, name):
+def test_two_processes_train_by_the_shipped_file_as_one_does(stage_inputs, single, tmp_path, name):
     if name != "fsdp2":
         pytest.importorskip("deepspeed", reason="needs `pip install deepspeed`")
     base, alone = single
     together = train(
-        inputs, base, tmp_path, "--processes", "2", "--accelerate-config", f"config/accelerate/{name}.yaml"
+        stage_inputs, base, tmp_path, "--processes", "2", "--accelerate-config", f"config/accelerate/{name}.yaml"
     )
     before, after, expected = (load_file(folder / "model.safetensors") for folder in (base, together, alone))
     assert after.keys() == before.keys()

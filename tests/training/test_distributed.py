@@ -14,19 +14,20 @@ from transformers import AutoModelForImageTextToText
 from tests.support import tiny
 from tests.support.paths import REPOSITORY
 
-WORKER = REPOSITORY / "tests" / "support" / "distributed_worker.py"
+WORKER = "tests.support.distributed_worker"
 FAMILIES = {"llava": tiny.make_llava, "llava_next": tiny.make_llava_next}
 
 
 def run(family: str, base: Path, out: Path, kind: str) -> dict:
-    """Train with `kind` = single, ddp or fsdp and return what the first rank recorded."""
+    """Train with `kind` = single, ddp or fsdp; the first rank's record."""
     out.mkdir(parents=True)
     launcher = [sys.executable]
     if kind != "single":
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     finished = subprocess.run(
-        [*launcher, str(WORKER), family, str(base), str(out), kind],
+        [*launcher, "-m", WORKER, family, str(base), str(out), kind],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         env=environment,

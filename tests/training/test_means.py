@@ -1,4 +1,4 @@
-"""What measurements/means.py switches on and off changes what a step costs, not its gradients; packed equals padded."""
+"""Optimisations that measurements/means.py switches on and off change no gradient; packed equals padded."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from measurements import means
 from tests.support.step_size import SIZE
 
 # Compiling takes a minute, and bfloat16 rounds: neither is in use.
-EXACT = [name for name in means.MEANS if "compile" not in name and "bfloat16" not in name]
+EXACT = [name for name in means.OPTIMISATIONS if "compile" not in name and "bfloat16" not in name]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -29,7 +29,7 @@ def test_a_means_leaves_gradients_as_they_were(monkeypatch, name):
     assert_close(with_it, without_it, atol=1e-5, rtol=1e-5)
 
 
-def test_fast_steps_are_recomputed_where_the_benchmark_says_so(monkeypatch):
+def test_fast_steps_are_recomputed_where_the_measurement_says_so(monkeypatch):
     """Each layer runs once more in the backward pass."""
     monkeypatch.setattr(means, "SIZE", SIZE)
     models, steps = means.make_steps(SIZE, ("fast",))

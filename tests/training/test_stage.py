@@ -1,5 +1,6 @@
-"""`dualspeed train` on prepared data: what it writes, and that killing it loses nothing."""
+"""`dualspeed train` on prepared data: its files, and that a kill loses nothing."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,15 +18,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed.cluster.run_lock import run_lock
 from dualspeed.errors import InterruptedTrainingError, RunIsLiveError, WorldSizeError
+from dualspeed.settings.jobs import write_settings
 from dualspeed.settings.stage import StageSettings
 from dualspeed.training.resume import last_checkpoint, list_checkpoints, shield_workers
 from dualspeed.training.stage import open_state, train
 from measurements import kill
-from tests.support.stage import NUM_STEPS, assert_same_weights, interruptible, run, settings
+from tests.support.stage import NUM_STEPS, assert_same_weights, interruptible_settings, stage_settings, train_stage
 
 
-def test_finetuned_checkpoint_is_stock_and_documented(inputs, tmp_path):
-    out = run(inputs, tmp_path, settings())
+def test_finetuned_checkpoint_is_stock_and_documented(stage_inputs, tmp_path):
+    out = train_stage(stage_inputs, tmp_path, stage_settings())
     AutoModelForImageTextToText.from_pretrained(out)
     assert "generation" in AutoProcessor.from_pretrained(out).chat_template
     record = json.loads((out / "training.json").read_text())
@@ -38,34 +40,55 @@ def test_finetuned_checkpoint_is_stock_and_documented(inputs, tmp_path):
     assert not list(tmp_path.glob("state/*/checkpoints"))
 
 
-def test_pretraining_moves_projector_and_isolator_alone(inputs, tmp_path):
-    out = run(inputs, tmp_path, settings("pretrain", slow_mode_ratio=0.0))
-    before, after = load_file(inputs / "base" / "model.safetensors"), load_file(out / "model.safetensors")
+def test_pretraining_moves_projector_and_isolator_alone(stage_inputs, tmp_path):
+    out = train_stage(stage_inputs, tmp_path, stage_settings("pretrain", slow_mode_ratio=0.0))
+    before, after = load_file(stage_inputs / "base" / "model.safetensors"), load_file(out / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith("multi_modal_projector.") for name in moved)
 
 
-def test_isolator_goes_from_one_stage_to_the_next(inputs, tmp_path):
-    """Finetuning for no step at all keeps what pretraining has learned."""
-    pretrained = run(inputs, tmp_path / "1", settings("pretrain", slow_mode_ratio=0.0))
-    chosen = settings("finetune", seed=5)
+def test_isolator_goes_from_one_stage_to_the_next(stage_inputs, tmp_path):
+    """Finetuning with a learning rate of 0 keeps the pretrained isolator."""
+    pretrained = train_stage(stage_inputs, tmp_path / "1", stage_settings("pretrain", slow_mode_ratio=0.0))
+    chosen = stage_settings("finetune", seed=5)
     chosen.recipe.training_arguments["learning_rate"] = 0.0
-    finetuned = run(inputs, tmp_path / "2", chosen, model=pretrained)
+    finetuned = train_stage(stage_inputs, tmp_path / "2", chosen, model=pretrained)
     isolators = [load_file(folder / "mode_isolator.safetensors") for folder in (pretrained, finetuned)]
     assert torch.equal(isolators[0]["mode_isolator.weight"], isolators[1]["mode_isolator.weight"])
 
 
-def test_another_setting_or_input_has_another_state(inputs, tmp_path):
-    base, data = inputs / "base", inputs / "data"
-    first = open_state(tmp_path, settings(), base, data)
-    assert open_state(tmp_path, settings(), base, data) == first
+def test_another_setting_or_input_has_another_state(stage_inputs, tmp_path):
+    base, data = stage_inputs / "base", stage_inputs / "data"
+    first = open_state(tmp_path, stage_settings(), base, data)
+    assert open_state(tmp_path, stage_settings(), base, data) == first
     others = [
-        open_state(tmp_path, settings(seed=1), base, data),
-        open_state(tmp_path, settings(pruning_ratio=0.6), base, data),
-        open_state(tmp_path, settings(), run(inputs, tmp_path, settings("pretrain")), data),
+        open_state(tmp_path, stage_settings(seed=1), base, data),
+        open_state(tmp_path, stage_settings(pruning_ratio=0.6), base, data),
+        open_state(tmp_path, stage_settings(), train_stage(stage_inputs, tmp_path, stage_settings("pretrain")), data),
     ]
     assert len({first, *others}) == 4
+
+
+def test_a_new_optional_setting_has_the_same_state(stage_inputs, tmp_path):
+    """At its default it is no part of the folder's name, at another value it is."""
+    new_field = ("new_setting", int, dataclasses.field(default=3))
+    extended = dataclasses.make_dataclass(
+        "Extended",
+        [new_field],
+        bases=(StageSettings,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__post_init__": lambda _: None},
+    )
+    chosen = stage_settings()
+    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    states = [
+        open_state(tmp_path, settings, stage_inputs / "base", stage_inputs / "data")
+        for settings in (chosen, extended(**fields), extended(**fields, new_setting=4))
+    ]
+    assert states[0] == states[1] != states[2]
+    assert json.loads((states[2] / "settings.json").read_text())["settings"]["new_setting"] == 4
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
@@ -77,15 +100,16 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
-def command_of(inputs: Path, folder: Path, chosen: StageSettings) -> list[str]:
+def command_of(stage_inputs: Path, folder: Path, chosen: StageSettings) -> list[str]:
     """`dualspeed train` as a rule calls it."""
-    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", json.dumps(chosen.to_dict())]
-    command += ["--model", str(inputs / "base"), "--data", str(inputs / "data")]
+    settings = write_settings(chosen, folder / "settings")
+    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", str(settings)]
+    command += ["--model", str(stage_inputs / "base"), "--data", str(stage_inputs / "data")]
     return [*command, "--state", str(folder / "state"), "--out", str(folder / "out")]
 
 
 def start(command: list[str], until: Callable[[], object]) -> subprocess.Popen:
-    """A process in a group of its own, once `until` holds while it runs."""
+    """Start a process in a group of its own and return it when `until` holds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 600
@@ -101,22 +125,24 @@ def logged_steps(folder: Path) -> list[int]:
     return [entry["step"] for entry in metrics if "loss" in entry["metrics"]]
 
 
-def test_killed_and_resumed_equals_uninterrupted(inputs, whole, tmp_path):
-    """SIGKILL once a checkpoint is there; the second job goes on, and no step is logged twice."""
-    command = command_of(inputs, tmp_path, interruptible())
+def test_killed_and_resumed_equals_uninterrupted(stage_inputs, uninterrupted, tmp_path):
+    """SIGKILL after the first checkpoints; the second job resumes, and no step is logged twice."""
+    command = command_of(stage_inputs, tmp_path, interruptible_settings())
     process = start(command, lambda: list(tmp_path.glob("state/*/checkpoints/checkpoint-4")))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "out").exists()
 
-    run(inputs, tmp_path, interruptible())
-    assert_same_weights(tmp_path / "out", whole)
+    train_stage(stage_inputs, tmp_path, interruptible_settings())
+    assert_same_weights(tmp_path / "out", uninterrupted)
     assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
 
 
-def test_sigterm_to_all_processes_of_a_job_leaves_a_checkpoint_of_the_step(inputs, whole, tmp_path):
-    """As scancel does it: data loading workers get the signal too."""
-    process = start(command_of(inputs, tmp_path, interruptible()), lambda: len(logged_steps(tmp_path)) >= 3)
+def test_sigterm_to_all_processes_of_a_job_leaves_a_checkpoint_of_the_step(stage_inputs, uninterrupted, tmp_path):
+    """As with scancel, data loading workers get the signal too."""
+    process = start(
+        command_of(stage_inputs, tmp_path, interruptible_settings()), lambda: len(logged_steps(tmp_path)) >= 3
+    )
     os.killpg(process.pid, signal.SIGTERM)
     message = process.communicate(timeout=300)[1].strip().splitlines()[-1]
     assert process.returncode == 1
@@ -126,13 +152,13 @@ def test_sigterm_to_all_processes_of_a_job_leaves_a_checkpoint_of_the_step(input
     assert last_checkpoint(checkpoints).name == f"checkpoint-{len(steps)}"
     assert len(list_checkpoints(checkpoints)) == 2
 
-    run(inputs, tmp_path, interruptible())
-    assert_same_weights(tmp_path / "out", whole)
+    train_stage(stage_inputs, tmp_path, interruptible_settings())
+    assert_same_weights(tmp_path / "out", uninterrupted)
     assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
 
 
 def test_a_data_loading_worker_ends_on_its_parents_sigterm_alone():
-    """Slurm's must not end it, while Python's exit sends it one and waits."""
+    """A SIGTERM from Slurm must not end it, while Python sends it one at exit and waits for it."""
     batches = iter(shield_workers(DataLoader(range(64), num_workers=1, prefetch_factor=1)))
     next(batches)
     (worker,) = batches._workers
@@ -148,9 +174,9 @@ def test_a_data_loading_worker_ends_on_its_parents_sigterm_alone():
     assert worker.exitcode == 0
 
 
-def test_training_stops_in_time_and_goes_on(inputs, whole, tmp_path):
-    chosen, out = interruptible(), tmp_path / "out"
-    arguments = (chosen, inputs / "base", inputs / "data", tmp_path / "state", out)
+def test_training_stops_in_time_and_goes_on(stage_inputs, uninterrupted, tmp_path):
+    chosen, out = interruptible_settings(), tmp_path / "out"
+    arguments = (chosen, stage_inputs / "base", stage_inputs / "data", tmp_path / "state", out)
     handler = signal.getsignal(signal.SIGTERM)
     for step in (1, 2):
         with pytest.raises(InterruptedTrainingError, match=f"time is nearly over: {step} of {NUM_STEPS + 1} steps"):
@@ -158,24 +184,32 @@ def test_training_stops_in_time_and_goes_on(inputs, whole, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not out.exists()
     train(*arguments, time_limit=60)
-    assert_same_weights(out, whole)
+    assert_same_weights(out, uninterrupted)
     assert logged_steps(tmp_path) == list(range(1, NUM_STEPS + 2))
     record = json.loads((out / "training.json").read_text())
-    assert record["train_seconds"] > json.loads((whole / "training.json").read_text())["train_seconds"]
+    assert record["train_seconds"] > json.loads((uninterrupted / "training.json").read_text())["train_seconds"]
 
 
-def test_a_job_that_ends_between_last_step_and_result_trains_no_step_more(inputs, whole, tmp_path, monkeypatch):
+def test_a_job_that_ends_between_last_step_and_result_trains_no_step_more(
+    stage_inputs, uninterrupted, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr("dualspeed.training.stage.save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(inputs, tmp_path, interruptible())
-    run(inputs, tmp_path, interruptible())
-    assert_same_weights(tmp_path / "out", whole)
+            train_stage(stage_inputs, tmp_path, interruptible_settings())
+    train_stage(stage_inputs, tmp_path, interruptible_settings())
+    assert_same_weights(tmp_path / "out", uninterrupted)
     assert json.loads((tmp_path / "out" / "training.json").read_text())["num_steps"] == NUM_STEPS + 1
 
 
-def test_another_number_of_processes_is_refused(inputs, tmp_path):
-    arguments = (interruptible(), inputs / "base", inputs / "data", tmp_path / "state", tmp_path / "out")
+def test_another_number_of_processes_is_refused(stage_inputs, tmp_path):
+    arguments = (
+        interruptible_settings(),
+        stage_inputs / "base",
+        stage_inputs / "data",
+        tmp_path / "state",
+        tmp_path / "out",
+    )
     with pytest.raises(InterruptedTrainingError):
         train(*arguments, time_limit=1e-6)
     progress = next(tmp_path.glob("state/*/checkpoints/checkpoint-1/progress.json"))
@@ -186,19 +220,19 @@ def test_another_number_of_processes_is_refused(inputs, tmp_path):
 
 HOLD_LOCK = """
 import pathlib, sys, time
-from dualspeed.run_lock import run_lock
+from dualspeed.cluster.run_lock import run_lock
 with run_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_job_of_a_run_is_refused_until_the_first_has_ended(inputs, tmp_path):
-    state = open_state(tmp_path / "state", settings(), inputs / "base", inputs / "data")
+def test_a_second_job_of_a_run_is_refused_until_the_first_has_ended(stage_inputs, tmp_path):
+    state = open_state(tmp_path / "state", stage_settings(), stage_inputs / "base", stage_inputs / "data")
     holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(state)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunIsLiveError, match=rf"{state.name}: process {holder.pid} on .* trains this run; wait for it"):
-        run(inputs, tmp_path, settings())
+        train_stage(stage_inputs, tmp_path, stage_settings())
     assert not list(state.glob("*.jsonl"))
     holder.kill()
     holder.communicate()
@@ -208,7 +242,7 @@ def test_a_second_job_of_a_run_is_refused_until_the_first_has_ended(inputs, tmp_
 
 @pytest.mark.slow
 def test_five_kills_at_random_moments_lose_nothing(tmp_path):
-    """benchmarks/kill.py does thirty."""
+    """measurements/kill.py does thirty."""
     kills, problems = kill.kill_and_compare(tmp_path, num_kills=5, seed=1)
     assert kills["writing a checkpoint"]
     assert problems == []

@@ -1,4 +1,4 @@
-"""Our steps and plain ones (plain_step.py) leave the same gradients, however ours are cut and recomputed."""
+"""Our steps have the gradients of plain ones (plain_step.py), with and without micro-batches and recomputation."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def steps():
 
 
 def gradients(model, step) -> dict[str, torch.Tensor]:
-    """Of every trainable parameter; one that a step doesn't reach has zeros."""
+    """Gradient of every trainable parameter; zeros if the step doesn't use it."""
     model.zero_grad()
     step()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""DualSpeedTrainer on a random LLaVA: modes, resuming, optimizer groups, what is saved."""
+"""DualSpeedTrainer on a random LLaVA: modes, resuming, parameter groups, saved files."""
 
 import json
 import subprocess
@@ -103,10 +103,10 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_evaluating_while_training_changes_no_weight_and_takes_no_training_time(tmp_path, monkeypatch):
-    """With dropout, whose random numbers go on as if there had been no evaluation."""
+    """With dropout, whose random numbers must not depend on the evaluations."""
     plain = trainer(tmp_path)
     plain.train()
-    # A clock that moves by a second whenever it is read, and by 1,000 in each evaluation.
+    # A clock that advances by a second at each reading, and by 1,000 in each evaluation.
     seconds, stock = [0.0], Trainer.evaluate
 
     def pass_time(duration: float) -> float:
@@ -140,7 +140,7 @@ def test_resuming_refuses_a_checkpoint_without_its_isolator(tmp_path):
 
 @pytest.mark.parametrize("name", ["traj_adamw_lr1e-4"])
 def test_published_trajectory(tmp_path, monkeypatch, name):
-    """The trainer itself walks the published six steps: an isolator left alone in slow steps included."""
+    """The trainer has the losses of the six published steps, in which slow steps leave the isolator unchanged."""
     steps = CASES["trajectories"][name]
     model = golden_model()
     trained = DualSpeedTrainer(
@@ -169,7 +169,7 @@ def test_published_trajectory(tmp_path, monkeypatch, name):
 
 
 def test_accumulation_gives_the_gradients_of_one_batch(tmp_path):
-    """Micro-batches with different numbers of supervised tokens weigh by token, and share a mode."""
+    """Micro-batches with different numbers of supervised tokens are weighted by token, and share a mode."""
     settings = DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified")
     results = []
     for batch_size in (4, 1):
@@ -192,7 +192,7 @@ def test_accumulation_gives_the_gradients_of_one_batch(tmp_path):
 @pytest.mark.parametrize("slow_batch_size", [None, 1, 3])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_slow_steps_in_parts_give_the_gradients_of_whole_ones(tmp_path, slow_batch_size, activation_checkpointing):
-    """Parts with different numbers of images and supervised tokens, in the same steps as fast ones."""
+    """Micro-batches with different numbers of images and supervised tokens; fast steps between them."""
     settings = DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified", pruner="random")
     arguments = {"dualspeed": settings, "optim": "sgd", "max_steps": 4}
     whole = trainer(tmp_path, model=tiny.llava(), **arguments)
@@ -206,7 +206,7 @@ def test_slow_steps_in_parts_give_the_gradients_of_whole_ones(tmp_path, slow_bat
     assert_close(parts.model.state_dict(), whole.model.state_dict(), atol=1e-6, rtol=1e-5)
 
 
-def test_slow_steps_in_parts_need_to_know_whose_images_they_are(tmp_path):
+def test_slow_steps_in_parts_need_num_images(tmp_path):
     settings = DualSpeedConfig(slow_mode_ratio=1.0)
     parts = trainer(tmp_path, dualspeed=settings, slow_batch_size=2)
     with pytest.raises(ValueError, match="needs `num_images`"):
@@ -261,7 +261,7 @@ def test_batches_without_supervision_are_counted(tmp_path):
 def test_activation_checkpointing_changes_no_result(tmp_path):
     trained = []
     for is_on in (False, True):
-        # One after the other: dropout continues the random numbers that the trainer seeds when it is made.
+        # One after the other: the trainer seeds the random numbers of dropout when it is made.
         trained.append(trainer(tmp_path, max_steps=4, activation_checkpointing=is_on))
         trained[-1].train()
     plain, checkpointed = trained
@@ -275,7 +275,7 @@ def test_activation_checkpointing_changes_no_result(tmp_path):
 
 
 def test_only_slow_steps_recompute_activations(tmp_path):
-    """Counted: how often a step, its backward pass included, enters the language model's first layer."""
+    """Counted: runs of the language model's first layer in a step, including its backward pass."""
     trained = trainer(tmp_path, activation_checkpointing=True, logging_steps=1)
     calls = []
     trained.model.vlm.get_decoder().layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))

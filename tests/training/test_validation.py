@@ -1,4 +1,4 @@
-"""Validation while training: what it counts, and that training is the same with it, killed or not."""
+"""Validation during training: its counts, and that training is the same with it, interrupted or not."""
 
 import dataclasses
 import json
@@ -10,18 +10,21 @@ from datasets import Dataset, load_from_disk
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
+from dualspeed import DualSpeedConfig, DualSpeedModel
 from dualspeed.errors import ConfigError, InterruptedTrainingError
+from dualspeed.settings.identity import identity, record
+from dualspeed.settings.reading import read_dataclass
 from dualspeed.settings.recipe import Recipe
 from dualspeed.settings.stage import StageSettings
 from dualspeed.training.stage import train
 from dualspeed.training.validation import count_answers, mean_of_answers
 from tests.support import tiny
 from tests.support.batches import collate, sample
-from tests.support.stage import NUM_STEPS, assert_same_weights, interruptible
+from tests.support.stage import NUM_STEPS, assert_same_weights, interruptible_settings
 
 
 def test_counts_are_those_of_a_loop_over_answers():
-    """Random logits of few tokens, so that some answers are right; several answers a sample, of any length."""
+    """Random logits of few tokens, so that some answers are right; several answers of any length in a sample."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (6, 20), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.5] = -100
@@ -48,23 +51,23 @@ def test_counts_are_those_of_a_loop_over_answers():
 
 
 @pytest.fixture(scope="module")
-def data(inputs, tmp_path_factory):
-    """The prepared data of test_train with eight of its samples, in other words, held out."""
+def data(stage_inputs, tmp_path_factory):
+    """Prepared data of `stage_inputs`, with eight of its samples as held-out ones as well."""
     folder = tmp_path_factory.mktemp("validated") / "data"
-    samples = load_from_disk(inputs / "data")
+    samples = load_from_disk(stage_inputs / "data")
     Dataset.from_list(list(samples)).save_to_disk(folder)
     Dataset.from_list(list(samples.select(range(8)))).save_to_disk(folder / "validation")
     return folder
 
 
 def validated(every: int = 3, **recipe) -> StageSettings:
-    chosen = interruptible()
+    chosen = interruptible_settings()
     recipe |= {"validation_annotations": "held-out.json", "validation_steps": every}
     return dataclasses.replace(chosen, recipe=dataclasses.replace(chosen.recipe, **recipe))
 
 
 def logged_validations(folder) -> list[tuple[int, dict[str, float]]]:
-    """What the log holds of each validation but its duration."""
+    """(step, metrics) of each validation in the log, without its duration."""
     lines = [json.loads(line) for path in folder.glob("state/*/metrics.jsonl") for line in path.open()]
     return [
         (line["step"], {key: value for key, value in line["metrics"].items() if key != "validation/seconds"})
@@ -73,10 +76,10 @@ def logged_validations(folder) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
-def test_training_is_the_same_with_validation_and_interrupted(inputs, whole, data, tmp_path):
-    arguments = (inputs / "base", data, tmp_path / "cut/state", tmp_path / "cut/out")
+def test_training_is_the_same_with_validation_and_interrupted(stage_inputs, uninterrupted, data, tmp_path):
+    arguments = (stage_inputs / "base", data, tmp_path / "cut/state", tmp_path / "cut/out")
     chosen = validated(slow_per_device_batch_size=2)
-    train(chosen, inputs / "base", data, tmp_path / "whole/state", tmp_path / "whole/out")
+    train(chosen, stage_inputs / "base", data, tmp_path / "whole/state", tmp_path / "whole/out")
     for _ in range(3):
         with pytest.raises(InterruptedTrainingError):
             train(chosen, *arguments, time_limit=1e-6)
@@ -88,16 +91,17 @@ def test_training_is_the_same_with_validation_and_interrupted(inputs, whole, dat
     assert_same_weights(tmp_path / "cut/out", tmp_path / "whole/out")
 
 
-def test_validation_changes_no_weight(inputs, whole, data, tmp_path):
-    train(validated(every=4), inputs / "base", data, tmp_path / "state", tmp_path / "out")
-    assert_same_weights(tmp_path / "out", whole)
+def test_validation_changes_no_weight(stage_inputs, uninterrupted, data, tmp_path):
+    train(validated(every=4), stage_inputs / "base", data, tmp_path / "state", tmp_path / "out")
+    assert_same_weights(tmp_path / "out", uninterrupted)
 
 
 def test_settings_without_validation_are_what_they_were():
-    settings = interruptible()
-    assert not [key for key in settings.to_dict()["recipe"] if key.startswith("validation")]
+    settings = interruptible_settings()
+    assert not [key for key in identity(settings)["recipe"] if key.startswith("validation")]
     for one in (settings, validated()):
-        assert StageSettings.from_dict(one.to_dict()) == one
+        for written in (identity(one), record(one)):
+            assert read_dataclass(StageSettings, written, "settings.json") == one
 
 
 @pytest.mark.parametrize(
@@ -116,9 +120,7 @@ def test_an_impossible_validation_is_refused(keys, message):
 
 
 def test_full_marks_for_the_models_own_answers():
-    """Labels that are the most probable tokens count as right answers, one token changed makes one wrong."""
-    from dualspeed import DualSpeedConfig, DualSpeedModel
-
+    """Labels that are the most probable tokens count as right answers; a change of one token makes one wrong."""
     model = DualSpeedModel(tiny.llava().eval(), DualSpeedConfig())
     batch = collate([sample("llava", seed, 1) for seed in range(3)])
     with torch.no_grad():
