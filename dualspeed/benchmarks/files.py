@@ -1,4 +1,4 @@
-"""Reading official benchmark files: whatever is wrong becomes one error that names file, line and field."""
+"""Readers of official benchmark files: anything wrong becomes one error that names file, line and field."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ from dualspeed.errors import BenchmarkError
 def find_path(folder: Path, *names: str) -> Path:
     """First of `folder`/`names` that exists.
 
-    A benchmark lists more than one name where its own release and LLaVA's evaluation folder differ.
+    A benchmark lists several names where its own release and LLaVA's evaluation folder differ.
 
-    Raises: BenchmarkError with every name that was tried.
+    Raises:
+        BenchmarkError: none exists; the message lists all of `names`.
     """
     for name in names:
         if (folder / name).exists():
@@ -21,7 +22,7 @@ def find_path(folder: Path, *names: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Content of a UTF-8 file that is there, readable and not empty."""
+    """Content of a UTF-8 file. Raises BenchmarkError if it can't be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -34,7 +35,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, expected: type) -> Any:
-    """The JSON value of a file, which must be of type `expected` (dict or list)."""
+    """JSON value of a file, which must be of type `expected` (dict or list)."""
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -45,25 +46,45 @@ def read_json(path: Path, expected: type) -> Any:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
-    """Objects of a JSON lines file, each with its place ("file, line 3") for errors; blank lines are skipped."""
-    records = []
+    """(place, object) of each line of a JSON lines file; errors name the place. Blank lines are skipped."""
+    lines = []
     # Not str.splitlines, which also splits at the Unicode line separators that JSON strings may hold.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError as error:
             raise BenchmarkError(f"{place}: not valid JSON ({error.msg}); is it truncated?") from error
-        if not isinstance(record, dict):
+        if not isinstance(value, dict):
             raise BenchmarkError(f"{place}: expected a JSON object, found {line.strip()[:40]!r}")
-        records.append((place, record))
-    return records
+        lines.append((place, value))
+    return lines
+
+
+def read_entries(path: Path, key: str | None = None) -> list[tuple[str, dict]]:
+    """(place, object) of each entry of a JSON file: a list, or a mapping that holds the list under `key`."""
+    if key is None:
+        return check_entries(read_json(path, list), f"{path}, entry")
+    return check_entries(get_field(read_json(path, dict), key, list, str(path)), f"{path}: field {key!r}, entry")
+
+
+def check_entries(entries: list, start: str) -> list[tuple[str, dict]]:
+    """(place, object) of each entry, which must be a JSON object; its place is `start` and its number."""
+    places = [f"{start} {number}" for number in range(len(entries))]
+    return [(place, check_object(entry, place)) for place, entry in zip(places, entries, strict=True)]
+
+
+def check_object(value: Any, place: str) -> dict:
+    """`value`, which must be a JSON object."""
+    if not isinstance(value, dict):
+        raise BenchmarkError(f"{place}: expected an object, found {value!r}")
+    return value
 
 
 def get_field(record: dict, name: str, expected: type | tuple[type, ...], place: str) -> Any:
-    """`record[name]`, which must be of type `expected`; `place` is where the record stands."""
+    """`record[name]`, which must be of type `expected`; errors name `place`."""
     types = expected if isinstance(expected, tuple) else (expected,)
     names = " or ".join(each.__name__ for each in types)
     if name not in record:
@@ -76,7 +97,7 @@ def get_field(record: dict, name: str, expected: type | tuple[type, ...], place:
 
 
 def get_choice(record: dict, name: str, valid: tuple[str, ...], place: str) -> str:
-    """`record[name]`, which must be one of `valid`."""
+    """`record[name]`, which must be one of `valid`; errors name `place`."""
     value = get_field(record, name, str, place)
     if value not in valid:
         raise BenchmarkError(f"{place}: field {name!r} is {value!r}; valid: {', '.join(valid)}")

@@ -1,28 +1,24 @@
 """GQA, testdev balanced: short answers, exact match.
 
 Files: testdev_balanced_questions.json (official) and llava_gqa_testdev_balanced.jsonl (LLaVA's prompts); images in
-images/. The rule is LLaVA's convert_gqa_for_eval.py followed by the official eval.py: trailing periods go, lower case,
-nothing else.
+images/. The rule is that of LLaVA's convert_gqa_for_eval.py and then the official eval.py: trailing periods are
+removed, the case is ignored, and nothing else.
 """
 
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import find_path, get_field, read_json
+from dualspeed.benchmarks.files import check_object, find_path, get_field, read_json
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
     Record,
     accuracy,
-    accuracy_from_sums,
-    accuracy_statistics,
-    official_and_lmms_accuracy,
-    official_key,
+    accuracy_by_rule,
     read_questions,
     reject_unknown,
 )
-from dualspeed.errors import BenchmarkError
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -33,7 +29,7 @@ def question_file(folder: Path) -> Path:
 
 
 def official_file(folder: Path) -> Path:
-    """GQA's own file, with the answers."""
+    """Official file, with the answers."""
     name = "testdev_balanced_questions.json"
     return find_path(folder, name, f"data/{name}", f"data/questions1.2/{name}")
 
@@ -44,42 +40,42 @@ def load_questions(folder: Path) -> list[Question]:
 
 
 def parse_answer(text: str) -> str:
-    """The answer as it is compared: no strip, so a blank before or after it makes it wrong, as officially."""
+    """Answer in the form that is compared. A space before or after it makes it wrong, as in the official script."""
     return text.rstrip(".").lower()
 
 
 def lmms_form(text: str) -> str:
-    """What lmms-eval compares: lower case without any punctuation."""
+    """Answer in the form that lmms-eval compares: lower case, no punctuation."""
     return text.lower().translate(NO_PUNCTUATION)
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per balanced question; a missing answer counts as wrong (the official script stops at it)."""
+    """One record per balanced question. A missing answer is wrong; the official script would stop at it."""
     path = official_file(folder)
     questions = read_json(path, dict)
     reject_unknown(answers, questions, path)
     records = []
     for question_id, question in questions.items():
         place = f"{path}, question {question_id}"
-        if not isinstance(question, dict):
-            raise BenchmarkError(f"{place}: expected an object, found {question!r}")
-        gold = get_field(question, "answer", str, place)
+        gold = get_field(check_object(question, place), "answer", str, place)
         if not get_field(question, "isBalanced", bool, place):
             continue
         structure = get_field(get_field(question, "types", dict, place), "structural", str, f"{place}, field 'types'")
         is_missing = question_id not in answers
         predicted = "" if is_missing else parse_answer(answers[question_id])
         is_right = not is_missing and predicted == gold
-        # The official script calls every question open that asks for a value, all others binary.
+        # In the official script, a question is open if it asks for a value, and binary otherwise.
         category = "open" if structure == "query" else "binary"
         others = {"lmms_eval": float(not is_missing and lmms_form(answers[question_id]) == lmms_form(gold))}
-        records.append(Record(question_id, float(is_right), gold, predicted, category, question_id, is_missing, others))
+        records.append(
+            Record(question_id, float(is_right), gold, predicted, category, is_missing=is_missing, other_scores=others)
+        )
     return records
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Accuracy over all questions, by lmms-eval's rule too, and over open and binary ones where there are any."""
-    result = official_and_lmms_accuracy(records)
+    """Accuracy over all questions by both rules, and over open and over binary ones where there are any."""
+    result = accuracy_by_rule(records)
     for category in ("open", "binary"):
         chosen = [record for record in records if record.category == category]
         if chosen:
@@ -89,13 +85,8 @@ def metrics(records: Sequence[Record]) -> dict[str, float]:
 
 GQA = Benchmark(
     name="gqa",
-    headline="accuracy",
-    percent="accuracy",
     question_file=question_file,
     load_questions=load_questions,
-    answer_key=official_key,
     score_answers=score_answers,
     metrics=metrics,
-    statistics=accuracy_statistics,
-    percent_from_sums=accuracy_from_sums,
 )

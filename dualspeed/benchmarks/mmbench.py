@@ -1,10 +1,12 @@
-"""MMBench in English and Chinese: multiple choice in every rotation of the options, right only if all of them are.
+"""MMBench in English and Chinese: multiple choice, each question asked in every rotation of its options.
 
-Files: mmbench_dev_20230712.tsv and mmbench_dev_cn_20231003.tsv (official, with images in them), and those of test,
-whose answers go to a server. A rotation is a row of its own, whose index is the question's plus a multiple of
-1,000,000. No judge is asked: the rule is the option matching of VLMEvalKit's exact_matching, so the option's letter
-has to be a word of its own among the last four, and the only such letter. Images are written to images/ beside the
-table when questions are loaded.
+A question is right only if the answers to all rotations are.
+
+Files: mmbench_dev_20230712.tsv and mmbench_dev_cn_20231003.tsv (official, with the images in the table), and those of
+test, whose answers go to a server. Each rotation is a row, whose index is the question's plus a multiple of 1,000,000.
+There is no judge: the rule is the option matching of VLMEvalKit's exact_matching, by which exactly one option's letter
+must be among the words of an answer, and there among the last four. Images are written to images/ beside the table when
+questions are loaded.
 """
 
 import base64
@@ -24,11 +26,6 @@ from dualspeed.benchmarks.records import (
     Question,
     Record,
     ServerBenchmark,
-    accuracy,
-    accuracy_from_sums,
-    accuracy_statistics,
-    official_key,
-    other_accuracy,
     reject_duplicates,
     reject_unknown,
 )
@@ -39,14 +36,14 @@ OPTIONS = ("A", "B", "C", "D")
 ROTATION = 1_000_000
 LAST_WORDS = 4
 LETTER_ANSWER_CN = "\n请直接回答选项字母。"
-# Cells that pandas, with which LLaVA reads the table, takes for empty; LLaVA adds nan and none in any case.
+# Cells that are empty to pandas, with which LLaVA reads the table; LLaVA adds nan and none in upper or lower case.
 EMPTY = frozenset(
     "#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split()
 ) | {"", "#N/A N/A"}
 NOT_WORDS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 LONGEST_REFERENCE = 64
-LEFT_OUT_OF_UPLOADS = ("hint", "category", "source", "image", "comment", "l2-category")
-PLACE_OF_PREDICTION = 6
+NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
+PREDICTION_COLUMN = 6
 
 DEV = ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv")
 DEV_CN = ("mmbench_dev_cn_20231003.tsv",)
@@ -55,12 +52,12 @@ TEST_CN = ("mmbench_test_cn_20231003.tsv",)
 
 
 def question_file(names: Sequence[str], folder: Path) -> Path:
-    """The official table."""
+    """Official table."""
     return find_path(folder, *names)
 
 
 def read_rows(path: Path, *columns: str) -> list[tuple[str, dict[str, str]]]:
-    """Rows of the table with their places; those `columns` have to be there beside index, question and options."""
+    """(place, row) of the table; it must have `columns` beside index, question and options."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     header = next(reader)
@@ -81,7 +78,7 @@ def read_rows(path: Path, *columns: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def is_empty(cell: str) -> bool:
-    """Whether LLaVA takes a cell for empty."""
+    """True if LLaVA reads a cell as empty."""
     return cell in EMPTY or cell.lower() in ("nan", "none")
 
 
@@ -96,7 +93,7 @@ def get_options(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_prompt(row: Mapping[str, str], request: str) -> str:
-    """Hint, question, options and request, as LLaVA puts them."""
+    """LLaVA's prompt: hint, question, options and request, one a line."""
     hint = row.get("hint", "")
     lines = [] if is_empty(hint) else [hint]
     lines += [row["question"], *(f"{letter}. {text}" for letter, text in get_options(row).items())]
@@ -104,7 +101,7 @@ def make_prompt(row: Mapping[str, str], request: str) -> str:
 
 
 def write_image(content: str, folder: Path, place: str) -> Path:
-    """Write a picture that stands in a cell in base64, unless it is there already; equal pictures are one file."""
+    """Write the image of a base64 cell unless its file exists; equal images share a file."""
     path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:20]}.jpg"
     if not path.exists():
         try:
@@ -119,13 +116,13 @@ def write_image(content: str, folder: Path, place: str) -> Path:
 
 
 def load_questions(names: Sequence[str], request: str, folder: Path) -> list[Question]:
-    """Every row of the table, rotations too."""
+    """One question per row of the table: every rotation of every question."""
     rows = read_rows(question_file(names, folder), "image")
     by_index = {row["index"]: row for _, row in rows}
     questions = []
     for place, row in rows:
         content = row["image"]
-        # Newer tables name the row that has the picture instead of repeating it.
+        # Newer tables hold an image once; other rows have the index of its row.
         if len(content) <= LONGEST_REFERENCE and content in by_index:
             content = by_index[content]["image"]
         image = write_image(content, folder / "images", place)
@@ -134,7 +131,7 @@ def load_questions(names: Sequence[str], request: str, folder: Path) -> list[Que
 
 
 def parse_letter(text: str, options: Mapping[str, str]) -> str:
-    """The option that a text names by its letter, or nothing."""
+    """Option that a text names by its letter, "" if none or not clear."""
     words = text.translate(NOT_WORDS).split()
     named = [letter for letter in options if letter in words]
     is_clear = len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS
@@ -142,7 +139,7 @@ def parse_letter(text: str, options: Mapping[str, str]) -> str:
 
 
 def parse_letter_or_text(text: str, options: Mapping[str, str]) -> str:
-    """The same, or else the one option whose own words the text holds: what VLMEvalKit reads without a judge."""
+    """Option that a text names by its letter or else by its words: VLMEvalKit's reading without a judge."""
     letter = parse_letter(text, options)
     if letter or len(text) > 2 * sum(map(len, options.values())):
         return letter
@@ -151,7 +148,7 @@ def parse_letter_or_text(text: str, options: Mapping[str, str]) -> str:
 
 
 def score_answers(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per question, right if every rotation is; a missing row counts as wrong."""
+    """One record per question, right if every rotation is. A missing answer is wrong."""
     path = question_file(names, folder)
     rows = read_rows(path, "answer")
     reject_unknown(answers, {row["index"] for _, row in rows}, path)
@@ -165,35 +162,27 @@ def score_answers(names: Sequence[str], folder: Path, answers: Mapping[str, str]
         texts = [answers.get(row["index"], "") for _, row in group]
         read = [parse_letter(text, each) for text, each in zip(texts, options, strict=True)]
         others = {
+            "vlmevalkit": float([parse_letter_or_text(*each) for each in zip(texts, options, strict=True)] == golds),
             "first_rotation": float(read[0] == golds[0]),
-            "vlmevalkit": float([parse_letter_or_text(*pair) for pair in zip(texts, options, strict=True)] == golds),
         }
         is_missing = any(row["index"] not in answers for _, row in group)
         category = group[0][1].get("l2-category") or group[0][1].get("category", "")
         gold, predicted = " ".join(golds), " ".join(letter or "?" for letter in read)
-        records.append(Record(index, float(read == golds), gold, predicted, category, index, is_missing, others))
+        score = float(read == golds)
+        records.append(Record(index, score, gold, predicted, category, is_missing=is_missing, other_scores=others))
     return records
 
 
-def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Circular accuracy by letter, the same where an option's text counts too, and that of the first rotation alone."""
-    return {
-        "accuracy": accuracy(records),
-        "accuracy_vlmevalkit": other_accuracy(records, "vlmevalkit"),
-        "accuracy_first_rotation": other_accuracy(records, "first_rotation"),
-    }
-
-
 def submission(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -> bytes:
-    """The Excel sheet that the server takes, made as LLaVA makes it; needs openpyxl."""
+    """Excel sheet for the server in LLaVA's format; needs openpyxl."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     path = question_file(names, folder)
     rows = read_rows(path)
     reject_unknown(answers, {row["index"] for _, row in rows}, path)
-    columns = [column for column in rows[0][1] if column not in LEFT_OUT_OF_UPLOADS]
-    columns.insert(PLACE_OF_PREDICTION, "prediction")
+    columns = [column for column in rows[0][1] if column not in NOT_SUBMITTED]
+    columns.insert(PREDICTION_COLUMN, "prediction")
     sheet = Workbook(write_only=False).active
     sheet.append(columns)
     for number, (_, row) in enumerate(rows, start=2):
@@ -202,7 +191,7 @@ def submission(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -
             text = ILLEGAL_CHARACTERS_RE.sub("", cells[column])
             if column == "index" or not is_empty(text):
                 cell = sheet.cell(number, position)
-                # By its type, so that a text which begins with = is no formula.
+                # With its type, so that a text that begins with = is no formula.
                 cell.value, cell.data_type = (int(text), "n") if column == "index" else (text, "s")
     content = io.BytesIO()
     sheet.parent.save(content)
@@ -210,28 +199,21 @@ def submission(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -
 
 
 def make_benchmark(name: str, files: Sequence[str], request: str) -> Benchmark:
-    """A split that is scored here."""
+    """Benchmark on a split of dev."""
     return Benchmark(
         name=name,
-        headline="accuracy",
-        percent="accuracy",
         question_file=partial(question_file, files),
         load_questions=partial(load_questions, files, request),
-        answer_key=official_key,
         score_answers=partial(score_answers, files),
-        metrics=metrics,
-        statistics=accuracy_statistics,
-        percent_from_sums=accuracy_from_sums,
     )
 
 
 def make_server_benchmark(name: str, files: Sequence[str], request: str) -> ServerBenchmark:
-    """A split that a server scores."""
+    """Test split, which a server scores."""
     return ServerBenchmark(
         name=name,
         question_file=partial(question_file, files),
         load_questions=partial(load_questions, files, request),
-        answer_key=official_key,
         submission=partial(submission, files),
     )
 

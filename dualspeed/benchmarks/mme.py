@@ -1,9 +1,11 @@
-"""MME: two yes-no questions per image, one of each answer; accuracy and accuracy+ (both right) summed over categories.
+"""MME: per image one question whose answer is yes and one whose answer is no.
 
-Files: the official release, MME_Benchmark_release_version/<category>/ with <name>.txt (question, tab, Yes or No; two
-lines) beside <name>.png|jpg, or apart in questions_answers_YN/ and images/; and llava_mme.jsonl, LLaVA's prompts. The
-rules are LLaVA's convert_answer_to_mme.py and the official calculation.py, but the questions of an image are paired
-by the image instead of by line.
+Points are accuracy plus accuracy+ (share of images with both answers right), summed over categories.
+
+Files: the official release, MME_Benchmark_release_version/<category>/ with <name>.txt (two lines: question, tab, Yes or
+No) beside <name>.png or .jpg, or in separate folders questions_answers_YN/ and images/; and llava_mme.jsonl, LLaVA's
+prompts. The rules are those of LLaVA's convert_answer_to_mme.py and the official calculation.py, but the two questions
+of an image are found by its name instead of by line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,6 @@ from dualspeed.benchmarks.records import (
     Question,
     Record,
     accuracy,
-    accuracy_from_sums,
     accuracy_statistics,
     divide,
     reject_duplicates,
@@ -39,7 +40,7 @@ PERCEPTION = (
     "OCR",
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-# LLaVA's prompt puts the second in the place of the first.
+# Last sentence of an official question, and LLaVA's replacement of it.
 REQUESTS = ("Please answer yes or no.", "Answer the question using a single word or phrase.")
 
 
@@ -49,7 +50,7 @@ def question_file(folder: Path) -> Path:
 
 
 def release_folder(folder: Path) -> Path:
-    """The folder that holds the categories: `folder` or the official release in it, whose depth differs by release."""
+    """Folder that holds the categories: `folder`, or the official release in it, whose depth differs by release."""
     release = folder / "MME_Benchmark_release_version"
     for candidate in (release / "MME_Benchmark", release, folder):
         if any((candidate / category).is_dir() for category in PERCEPTION + COGNITION):
@@ -58,19 +59,19 @@ def release_folder(folder: Path) -> Path:
 
 
 def make_key(category: str, name: str, text: str) -> str:
-    """Id of one of an image's two questions: category, file name without ending, and the question's own words."""
+    """Id of a question: category, image name without its ending, and the question without LLaVA's or MME's request."""
     for request in REQUESTS:
         text = text.replace(request, "")
     return f"{category}/{name}: {' '.join(text.split())}"
 
 
 def answer_key(record: dict, place: str) -> str:
-    """Id of the question that a line of answers belongs to: both of an image have its name for `question_id`."""
+    """Id of the question that a line of answers belongs to; both questions of an image have the same `question_id`."""
     return key_of(get_field(record, "question_id", str, place), get_field(record, "prompt", str, place))
 
 
 def key_of(official_id: str, prompt: str) -> str:
-    """`make_key` of LLaVA's question_id (category/image or category/images/image) and prompt."""
+    """Id of a question from LLaVA's question_id (category/image or category/images/image) and prompt."""
     path = PurePosixPath(official_id)
     return make_key(path.parts[0], path.stem, prompt)
 
@@ -90,7 +91,7 @@ def load_questions(folder: Path) -> list[Question]:
 
 
 def read_labels(folder: Path) -> dict[str, tuple[str, str, str]]:
-    """Official answers: question id -> (category, image, yes or no), images in alphabetic order."""
+    """Official answers: {question id: (category, image, yes or no)}, images in alphabetical order."""
     labels: dict[str, tuple[str, str, str]] = {}
     release = release_folder(folder)
     for category in PERCEPTION + COGNITION:
@@ -113,7 +114,7 @@ def read_labels(folder: Path) -> dict[str, tuple[str, str, str]]:
 
 
 def parse_answer(text: str) -> str:
-    """yes, no or other, by the first four characters."""
+    """Answer by the official rule: yes, no or other, from the first four characters."""
     start = text.lower()[:4]
     if "yes" in start:
         return "yes"
@@ -121,13 +122,13 @@ def parse_answer(text: str) -> str:
 
 
 def lmms_parse(text: str) -> str:
-    """The same as lmms-eval reads it: stripped, without periods, and a lone y or n will do."""
+    """Answer by lmms-eval's rule: it strips the text, drops periods, and takes y and n too."""
     start = text.lower().strip().replace(".", "")
     return {"y": "yes", "n": "no"}.get(start) or parse_answer(start)
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per official question; a missing answer counts as wrong."""
+    """One record per official question. A missing answer is wrong."""
     labels = read_labels(folder)
     reject_unknown(answers, labels, release_folder(folder))
     records = []
@@ -146,7 +147,7 @@ def accuracy_plus(records: Sequence[Record]) -> float:
 
 
 def points_by_category(records: Sequence[Record]) -> dict[str, float]:
-    """acc + acc+ of each category that there is, in points."""
+    """Points (accuracy plus accuracy+) of each category that has records."""
     chosen = {
         category: [record for record in records if record.category == category] for category in PERCEPTION + COGNITION
     }
@@ -154,7 +155,7 @@ def points_by_category(records: Sequence[Record]) -> dict[str, float]:
 
 
 def sum_points(points: Mapping[str, float]) -> dict[str, float]:
-    """Points of perception and cognition; a release without any category of cognition has no such metric."""
+    """Points of perception, and of cognition if the release has any of its categories."""
     result = {"perception": sum(points.get(category, 0.0) for category in PERCEPTION)}
     if not points.keys().isdisjoint(COGNITION):
         result["cognition"] = sum(points.get(category, 0.0) for category in COGNITION)
@@ -162,9 +163,9 @@ def sum_points(points: Mapping[str, float]) -> dict[str, float]:
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Points of perception and cognition, both rates over all, the points by lmms-eval's rule, points per category."""
+    """Points of perception and cognition, accuracy, accuracy+, points by lmms-eval's rule, points per category."""
     points = points_by_category(records)
-    as_lmms = [replace(record, score=record.others["lmms_eval"]) for record in records]
+    as_lmms = [replace(record, score=record.other_scores["lmms_eval"]) for record in records]
     lmms_points = sum_points(points_by_category(as_lmms))
     result = sum_points(points) | {"acc": accuracy(records), "acc_plus": accuracy_plus(records)}
     result |= {f"{name}_lmms_eval": value for name, value in lmms_points.items()}
@@ -172,7 +173,11 @@ def metrics(records: Sequence[Record]) -> dict[str, float]:
 
 
 def perception_statistics(records: Sequence[Record]) -> np.ndarray:
-    """Per image and category of perception: right answers, questions, images right in both, images: (images, 40)."""
+    """Four counts per image in the block of its category, zeros in the other blocks: (images, 40).
+
+    The counts are right answers, questions, images with both answers right, and images, for each of the ten categories
+    of perception.
+    """
     sums = accuracy_statistics(records)
     both = (sums[:, 0] == sums[:, 1]).astype(float)
     counts = np.stack([*sums.T, both, np.ones(len(sums))], axis=1)
@@ -182,7 +187,7 @@ def perception_statistics(records: Sequence[Record]) -> np.ndarray:
 
 
 def perception_from_sums(sums: np.ndarray) -> np.ndarray:
-    """Points of perception: (..., 40) -> (...)."""
+    """Points of perception from sums of `perception_statistics`: (..., 40) -> (...)."""
     right, questions, both, images = np.moveaxis(sums.reshape(*sums.shape[:-1], len(PERCEPTION), 4), -1, 0)
     return 100 * (divide(right, questions) + divide(both, images)).sum(axis=-1)
 
@@ -196,8 +201,6 @@ MME = Benchmark(
     answer_key=answer_key,
     score_answers=score_answers,
     metrics=metrics,
-    statistics=accuracy_statistics,
-    percent_from_sums=accuracy_from_sums,
     headline_statistics=perception_statistics,
     headline_from_sums=perception_from_sums,
 )

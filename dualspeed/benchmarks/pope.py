@@ -1,8 +1,8 @@
-"""POPE: is there such an object? Three ways to choose absent objects, mean F1 of the three.
+"""POPE: is an object in the image? Mean F1 over three splits, which choose absent objects in three ways.
 
-Files: coco_pope_{random,popular,adversarial}.json (JSON lines with labels) and LLaVA's llava_pope_test.jsonl (prompts
-and one id over all splits); images in images/ or val2014/. The rule is that of LLaVA's eval_pope.py, but answers and
-labels are paired by image and question instead of by line.
+Files: coco_pope_{random,popular,adversarial}.json (JSON lines with labels) and LLaVA's llava_pope_test.jsonl (prompts,
+with ids that are unique over all splits); images in images/ or val2014/. The rule is that of LLaVA's eval_pope.py, but
+answers and labels are paired by image and question instead of by line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ def question_file(folder: Path) -> Path:
     return find_path(folder, "llava_pope_test.jsonl")
 
 
-def read_questions(folder: Path) -> list[tuple[str, dict]]:
-    """Lines of the question file with their places, checked."""
+def read_prompts(folder: Path) -> list[tuple[str, dict]]:
+    """(place, line) of the question file; fields are checked."""
     lines = read_json_lines(question_file(folder))
     for place, line in lines:
         get_field(line, "image", str, place)
@@ -49,12 +49,12 @@ def load_questions(folder: Path) -> list[Question]:
     images = find_path(folder, "images", "val2014")
     return [
         Question(official_key(line, place), line["question_id"], images / line["image"], line["text"])
-        for place, line in read_questions(folder)
+        for place, line in read_prompts(folder)
     ]
 
 
 def read_labels(folder: Path) -> dict[tuple[str, str, str], str]:
-    """Official labels: (split, image, question) -> yes or no."""
+    """Official labels: {(split, image, question): yes or no}."""
     labels: dict[tuple[str, str, str], str] = {}
     for split in SPLITS:
         path = find_path(folder, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
@@ -67,15 +67,15 @@ def read_labels(folder: Path) -> dict[tuple[str, str, str], str]:
 
 
 def parse_answer(text: str) -> str:
-    """Yes or no by the official rule: only the first sentence counts, and whatever isn't a plain no is a yes."""
+    """Answer by the official rule: no if the first sentence has No, no or not as a word, else yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per question; a missing answer counts as the wrong one of yes and no."""
+    """One record per question. A missing answer is wrong: no where yes is right, and yes where no is."""
     labels = read_labels(folder)
-    questions = read_questions(folder)
+    questions = read_prompts(folder)
     reject_unknown(answers, {official_key(line, place) for place, line in questions}, question_file(folder))
     asked = set()
     records = []
@@ -88,9 +88,11 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         is_missing = question_id not in answers
         wrong = "no" if label == "yes" else "yes"
         predicted = wrong if is_missing else parse_answer(answers[question_id])
-        score, split = float(predicted == label), line["category"]
+        score = float(predicted == label)
         others = {f"lmms_{word}": float(answers.get(question_id, "").strip().lower() == word) for word in ("yes", "no")}
-        records.append(Record(question_id, score, label, predicted, split, question_id, is_missing, others))
+        records.append(
+            Record(question_id, score, label, predicted, line["category"], is_missing=is_missing, other_scores=others)
+        )
     if unasked := sorted(labels.keys() - asked):
         split, image, text = unasked[0]
         raise BenchmarkError(f"{question_file(folder)}: lacks {text!r} on {image} of coco_pope_{split}.json")
@@ -98,21 +100,21 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
 
 
 def confusion(records: Sequence[Record]) -> list[tuple[int, int, int]]:
-    """True positives, false positives and false negatives of each record; yes is the positive class."""
-    pairs = [(record.predicted == "yes", record.gold == "yes") for record in records]
-    return [(int(yes and gold), int(yes and not gold), int(gold and not yes)) for yes, gold in pairs]
+    """True positive, false positive and false negative, each 0 or 1, of each record; yes is the positive class."""
+    answers = [(record.predicted == "yes", record.gold == "yes") for record in records]
+    return [(int(yes and gold), int(yes and not gold), int(gold and not yes)) for yes, gold in answers]
 
 
 def lmms_f1(records: Sequence[Record]) -> float:
-    """F1 in percent as lmms-eval has it: over all splits at once, and an answer but yes and no is neither."""
-    tp = sum(record.others["lmms_yes"] for record in records if record.gold == "yes")
-    fp = sum(record.others["lmms_yes"] for record in records if record.gold == "no")
-    fn = sum(record.others["lmms_no"] for record in records if record.gold == "yes")
+    """F1 in percent by lmms-eval's rule: over all splits at once; only the exact words yes and no are counted."""
+    tp = sum(record.other_scores["lmms_yes"] for record in records if record.gold == "yes")
+    fp = sum(record.other_scores["lmms_yes"] for record in records if record.gold == "no")
+    fn = sum(record.other_scores["lmms_no"] for record in records if record.gold == "yes")
     return 100 * float(divide(2 * tp, 2 * tp + fp + fn))
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """F1, accuracy, precision, recall and share of yes: per split and as mean of the three splits; lmms-eval's F1."""
+    """F1, accuracy, precision, recall and share of yes, as mean of the splits and per split, and lmms-eval's F1."""
     splits: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         chosen = [record for record in records if record.category == split]
@@ -130,14 +132,14 @@ def metrics(records: Sequence[Record]) -> dict[str, float]:
 
 
 def statistics(records: Sequence[Record]) -> np.ndarray:
-    """Confusion counts per question, a block of three for each split: (questions, 9)."""
+    """Confusion counts per question in the block of its split, zeros in the other two: (questions, 9)."""
     counts = np.asarray(confusion(records))
     in_split = np.asarray([[record.category == split for split in SPLITS] for record in records])
     return sum_by_unit(records, (in_split[:, :, None] * counts[:, None, :]).reshape(len(records), -1))
 
 
 def mean_f1_from_sums(sums: np.ndarray) -> np.ndarray:
-    """Mean F1 of the splits in percent: (..., 9) -> (...)."""
+    """Mean F1 of the splits in percent from sums of `statistics`: (..., 9) -> (...)."""
     tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], len(SPLITS), 3), -1, 0)
     return 100 * divide(2 * tp, 2 * tp + fp + fn).mean(axis=-1)
 
@@ -148,7 +150,6 @@ POPE = Benchmark(
     percent="f1",
     question_file=question_file,
     load_questions=load_questions,
-    answer_key=official_key,
     score_answers=score_answers,
     metrics=metrics,
     statistics=statistics,

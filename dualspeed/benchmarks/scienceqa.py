@@ -1,4 +1,4 @@
-"""ScienceQA-IMG: the test questions with an image, answered by an option's letter.
+"""ScienceQA-IMG: the test questions with an image, answered by the letter of an option.
 
 Files: problems.json and pid_splits.json (official) and llava_test_CQM-A.json (LLaVA's prompts); images in
 images/test/<pid>/image.png. The rule is that of LLaVA's eval_science_qa.py.
@@ -8,26 +8,22 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from dualspeed.benchmarks.files import find_path, get_field, read_json
+from dualspeed.benchmarks.files import find_path, get_field, read_entries, read_json
 from dualspeed.benchmarks.records import (
     LETTER_ANSWER,
     Benchmark,
     Question,
     Record,
-    accuracy,
-    accuracy_from_sums,
-    official_key,
+    answered_accuracy,
+    answered_statistics,
     other_accuracy,
     reject_duplicates,
     reject_unknown,
-    sum_by_unit,
 )
 from dualspeed.errors import BenchmarkError
 
 OPTIONS = ("A", "B", "C", "D", "E")
-# The last dot takes any character, as in the official rule: "The answer is Cork." reads as C.
+# The last dot matches any character, as in the official rule: "The answer is Cork." reads as C.
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
@@ -37,14 +33,11 @@ def question_file(folder: Path) -> Path:
 
 
 def load_questions(folder: Path) -> list[Question]:
-    """The questions with an image."""
+    """Questions with an image."""
     path = question_file(folder)
     images = find_path(folder, "images/test")
     questions = []
-    for number, line in enumerate(read_json(path, list)):
-        place = f"{path}, entry {number}"
-        if not isinstance(line, dict):
-            raise BenchmarkError(f"{place}: expected an object, found {line!r}")
+    for place, line in read_entries(path):
         if line.get("image") is None:
             continue
         official_id, image = get_field(line, "id", (str, int), place), get_field(line, "image", str, place)
@@ -52,7 +45,7 @@ def load_questions(folder: Path) -> list[Question]:
         if not turns or not isinstance(turns[0], dict):
             raise BenchmarkError(f"{place}: field 'conversations' has no first turn")
         text = get_field(turns[0], "value", str, f"{place}, field 'conversations'")
-        # LLaVA's script appends the request, which its file doesn't hold.
+        # The request is not in LLaVA's file; its script appends it.
         prompt = text.replace("<image>", "").strip() + LETTER_ANSWER
         questions.append(Question(str(official_id), official_id, images / image, prompt))
     reject_duplicates([question.question_id for question in questions], path)
@@ -60,7 +53,7 @@ def load_questions(folder: Path) -> list[Question]:
 
 
 def read_problems(folder: Path) -> dict[str, dict]:
-    """Problems of the test split in its order, checked."""
+    """Problems of the test split in its order; fields are checked."""
     splits_path, problems_path = find_path(folder, "pid_splits.json"), find_path(folder, "problems.json")
     pids = get_field(read_json(splits_path, dict), "test", list, str(splits_path))
     problems = read_json(problems_path, dict)
@@ -75,7 +68,7 @@ def read_problems(folder: Path) -> dict[str, dict]:
 
 
 def parse_answer(text: str) -> str:
-    """The option's letter, or FAILED, which is no option and so wrong."""
+    """Letter of the option by the official rule, or FAILED, which is no option and so wrong."""
     if text in OPTIONS:
         return text
     if text[:1] in OPTIONS and text[1:3] == ". ":
@@ -85,7 +78,7 @@ def parse_answer(text: str) -> str:
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per test question with an image; answers to the test's text-only questions are left out."""
+    """One record per test question with an image. Answers to text-only questions are ignored."""
     problems = read_problems(folder)
     reject_unknown(answers, problems, find_path(folder, "pid_splits.json"))
     records = []
@@ -95,39 +88,28 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         gold = OPTIONS[problem["answer"]]
         text, is_missing = answers.get(pid, ""), pid not in answers
         predicted = "FAILED" if is_missing else parse_answer(text)
-        # lmms-eval takes a letter alone or before a period.
+        # lmms-eval takes a letter that stands alone or before a period.
         others = {"lmms_eval": float(text == gold or text[:2] == f"{gold}.")}
-        records.append(Record(pid, float(predicted == gold), gold, predicted, "image", pid, is_missing, others))
+        score = float(predicted == gold)
+        records.append(Record(pid, score, gold, predicted, "image", is_missing=is_missing, other_scores=others))
     return records
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
-    """The official IMG accuracy, which leaves missing answers out; counting them wrong; and by lmms-eval's rule."""
-    answered = [record for record in records if not record.is_missing]
-    return {
-        "accuracy": accuracy(answered),
-        "accuracy_missing_wrong": accuracy(records),
+    """Official IMG accuracy, which ignores missing answers; with missing answers as wrong; by lmms-eval's rule."""
+    return answered_accuracy(records) | {
         "accuracy_lmms_eval": other_accuracy(records, "lmms_eval"),
-        "num_answered": float(len(answered)),
+        "num_answered": float(sum(not record.is_missing for record in records)),
     }
-
-
-def statistics(records: Sequence[Record]) -> np.ndarray:
-    """Right answers and answered questions per question: (questions, 2)."""
-    return sum_by_unit(records, [(record.score, not record.is_missing) for record in records])
 
 
 SCIENCEQA = Benchmark(
     name="scienceqa",
-    headline="accuracy",
-    percent="accuracy",
     question_file=question_file,
     load_questions=load_questions,
-    answer_key=official_key,
     score_answers=score_answers,
     metrics=metrics,
-    statistics=statistics,
-    percent_from_sums=accuracy_from_sums,
-    # The official script tells by this mark whether a question has an image.
-    image_mark="<image>\n",
+    statistics=answered_statistics,
+    # The official script recognises a question with an image by this placeholder.
+    image_placeholder="<image>\n",
 )

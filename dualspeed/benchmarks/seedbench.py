@@ -1,21 +1,18 @@
-"""SEED-Bench, its questions on images: multiple choice, answered by a letter.
+"""SEED-Bench, only its questions on images: multiple choice, answered by a letter.
 
-Files: SEED-Bench.json (official) and llava-seed-bench.jsonl (LLaVA's prompts, of videos' frames too, which are left
-out here); images where the latter says. The rule is that of LLaVA's convert_seed_for_submission.py: the answer is the
+Files: SEED-Bench.json (official) and llava-seed-bench.jsonl (LLaVA's prompts; those on frames of videos are left out
+here), which also names the image files. The rule is that of LLaVA's convert_seed_for_submission.py: the answer is the
 letter and nothing else. Ids are numbers in answers and text in annotations.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from dualspeed.benchmarks.files import find_path, get_choice, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import check_entries, find_path, get_choice, get_field, read_json, read_json_lines
 from dualspeed.benchmarks.records import (
     Benchmark,
     Question,
     Record,
-    accuracy_from_sums,
-    accuracy_statistics,
-    official_and_lmms_accuracy,
     official_key,
     reject_duplicates,
     reject_unknown,
@@ -31,21 +28,19 @@ def question_file(folder: Path) -> Path:
 
 
 def answer_key(record: dict, place: str) -> str:
-    """Id as text; what is a number is written as one, whatever stood before it."""
+    """Id as text, without leading zeros if it is a number."""
     key = official_key(record, place)
     return str(int(key)) if key.isdecimal() else key
 
 
 def read_official(folder: Path) -> tuple[dict[str, tuple[str, dict]], dict[int, str]]:
-    """{id: (place, question)} of images and videos, and {number: name} of the question types."""
+    """{id: (place, question)} for images and videos, and {number: name} of the question types."""
     path = find_path(folder, "SEED-Bench.json")
     content = read_json(path, dict)
     types = get_field(content, "question_type", dict, str(path))
     questions: dict[str, tuple[str, dict]] = {}
-    for number, entry in enumerate(get_field(content, "questions", list, str(path))):
-        place = f"{path}: field 'questions', entry {number}"
-        if not isinstance(entry, dict):
-            raise BenchmarkError(f"{place}: expected an object, found {entry!r}")
+    entries = get_field(content, "questions", list, str(path))
+    for place, entry in check_entries(entries, f"{path}: field 'questions', entry"):
         get_choice(entry, "data_type", ("image", "video"), place)
         key = answer_key(entry, place)
         if key in questions:
@@ -70,7 +65,7 @@ def load_questions(folder: Path) -> list[Question]:
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per question on an image; a missing answer counts as wrong."""
+    """One record per question on an image. A missing answer is wrong."""
     official, types = read_official(folder)
     reject_unknown(answers, official, find_path(folder, "SEED-Bench.json"))
     records = []
@@ -80,22 +75,17 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         gold = get_choice(entry, "answer", OPTIONS, place)
         kind = get_field(entry, "question_type_id", int, place)
         answer, is_missing = answers.get(key, ""), key not in answers
-        # lmms-eval takes the first character for the answer.
+        # lmms-eval reads the first character as the answer.
         others = {"lmms_eval": float(answer.strip()[:1] == gold)}
-        category = types.get(kind, str(kind))
-        records.append(Record(key, float(answer == gold), gold, answer, category, key, is_missing, others))
+        score, category = float(answer == gold), types.get(kind, str(kind))
+        records.append(Record(key, score, gold, answer, category, is_missing=is_missing, other_scores=others))
     return records
 
 
 SEEDBENCH = Benchmark(
     name="seedbench",
-    headline="accuracy",
-    percent="accuracy",
     question_file=question_file,
     load_questions=load_questions,
     answer_key=answer_key,
     score_answers=score_answers,
-    metrics=official_and_lmms_accuracy,
-    statistics=accuracy_statistics,
-    percent_from_sums=accuracy_from_sums,
 )

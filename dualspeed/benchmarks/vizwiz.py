@@ -1,9 +1,9 @@
 """VizWiz: val, which is scored here, and test, whose answers go to a server.
 
-Files: val.json (official; images in val/), test.json's questions as LLaVA puts them, llava_test.jsonl (images in
-test/). A question of val has its image's name for id, with or without its ending, or that name's number; a
-llava_val.jsonl, if there is one, says instead which image an id of its own belongs to. The rule is that of the official
-API: the answer is normalised, what the annotators wrote is not.
+Files of val: val.json (official), images in val/. Files of test: llava_test.jsonl (questions with LLaVA's prompts),
+images in test/. The id of a question of val in an answers file is its image's name, with or without ending, or the
+number in that name; if there is a llava_val.jsonl, it is that file's question_id. The rule is that of the official API,
+which normalises the model's answer but not those of the annotators.
 """
 
 import json
@@ -11,23 +11,19 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import find_path, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_field, read_entries, read_json_lines
 from dualspeed.benchmarks.records import (
     SHORT_ANSWER,
     Benchmark,
     Question,
     Record,
     ServerBenchmark,
-    accuracy_from_sums,
-    accuracy_statistics,
-    official_and_lmms_accuracy,
     official_key,
     read_questions,
     reject_duplicates,
     reject_unknown,
 )
-from dualspeed.benchmarks.vqa_accuracy import clean, evalai, leave_one_out, normalise
-from dualspeed.benchmarks.vqav2 import read_annotators
+from dualspeed.benchmarks.vqa_accuracy import clean, evalai, leave_one_out, normalise, read_annotators
 from dualspeed.errors import BenchmarkError
 
 NUMBERED_IMAGE = re.compile(r"VizWiz_val_(\d+)")
@@ -36,39 +32,40 @@ PROMPT_END = UNANSWERABLE + SHORT_ANSWER
 
 
 def question_file(folder: Path) -> Path:
-    """The official questions and answers of val."""
+    """Official questions and answers of val."""
     return find_path(folder, "val.json", "Annotations/val.json")
 
 
-def read_entries(folder: Path) -> list[tuple[str, str, dict]]:
+def read_val(folder: Path) -> list[tuple[str, str, dict]]:
     """(place, image, entry) of each question of val."""
     path = question_file(folder)
-    entries = []
-    for number, entry in enumerate(read_json(path, list)):
-        place = f"{path}, entry {number}"
-        if not isinstance(entry, dict):
-            raise BenchmarkError(f"{place}: expected an object, found {entry!r}")
-        entries.append((place, get_field(entry, "image", str, place), entry))
+    entries = [(place, get_field(entry, "image", str, place), entry) for place, entry in read_entries(path)]
     reject_duplicates([image for _, image, _ in entries], path)
     return entries
 
 
 def load_questions(folder: Path) -> list[Question]:
-    """Questions of val in official order, with the prompt that LLaVA gives those of test."""
+    """Questions of val in official order, in the form of LLaVA's prompts for test."""
     images = find_path(folder, "val", "images")
     return [
         Question(Path(image).stem, image, images / image, get_field(entry, "question", str, place) + PROMPT_END)
-        for place, image, entry in read_entries(folder)
+        for place, image, entry in read_val(folder)
     ]
 
 
 def answer_key(record: dict, place: str) -> str:
-    """The image's name without its ending."""
+    """Name of the image without its ending."""
     return official_key(record, place).removesuffix(".jpg")
 
 
 def by_image(folder: Path, answers: Mapping[str, str], known: set[str]) -> dict[str, str]:
-    """Answers by image; an id of llava_val.jsonl, or else a bare number, is translated. Raises UnknownAnswerError."""
+    """{image name without its ending: answer}.
+
+    Ids are translated by llava_val.jsonl, or, without that file, from a number to the image in `known` that has it.
+
+    Raises:
+        UnknownAnswerError: an answer belongs to no image.
+    """
     path = folder / "llava_val.jsonl"
     if path.exists():
         images = {
@@ -82,18 +79,18 @@ def by_image(folder: Path, answers: Mapping[str, str], known: set[str]) -> dict[
 
 
 def official_score(answer: str, annotators: Sequence[str]) -> float:
-    """Accuracy of one answer by the official API."""
+    """Score of one answer by the official API."""
     return leave_one_out(normalise(clean(answer)), annotators)
 
 
 def lmms_score(answer: str, annotators: Sequence[str]) -> float:
-    """The same by lmms-eval, which normalises both sides."""
+    """Score of one answer by lmms-eval, which normalises both sides."""
     return leave_one_out(evalai(answer), [evalai(other) for other in annotators])
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per question of val; a missing answer is worth nothing (the official script stops at it)."""
-    entries = read_entries(folder)
+    """One record per question of val. A missing answer scores 0; the official script would stop at it."""
+    entries = read_val(folder)
     answers = by_image(folder, answers, {Path(image).stem for _, image, _ in entries})
     records = []
     for place, image, entry in entries:
@@ -102,12 +99,12 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         score = 0.0 if is_missing else official_score(answer, annotators)
         others = {"lmms_eval": 0.0 if is_missing else lmms_score(answer, annotators)}
         gold, category = max(annotators, key=annotators.count), get_field(entry, "answer_type", str, place)
-        records.append(Record(key, score, gold, answer, category, key, is_missing, others))
+        records.append(Record(key, score, gold, answer, category, is_missing=is_missing, other_scores=others))
     return records
 
 
 def test_file(folder: Path) -> Path:
-    """LLaVA's questions of test."""
+    """LLaVA's question file of test."""
     return find_path(folder, "llava_test.jsonl")
 
 
@@ -117,7 +114,7 @@ def load_test_questions(folder: Path) -> list[Question]:
 
 
 def submission(folder: Path, answers: Mapping[str, str]) -> bytes:
-    """The list that the server takes: image and answer of every question, in the order of LLaVA's file."""
+    """JSON list for the server: image and answer of every question, in the order of LLaVA's file."""
     path, entries = test_file(folder), []
     lines = read_json_lines(path)
     reject_unknown(answers, {official_key(line, place) for place, line in lines}, path)
@@ -131,20 +128,14 @@ def submission(folder: Path, answers: Mapping[str, str]) -> bytes:
 
 VIZWIZ = Benchmark(
     name="vizwiz",
-    headline="accuracy",
-    percent="accuracy",
     question_file=question_file,
     load_questions=load_questions,
     answer_key=answer_key,
     score_answers=score_answers,
-    metrics=official_and_lmms_accuracy,
-    statistics=accuracy_statistics,
-    percent_from_sums=accuracy_from_sums,
 )
 VIZWIZ_TEST = ServerBenchmark(
     name="vizwiz_test",
     question_file=test_file,
     load_questions=load_test_questions,
-    answer_key=official_key,
     submission=submission,
 )

@@ -1,16 +1,19 @@
 """VQA accuracy, the metric of VQAv2, VizWiz and TextVQA.
 
-An answer is worth min(1, matches / 3) among nine of ten annotators, averaged over who is left out. What is compared
-differs by benchmark. `normalise` is that of the official VQA evaluation (GT-Vision-Lab/VQA), which VizWiz shares;
-`evalai` that of the m4c evaluator, with which LLaVA scores TextVQA and makes files for servers. Both are kept to the
-letter, with what is odd in them: a comma between digits removes all punctuation, which otherwise becomes a blank
-unless it has one beside it; of the periods only the first 32 go (a flag of re stands in the count's place);
-`twenty-one` becomes `twenty 1`.
+The score of an answer is min(1, matches / 3) among nine of ten annotators, averaged over the one left out. Answers are
+compared in a normal form, which differs by benchmark. `normalise` is that of the official VQA evaluation
+(GT-Vision-Lab/VQA), which VizWiz shares; `evalai` is that of the m4c evaluator, with which LLaVA scores TextVQA and
+writes files for servers. Both reproduce the originals exactly, oddities included: punctuation becomes a space, but is
+removed where a space is beside it, and everywhere if the text has a comma between digits; only the first 32 periods are
+removed (the original passes a flag of `re` as the count); `twenty-one` becomes `twenty 1`.
 """
 
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+
+from dualspeed.benchmarks.files import get_field
+from dualspeed.errors import BenchmarkError
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"\.(?!\d)")
@@ -29,8 +32,8 @@ FULL_FORMS = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
-# A contraction is mended where exactly one apostrophe lacks. Those with I (Im, Ive) could never match lower case; the
-# last entry is the official table's own, the wrong way round.
+# {word that lacks one apostrophe: contraction}. The official table's entries with a capital I (Im, Ive) never match
+# lower case and are left out; the last entry is reversed in the official table too.
 CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in FULL_FORMS
@@ -40,48 +43,59 @@ CONTRACTIONS = {
 
 
 def clean(text: str) -> str:
-    """Line breaks and tabs as blanks, none at either end."""
+    """Text with line breaks and tabs as spaces, and no space at either end."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def strip_punctuation(text: str, digit_comma: re.Pattern = DIGIT_COMMA) -> str:
-    """Punctuation removed or turned into a blank, periods that stand before no digit removed."""
+    """Text with punctuation removed or replaced by a space, and without periods that precede no digit."""
     has_digit_comma = digit_comma.search(text) is not None
     stripped = text
-    for mark in PUNCTUATION:
-        if mark in stripped:
-            goes = has_digit_comma or f"{mark} " in text or f" {mark}" in text
-            stripped = stripped.replace(mark, "" if goes else " ")
+    for sign in PUNCTUATION:
+        if sign in stripped:
+            is_removed = has_digit_comma or f"{sign} " in text or f" {sign}" in text
+            stripped = stripped.replace(sign, "" if is_removed else " ")
     return PERIOD.sub("", stripped, count=MAX_PERIODS)
 
 
 def normalise_words(text: str) -> str:
-    """Lower case, numbers up to ten as digits, no articles, apostrophes of contractions restored."""
+    """Text in lower case, numbers up to ten as digits, no articles, apostrophes of contractions restored."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 @lru_cache(maxsize=1 << 16)
 def normalise(text: str) -> str:
-    """The official VQA evaluation's form of an answer that is `clean`."""
+    """Normal form of the official VQA evaluation; `text` has passed `clean`."""
     return normalise_words(strip_punctuation(text))
 
 
 @lru_cache(maxsize=1 << 16)
 def evalai(text: str) -> str:
-    """The m4c evaluator's form of an answer: commas and question marks go first, `'s` becomes a word."""
+    """Normal form of the m4c evaluator, which first removes commas and question marks and splits off `'s`."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return evalai_words(clean(text))
 
 
 @lru_cache(maxsize=1 << 16)
 def evalai_words(text: str) -> str:
-    """The second half of `evalai`, which lmms-eval's VQAv2 task applies once more."""
+    """Second half of `evalai`, which lmms-eval's VQAv2 task applies a second time."""
     return normalise_words(strip_punctuation(text, DIGIT_COMMAS))
 
 
 def leave_one_out(answer: str, annotators: Sequence[str]) -> float:
-    """min(1, matches / 3) among all annotators but one, averaged over who is left out."""
+    """min(1, matches / 3) among all annotators but one, averaged over the one left out."""
     matches, total = annotators.count(answer), len(annotators)
     with_one_match_out, with_another_out = min(3, matches - 1), min(3, matches)
     return (matches * with_one_match_out + (total - matches) * with_another_out) / (3 * total)
+
+
+def read_annotators(entry: dict, place: str) -> list[str]:
+    """Annotators' answers of an official annotation."""
+    answers = get_field(entry, "answers", list, place)
+    if not answers:
+        raise BenchmarkError(f"{place}: field 'answers' is empty; expected an answer of each annotator")
+    return [
+        get_field(answer if isinstance(answer, dict) else {}, "answer", str, f"{place}: answers[{number}]")
+        for number, answer in enumerate(answers)
+    ]

@@ -1,46 +1,43 @@
 """VQAv2: val, which is scored here, and test-dev, whose answers go to a server.
 
 Files of val: v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json (official), images in
-val2014/. Files of test-dev: llava_vqav2_mscoco_test-dev2015.jsonl (what is asked) and
-llava_vqav2_mscoco_test2015.jsonl (what the server wants an answer to), images in test2015/. The rule is that of the
-official vqaEval.py: where all annotators agree, neither side is normalised.
+val2014/. Files of test-dev: llava_vqav2_mscoco_test-dev2015.jsonl (questions) and llava_vqav2_mscoco_test2015.jsonl
+(all questions that the server's file must have), images in test2015/. The rule is that of the official vqaEval.py,
+which normalises neither side where all annotators agree.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dualspeed.benchmarks.files import find_path, get_field, read_json, read_json_lines
+from dualspeed.benchmarks.files import find_path, get_field, read_entries, read_json_lines
 from dualspeed.benchmarks.records import (
     SHORT_ANSWER,
     Benchmark,
     Question,
     Record,
     ServerBenchmark,
-    accuracy_from_sums,
-    accuracy_statistics,
-    official_and_lmms_accuracy,
     official_key,
     read_questions,
     reject_duplicates,
     reject_unknown,
 )
-from dualspeed.benchmarks.vqa_accuracy import clean, evalai, evalai_words, leave_one_out, normalise
+from dualspeed.benchmarks.vqa_accuracy import clean, evalai, evalai_words, leave_one_out, normalise, read_annotators
 from dualspeed.errors import BenchmarkError
 
 
 def question_file(folder: Path) -> Path:
-    """The official questions of val."""
+    """Official questions of val."""
     return find_path(folder, "v2_OpenEnded_mscoco_val2014_questions.json")
 
 
 def annotation_file(folder: Path) -> Path:
-    """The official answers of val."""
+    """Official answers of val."""
     return find_path(folder, "v2_mscoco_val2014_annotations.json")
 
 
 def load_questions(folder: Path) -> list[Question]:
-    """Questions of val in official order, with the prompt that LLaVA gives those of test-dev."""
+    """Questions of val in official order, in the form of LLaVA's prompts for test-dev."""
     path, images = question_file(folder), find_path(folder, "val2014", "images")
     questions = []
     for place, entry in read_entries(path, "questions"):
@@ -51,28 +48,8 @@ def load_questions(folder: Path) -> list[Question]:
     return questions
 
 
-def read_entries(path: Path, key: str) -> list[tuple[str, dict]]:
-    """The objects that an official file lists under `key`, each with its place for errors."""
-    entries = get_field(read_json(path, dict), key, list, str(path))
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise BenchmarkError(f"{path}: field {key!r}, entry {number}: expected an object, found {entry!r}")
-    return [(f"{path}: field {key!r}, entry {number}", entry) for number, entry in enumerate(entries)]
-
-
-def read_annotators(entry: dict, place: str) -> list[str]:
-    """The annotators' answers of an annotation."""
-    answers = get_field(entry, "answers", list, place)
-    if not answers:
-        raise BenchmarkError(f"{place}: field 'answers' is empty; expected an answer of each annotator")
-    return [
-        get_field(answer if isinstance(answer, dict) else {}, "answer", str, f"{place}: answers[{number}]")
-        for number, answer in enumerate(answers)
-    ]
-
-
 def official_score(answer: str, annotators: Sequence[str]) -> float:
-    """Accuracy of one answer by vqaEval.py."""
+    """Score of one answer by vqaEval.py."""
     answer, annotators = clean(answer), [clean(other) for other in annotators]
     if len(set(annotators)) > 1:
         answer, annotators = normalise(answer), [normalise(other) for other in annotators]
@@ -80,7 +57,7 @@ def official_score(answer: str, annotators: Sequence[str]) -> float:
 
 
 def lmms_score(answer: str, annotators: Sequence[str]) -> float:
-    """The same by lmms-eval, which normalises the answer whether or not the annotators agree, and then once more."""
+    """Score of one answer by lmms-eval, which normalises it always, and a second time unless all annotators agree."""
     answer, annotators = evalai(answer), [clean(other) for other in annotators]
     if len(set(annotators)) > 1:
         answer, annotators = evalai_words(answer), [evalai_words(other) for other in annotators]
@@ -88,7 +65,7 @@ def lmms_score(answer: str, annotators: Sequence[str]) -> float:
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per annotated question; a missing answer is worth nothing (the official script stops at it)."""
+    """One record per annotated question. A missing answer scores 0; the official script would stop at it."""
     path = annotation_file(folder)
     asked = {official_key(entry, place) for place, entry in read_entries(question_file(folder), "questions")}
     reject_unknown(answers, asked, question_file(folder))
@@ -103,16 +80,16 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         answer, is_missing = answers.get(question_id, ""), question_id not in answers
         score = 0.0 if is_missing else official_score(answer, annotators)
         others = {"lmms_eval": 0.0 if is_missing else lmms_score(answer, annotators)}
-        records.append(Record(question_id, score, gold, answer, category, question_id, is_missing, others))
+        records.append(Record(question_id, score, gold, answer, category, is_missing=is_missing, other_scores=others))
     reject_duplicates([record.question_id for record in records], path)
     if len(records) < len(asked):
-        lacking = min(asked - {record.question_id for record in records})
-        raise BenchmarkError(f"{path}: field 'annotations' lacks question {lacking} of {question_file(folder)}")
+        missing = min(asked - {record.question_id for record in records})
+        raise BenchmarkError(f"{path}: field 'annotations' lacks question {missing} of {question_file(folder)}")
     return records
 
 
 def test_file(folder: Path) -> Path:
-    """LLaVA's questions of test-dev."""
+    """LLaVA's question file of test-dev."""
     return find_path(folder, "llava_vqav2_mscoco_test-dev2015.jsonl")
 
 
@@ -122,7 +99,7 @@ def load_test_questions(folder: Path) -> list[Question]:
 
 
 def submission(folder: Path, answers: Mapping[str, str]) -> bytes:
-    """The list that EvalAI takes: every question of the whole test, in the order of its file; '' where not asked."""
+    """JSON list for EvalAI: all questions of test in the order of their file, with "" for those not answered."""
     path = find_path(folder, "llava_vqav2_mscoco_test2015.jsonl")
     ids = [get_field(line, "question_id", (int, str), place) for place, line in read_json_lines(path)]
     reject_unknown(answers, {str(official_id) for official_id in ids}, path)
@@ -133,20 +110,13 @@ def submission(folder: Path, answers: Mapping[str, str]) -> bytes:
 
 VQAV2 = Benchmark(
     name="vqav2",
-    headline="accuracy",
-    percent="accuracy",
     question_file=question_file,
     load_questions=load_questions,
-    answer_key=official_key,
     score_answers=score_answers,
-    metrics=official_and_lmms_accuracy,
-    statistics=accuracy_statistics,
-    percent_from_sums=accuracy_from_sums,
 )
 VQAV2_TEST = ServerBenchmark(
     name="vqav2_test",
     question_file=test_file,
     load_questions=load_test_questions,
-    answer_key=official_key,
     submission=submission,
 )

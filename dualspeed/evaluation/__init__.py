@@ -1,1 +1,1 @@
-"""Answers to benchmarks, their scores, and the bootstrap over questions."""
+"""Evaluation of trained models: answers to benchmarks, their scores, and the bootstrap over questions."""

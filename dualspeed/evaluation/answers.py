@@ -1,4 +1,4 @@
-"""Answers on disk: files in LLaVA's format, and the resumable state of a generation that is under way."""
+"""Answers on disk: files in LLaVA's format, and the resumable state of an unfinished generation."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def read_answers(path: Path, benchmark: QuestionSet) -> dict[str, tuple[str, str
     answers: dict[str, tuple[str, str]] = {}
     lines = read_json_lines(path)
     keys = [benchmark.answer_key(record, place) for place, record in lines]
-    for key, (place, record) in zip(number_repeats(keys) if benchmark.repeats else keys, lines, strict=True):
+    for key, (place, record) in zip(number_repeats(keys) if benchmark.has_repeats else keys, lines, strict=True):
         if key in answers:
             raise BenchmarkError(f"{place}: field 'question_id': {key!r} is answered by an earlier line too")
         answers[key] = (get_field(record, "text", str, place), place)
@@ -32,8 +32,8 @@ def read_answers(path: Path, benchmark: QuestionSet) -> dict[str, tuple[str, str
 
 
 @contextmanager
-def naming_lines(answers: Mapping[str, tuple[str, str]]) -> Iterator[None]:
-    """Turn the error that an answer is unknown into one that says where it stands."""
+def name_lines(answers: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+    """Raise the error of an unknown answer again, with the place of the answer in its file."""
     try:
         yield
     except UnknownAnswerError as error:
@@ -43,16 +43,16 @@ def naming_lines(answers: Mapping[str, tuple[str, str]]) -> Iterator[None]:
 def write_answers(
     path: Path, benchmark: QuestionSet, questions: list[Question], texts: Mapping[str, str], model_id: str
 ) -> None:
-    """Write one line per question in official order, in LLaVA's format, so that the official scorers read it too.
+    """Write one line per question, in official order and LLaVA's format, which the official scorers read too.
 
-    Answer ids follow from the question, so that a resumed file equals an uninterrupted one to the byte.
+    Answer ids depend on the question alone, so that a resumed run writes the same bytes as an uninterrupted one.
     """
     lines = []
     for question in questions:
-        mark = benchmark.image_mark if question.image is not None else ""
+        placeholder = benchmark.image_placeholder if question.image is not None else ""
         record: dict[str, Any] = {
             "question_id": question.official_id,
-            "prompt": mark + question.prompt,
+            "prompt": placeholder + question.prompt,
             "text": texts[question.question_id],
             "answer_id": sha256_of_json([model_id, benchmark.name, question.question_id])[:22],
             "model_id": model_id,
@@ -64,23 +64,26 @@ def write_answers(
 
 @dataclass
 class PartialAnswers:
-    """Answers of a benchmark so far, one line of the state file for each batch.
+    """Answers of a benchmark so far; the state file has one line per batch.
 
-    A line is written as a whole with its answers, so a kill loses at most the batch under way; the torn line it may
-    leave is cut off when the file is opened again.
+    A line is appended when its batch is done, so that a kill loses at most the current batch. A torn last line is cut
+    off when the file is opened again.
     """
 
     path: Path
+    """State file of this process."""
     texts: dict[str, str]
+    """{question id: answer}."""
     seconds: float = 0.0
-    """Time spent on these answers, over all runs; loading the model is not in it."""
+    """Seconds spent on these answers over all runs, without loading of the model."""
     num_new_tokens: int = 0
+    """Tokens generated for these answers."""
 
     @classmethod
     def open(cls, path: Path) -> "PartialAnswers":
-        """Read the state file, if there is one, and cut off what follows its last whole line.
+        """Read the state file, if it exists, and cut off a torn last line.
 
-        Answers of the other state files in its folder, which other shards may be writing, count as given too.
+        Answers in other state files of its folder, which other shards may be writing, count too.
         """
         partial = cls(path, {})
         for other in sorted(path.parent.glob("answers*.jsonl")):
@@ -90,7 +93,7 @@ class PartialAnswers:
         return partial
 
     def _read(self, path: Path) -> int:
-        """Add the whole lines of a state file; returns their bytes."""
+        """Add the whole lines of a state file and return their size in bytes."""
         size = 0
         for line in path.read_bytes().splitlines(keepends=True):
             try:
@@ -104,7 +107,7 @@ class PartialAnswers:
         return size
 
     def append(self, texts: Mapping[str, str], seconds: float, num_new_tokens: int) -> None:
-        """Add one batch and bring it to the file."""
+        """Add one batch, in memory and in the file."""
         batch = {"texts": dict(texts), "seconds": seconds, "num_new_tokens": num_new_tokens}
         with self.path.open("ab") as file:
             file.write(json.dumps(batch).encode() + b"\n")

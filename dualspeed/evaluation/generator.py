@@ -1,7 +1,6 @@
-"""A trained model that answers questions: greedy, in batches, with the answers that each question gets alone."""
+"""Greedy generation of answers in batches; an answer doesn't depend on the other questions of its batch."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,20 +9,22 @@ from transformers import AutoProcessor
 
 from dualspeed.benchmarks import Question
 from dualspeed.data.collator import generation_inputs
+from dualspeed.method.checkpoint import load_vlm, read_method_settings
 from dualspeed.method.isolator import ISOLATOR_FILE
-from dualspeed.method.model import CONFIG_FILE, DualSpeedModel, load_vlm
+from dualspeed.method.model import DualSpeedModel
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode
 
 
-class Answerer:
-    """Answers on full tokens (the stock model) or, given a pruner, on pruned ones behind the mode isolator.
+class AnswerGenerator:
+    """A trained model that answers on full tokens (the stock model) or on pruned ones with the mode isolator.
 
     Args:
-        model_folder: a checkpoint with its processor.
-        max_new_tokens: longest answer.
-        pruner, pruning_ratio: pruned inference; None: full tokens.
-        dtype: of the weights; None: the checkpoint's.
+        model_folder: checkpoint folder, with its processor.
+        max_new_tokens: longest answer, in tokens.
+        pruner: pruner of pruned inference; None: full tokens.
+        pruning_ratio: its ratio; None: full tokens.
+        dtype: dtype of the weights; None: the checkpoint's.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class Answerer:
     def make_batches(
         self, questions: Sequence[Question], image_sizes: Mapping[Path, tuple[int, int]], batch_size: int
     ) -> list[list[Question]]:
-        """Batches of questions of like length, so that little is padded: first by image size, then by prompt."""
+        """Batches of questions of similar length, by image size and then by prompt, so that little is padded."""
         tokens = self.processor.tokenizer([question.prompt for question in questions]).input_ids
         keys = [
             (image_sizes[question.image] if question.image else (0, 0), len(row))
             for question, row in zip(questions, tokens, strict=True)
         ]
-        # Longest first: what doesn't fit into memory fails at once.
+        # Longest first, so that a batch which doesn't fit into memory fails at once.
         order = sorted(range(len(questions)), key=keys.__getitem__, reverse=True)
         return [
             [questions[index] for index in order[start : start + batch_size]]
@@ -68,7 +69,7 @@ class Answerer:
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question]) -> tuple[list[str], int]:
-        """Texts of the answers to one batch, and the number of tokens generated for them."""
+        """Answers to one batch, and the number of tokens generated for them."""
         examples = [{"image": question.image, "prompt": question.prompt} for question in questions]
         inputs = generation_inputs(self.processor, examples, question_tokenizer=self.question_tokenizer)
         inputs = inputs.to(self.device, dtype=self.dtype)
@@ -84,18 +85,17 @@ class Answerer:
         return [text.strip() for text in texts], sum(map(len, rows))
 
     def _cut(self, tokens: list[int]) -> list[int]:
-        """Tokens up to the first end of sequence; what follows there only waits for longer answers of the batch."""
+        """Tokens up to the first end of sequence; padding up to the batch's longest answer follows it."""
         ends = [position for position, token in enumerate(tokens) if token in self.eos_token_ids]
         return tokens[: ends[0] + 1] if ends else tokens
 
 
 def pruned_config(model_folder: Path, pruner: str, pruning_ratio: float) -> DualSpeedConfig:
-    """Settings of pruned inference: the checkpoint's own with this pruner and ratio.
+    """Settings of pruned inference: those of the checkpoint with this pruner and ratio.
 
-    Without an isolator where none was trained: in a stock checkpoint, and in one trained on full tokens alone.
+    There is no isolator if none was trained: in a stock checkpoint, and in one trained on full tokens alone.
     """
-    saved = Path(model_folder) / CONFIG_FILE
-    config = DualSpeedConfig(**json.loads(saved.read_text())) if saved.exists() else DualSpeedConfig()
+    config = read_method_settings(model_folder) or DualSpeedConfig()
     config = dataclasses.replace(config, pruner=pruner, pruning_ratio=pruning_ratio)
     if config.slow_mode_ratio == 1 or not (Path(model_folder) / ISOLATOR_FILE).exists():
         config = dataclasses.replace(config, num_virtual_tokens=0)

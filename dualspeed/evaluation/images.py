@@ -1,4 +1,4 @@
-"""The images of a benchmark's questions, looked at before a model is loaded."""
+"""Checks of a benchmark's images before a model is loaded."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from dualspeed.files import sha256_of_json
 
 
 def images_checksum(name: str, questions: list[Question]) -> str:
-    """Digest of names and sizes of a benchmark's images: it tells redrawn images apart at no cost.
+    """Digest of names and sizes in bytes of a benchmark's images: cheap, and different for regenerated images.
 
     Raises:
         BenchmarkError: images are missing; the message lists the first ones.
@@ -22,7 +22,7 @@ def images_checksum(name: str, questions: list[Question]) -> str:
 
 
 def check_images(questions: list[Question]) -> dict[Path, tuple[int, int]]:
-    """(height, width) of the questions' images; each is decoded, so that a bad one stops the run at its start.
+    """(height, width) of the questions' images; each is decoded, so that a bad one stops a run at its start.
 
     Raises:
         BenchmarkError: unusable images; the message lists the first ones with the reason.

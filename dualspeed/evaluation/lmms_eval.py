@@ -1,8 +1,8 @@
-"""lmms-eval beside us: the same checkpoint, scored by both, in one table.
+"""Comparison with lmms-eval: one checkpoint, scored by lmms-eval and by us, in one table.
 
-`run_lmms_eval` starts lmms-eval where it is installed, on a checkpoint as it is; `compare` sets its numbers beside
-ours. Each of its tasks is compared with that metric of ours which follows its rule; prompts differ all the same, and
-docs/benchmarks.md says how.
+`run_lmms_eval` runs lmms-eval, if installed, on an unchanged checkpoint; `compare` writes its scores beside ours. Each
+of its tasks is compared with our metric that follows the task's rule. Prompts still differ; docs/benchmarks.md says
+how.
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import Any
 from dualspeed.errors import ConfigError
 from dualspeed.files import write_atomic
 
-# benchmark -> (task of lmms-eval, its metric, the metric of ours that follows the same rule, our scale over its).
+# {benchmark: (task of lmms-eval, metric of that task, our metric with the same rule, our scale divided by its)}
 TASKS = {
     "vqav2": ("vqav2_val", "exact_match", "accuracy_lmms_eval", 100),
     "vizwiz": ("vizwiz_vqa_val", "exact_match", "accuracy_lmms_eval", 100),
@@ -25,7 +25,7 @@ TASKS = {
     "gqa": ("gqa", "exact_match", "accuracy_lmms_eval", 100),
     "scienceqa": ("scienceqa_img", "exact_match", "accuracy_lmms_eval", 100),
     "pope": ("pope", "pope_f1_score", "f1_lmms_eval", 100),
-    # The misspelt name is the task's own.
+    # The task itself misspells this name.
     "mme": ("mme", "mme_percetion_score", "perception_lmms_eval", 1),
     "seedbench": ("seedbench", "seed_image", "accuracy_lmms_eval", 100),
     "mmbench": ("mmbench_en_dev", "gpt_eval_score", "accuracy_vlmevalkit", 1),
@@ -34,11 +34,11 @@ COLUMNS = ("benchmark", "headline", "ours", "same_rule", "ours_by_same_rule", "t
 
 
 def run_lmms_eval(model: str | Path, benchmarks: list[str], out: str | Path, batch_size: int) -> None:
-    """Run lmms-eval on a checkpoint folder; its results and log go to `out`.
+    """Run lmms-eval on a checkpoint folder; it writes results and log to `out`.
 
     Raises:
-        ConfigError: lmms-eval is not installed, or knows none of the benchmarks.
-        subprocess.CalledProcessError: it failed.
+        ConfigError: lmms-eval is not installed, or none of the benchmarks is one of TASKS.
+        subprocess.CalledProcessError: lmms-eval failed.
     """
     tasks = [TASKS[name][0] for name in benchmarks if name in TASKS]
     if not tasks:
@@ -59,16 +59,17 @@ def read_lmms_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     if not files:
         raise ConfigError(f"{folder}: lmms-eval left no *_results.json")
     results = json.loads(files[-1].read_text())["results"]
-    # A metric's name has that of its filter behind a comma.
+    # Metrics are named `<metric>,<filter>`.
     return {task: {name.partition(",")[0]: value for name, value in values.items()} for task, values in results.items()}
 
 
 def compare(scores: str | Path, lmms: str | Path, out: str | Path) -> list[dict[str, Any]]:
-    """Write a csv with our score of each benchmark, ours by lmms-eval's rule, and lmms-eval's own; returns its rows.
+    """Write a CSV file of our score, our score by lmms-eval's rule, and lmms-eval's score; return its rows.
 
     Args:
-        scores: folder with the METRICS.json of each benchmark.
+        scores: folder with a METRICS.json per benchmark.
         lmms: folder that `run_lmms_eval` wrote to.
+        out: the CSV file.
     """
     results, rows = read_lmms_results(lmms), []
     for path in sorted(Path(scores).glob("*.json")):
@@ -89,7 +90,7 @@ def compare(scores: str | Path, lmms: str | Path, out: str | Path) -> list[dict[
 
 
 def evaluate_lmms(model: str | Path, scores: str | Path, work: str | Path, out: str | Path, batch_size: int) -> None:
-    """Run lmms-eval on what `scores` holds scores of, and set its numbers beside ours in `out`."""
+    """Run lmms-eval on the benchmarks that `scores` has scores of, and write the comparison to `out`."""
     benchmarks = [json.loads(path.read_text())["benchmark"] for path in sorted(Path(scores).glob("*.json"))]
     run_lmms_eval(model, benchmarks, work, batch_size)
     compare(scores, work, out)

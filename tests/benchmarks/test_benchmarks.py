@@ -1,4 +1,4 @@
-"""Official scores of answers that are awkward on purpose, worked out by hand (the tables in official.py)."""
+"""Official scores of answers on which the rules differ, computed by hand (the tables in tests/support/official.py)."""
 
 import json
 import subprocess
@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dualspeed.benchmarks import BENCHMARKS, get_benchmark, gqa, mme, pope, scienceqa, unit_ids
+from dualspeed.benchmarks import BENCHMARKS, get_benchmark, get_question_set, gqa, mme, pope, scienceqa, unit_ids
 from dualspeed.errors import BenchmarkError, ConfigError
-from dualspeed.evaluation.evaluate import score
+from dualspeed.evaluation.scoring import score
 from dualspeed.files import sha256_of_file
-from dualspeed.settings.names import BENCHMARK_NAMES
+from dualspeed.settings.names import BENCHMARK_NAMES, BENCHMARK_TABLE
 from tests.support import official, official_choice, official_vqa
 from tests.support.edits import cut, edit_line, edit_value
 
@@ -117,7 +117,7 @@ def test_percent_from_sums_is_the_metric_of_every_resample(name, tmp_path):
     assert percents.shape == (21,)
     for counts, percent in zip(draws, percents, strict=True):
         drawn = [
-            replace(record, unit=f"{record.unit} {copy}")
+            replace(record, image_id=f"{record.unit} {copy}")
             for record in records
             for copy in range(counts[units.index(record.unit)])
         ]
@@ -248,6 +248,12 @@ def test_an_unknown_benchmark_lists_the_valid_ones():
     assert tuple(sorted(BENCHMARKS)) == BENCHMARK_NAMES
 
 
+def test_every_record_has_the_name_of_its_line_and_a_label_if_it_is_scored_here():
+    for name, entry in BENCHMARK_TABLE.items():
+        assert get_question_set(name).name == name
+        assert bool(entry.label) != bool(entry.server_file), name
+
+
 def test_scoring_loads_no_torch():
-    code = "import sys, dualspeed.benchmarks, dualspeed.evaluation.evaluate; sys.exit('torch' in sys.modules)"
+    code = "import sys, dualspeed.benchmarks, dualspeed.evaluation.scoring; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The official files of VQAv2, VizWiz, TextVQA, MMBench and SEED-Bench: what is asked, what is wrong with a file."""
+"""Official files of VQAv2, VizWiz, TextVQA, MMBench and SEED-Bench: their questions, and errors in the files."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from dualspeed.benchmarks import BENCHMARKS
 from dualspeed.errors import BenchmarkError
-from dualspeed.evaluation.evaluate import score
+from dualspeed.evaluation.scoring import score
 from tests.support import official
 from tests.support.edits import cut, edit_line, edit_value
 from tests.support.official_files import LETTER_ANSWER, SHORT_ANSWER, write_lines

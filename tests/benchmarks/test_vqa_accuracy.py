@@ -1,4 +1,4 @@
-"""VQA accuracy: the official normalisation case by case, and leave-one-out over ten annotators."""
+"""VQA accuracy: the official normalisation, one case a line, and leave-one-out over ten annotators."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from dualspeed.benchmarks.vqa_accuracy import CONTRACTIONS, clean, evalai, leave
 @pytest.mark.parametrize(
     "text, expected",
     [
-        # articles, in any case, wherever they stand
+        # articles, in upper and lower case, anywhere
         ("The dog", "dog"),
         ("an apple and a pear", "apple and pear"),
         ("a", ""),
@@ -22,7 +22,7 @@ from dualspeed.benchmarks.vqa_accuracy import CONTRACTIONS, clean, evalai, leave
         ("eleven", "eleven"),
         ("twenty-one", "twenty 1"),
         ("one hundred", "1 hundred"),
-        # contractions with one apostrophe lacking
+        # contractions without one of their apostrophes
         ("dont", "don't"),
         ("don't", "don't"),
         ("wouldntve", "wouldntve"),
@@ -34,7 +34,7 @@ from dualspeed.benchmarks.vqa_accuracy import CONTRACTIONS, clean, evalai, leave
         ("lets", "lets"),
         ("hes", "he's"),
         ("somebody'd", "somebodyd"),
-        # punctuation: a blank, unless there is one beside it somewhere
+        # punctuation: replaced by a space, or removed if a space is beside it anywhere in the text
         ("t-shirt", "t shirt"),
         ("t -shirt", "t shirt"),
         ("red/white", "red white"),
@@ -47,19 +47,19 @@ from dualspeed.benchmarks.vqa_accuracy import CONTRACTIONS, clean, evalai, leave
         ("50%", "50%"),
         ("12:30", "12:30"),
         ("$5", "$5"),
-        # commas: between digits they take all other punctuation with them
+        # a comma between digits: all punctuation is removed
         ("1,000", "1000"),
         ("1,000-2", "10002"),
         ("red,white", "red white"),
         ("red, white", "red white"),
-        # periods: all but those before a digit, of the first 32
+        # periods: the first 32 are removed, except before a digit
         ("u.s.", "us"),
         ("2.5.", "2.5"),
         ("no. 5", "no 5"),
         ("no.5", "no.5"),
         ("x" + "." * 32, "x"),
         ("x" + "." * 34, "x.."),
-        # blanks
+        # spaces
         ("stop   sign", "stop sign"),
         ("", ""),
     ],

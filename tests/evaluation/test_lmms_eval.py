@@ -1,4 +1,4 @@
-"""lmms-eval's numbers beside ours; its place is taken by a package that writes a results file as lmms-eval does."""
+"""lmms-eval's scores beside ours; a stub package writes a results file in lmms-eval's format."""
 
 import csv
 import json

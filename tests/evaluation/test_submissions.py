@@ -1,4 +1,4 @@
-"""What servers take: every question of their file, in its order, in their format."""
+"""Files for servers: every question of the server's question file, in its order and the server's format."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from openpyxl import load_workbook
 
 from dualspeed.benchmarks import SERVER_BENCHMARKS, get_benchmark
 from dualspeed.errors import BenchmarkError
-from dualspeed.evaluation.evaluate import submit
+from dualspeed.evaluation.scoring import submit
 from tests.support import official
 from tests.support.official_files import SHORT_ANSWER, write_lines
 

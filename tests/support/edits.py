@@ -1,4 +1,4 @@
-"""Edits that break a benchmark's file."""
+"""Edits that make a benchmark's file invalid."""
 
 import json
 
@@ -34,4 +34,5 @@ def edit_value(*keys, value):
 
 
 def cut(text):
+    """Truncate a file."""
     return text[:-20]

@@ -1,6 +1,6 @@
-"""Small benchmarks in the exact official formats, with answers on which the official rules show their oddities.
+"""Small benchmarks in the exact official formats, with answers that show the oddities of the official rules.
 
-Each table below is (question, gold, answer or None, is it right?) with the verdicts worked out by hand.
+The verdicts in the tables below are computed by hand; an answer of None is missing.
 """
 
 import json
@@ -12,7 +12,7 @@ from tests.support.official_files import SHORT_ANSWER, write_image, write_lines
 
 OBJECTS = ("snowboard", "car", "person", "dining table", "backpack", "chair")
 
-# split -> (label, answer, how it reads): what isn't exactly No, no or not in the first sentence is a yes.
+# {split: (label, answer, its reading)}: yes unless No, no or not is a word of the first sentence.
 POPE = {
     "random": [
         ("yes", "Yes", "yes"),
@@ -79,7 +79,7 @@ POPE_METRICS = {
     "f1_lmms_eval": 100 * 8 / 11,  # strictly yes or no: 4 true positives, 1 false positive, 2 false negatives
 }
 
-# (structural type, gold, answer, right): only trailing periods and capitals are forgiven.
+# (structural type, gold, answer, 1 if right): only trailing periods and case are ignored.
 GQA = [
     ("query", "red", "red", 1),
     ("query", "red", "Red.", 1),
@@ -128,10 +128,10 @@ GQA_METRICS = {
     "accuracy": 100 * 17 / 42,
     "accuracy_open": 100 * 9 / 24,
     "accuracy_binary": 100 * 8 / 18,
-    "accuracy_lmms_eval": 100 * 25 / 42,  # without punctuation anywhere, and in lower case
+    "accuracy_lmms_eval": 100 * 25 / 42,  # compared in lower case without punctuation
 }
 
-# (number of choices, gold, answer, right): a letter, "X. ", or one "The answer is X" and one more character.
+# (number of choices, gold, answer, 1 if right): read are a letter, "X. ", and one "The answer is X" with a character.
 SCIENCEQA = [
     (3, "A", "A", 1),
     (3, "B", "B.", 0),
@@ -179,10 +179,10 @@ SCIENCEQA_METRICS = {
     "accuracy": 100 * 15 / 39,
     "accuracy_missing_wrong": 100 * 15 / 41,
     "num_answered": 39.0,
-    "accuracy_lmms_eval": 100 * 12 / 41,  # a letter alone, or before a period
+    "accuracy_lmms_eval": 100 * 12 / 41,  # a letter that stands alone or before a period
 }
 
-# category -> one pair per image: (answer to the yes question, right), (answer to the no question, right).
+# {category: per image (answer to the yes question, 1 if right), (answer to the no question, 1 if right)}.
 MME = {
     "artwork": [(("Yes.", 1), ("No.", 1)), (("eyes", 1), ("know", 1))],
     "existence": [(("Snow", 0), ("NO", 1)), (("The answer is yes", 0), ("**No**", 1)), (("**Yes**", 0), (None, 0))],
@@ -213,7 +213,7 @@ MME_METRICS = {
     "points_existence": 100 * 2 / 6,
     "points_code_reasoning": 50.0,
     "points_count": 100.0,
-    "perception_lmms_eval": PERCEPTION + 40,  # y and n will do
+    "perception_lmms_eval": PERCEPTION + 40,  # y and n are read too
     "cognition_lmms_eval": 50 + 100 * (4 / 6 + 2 / 3),
 }
 METRICS = {"pope": POPE_METRICS, "gqa": GQA_METRICS, "scienceqa": SCIENCEQA_METRICS, "mme": MME_METRICS}
@@ -225,7 +225,7 @@ NUM_MISSING |= {"mmbench": 2, "mmbench_cn": 2, "seedbench": 1}
 
 
 def write_pope(folder: Path, limit: int | None = None) -> list[dict]:
-    """Write the files; returns the answers."""
+    """Write the files; return the answers."""
     questions, answers = [], []
     for split, rows in POPE.items():
         labels = []
@@ -244,7 +244,7 @@ def write_pope(folder: Path, limit: int | None = None) -> list[dict]:
 
 
 def write_gqa(folder: Path, limit: int | None = None) -> list[dict]:
-    """Write the files, with a question beside the balanced ones that doesn't count; returns the answers."""
+    """Write the files, with one question that is not balanced and so not scored; return the answers."""
     official, questions, answers, rows = {}, [], [], GQA[:limit]
     for row, (structure, gold, text, _) in enumerate([*rows, ("query", "red", "red", 1)]):
         question_id, image = str(201307250 + row), f"n{row % 4}"
@@ -274,7 +274,7 @@ def write_gqa(folder: Path, limit: int | None = None) -> list[dict]:
 
 
 def write_scienceqa(folder: Path, limit: int | None = None) -> list[dict]:
-    """Write the files, with a text-only question among them; returns the answers."""
+    """Write the files, with one text-only question; return the answers."""
     problems, converted, answers, rows = {}, [], [], SCIENCEQA[:limit]
     for row, (num_choices, gold, text, _) in enumerate([*rows, (2, "B", "A", 0)]):
         pid, has_image = str(100 + row), row < len(rows)
@@ -307,7 +307,7 @@ def write_scienceqa(folder: Path, limit: int | None = None) -> list[dict]:
 
 
 def write_mme(folder: Path, limit: int | None = None) -> list[dict]:
-    """Write the files, one category with images and texts apart, as in the release; returns the answers."""
+    """Write the files, one category with images and texts in two folders, as in the release; return the answers."""
     release, questions, answers = folder / "MME_Benchmark_release_version", [], []
     for category, images in MME.items():
         is_split = category == "artwork"
@@ -317,7 +317,7 @@ def write_mme(folder: Path, limit: int | None = None) -> list[dict]:
         for number, pair in enumerate(images[:limit]):
             lines = []
             for gold, (text, _) in zip(("Yes", "No"), pair, strict=True):
-                # The release has two blanks before the request here and there.
+                # Some questions of the release have two spaces before the request.
                 question = f"Is this {number} a {gold.lower()} case?{' ' * number}"
                 lines.append(f"{question} Please answer yes or no.\t{gold}\n")
                 prompt = question.strip() + SHORT_ANSWER
@@ -338,9 +338,10 @@ WRITERS |= official_vqa.WRITERS | official_choice.WRITERS
 
 
 def write_benchmark(name: str, folder: Path, seed: int | None = None, limit: int | None = None) -> Path:
-    """Write benchmark `name` and the awkward answers to folder/answers.jsonl.
+    """Write the files of benchmark `name`, and its answers to folder/answers.jsonl.
 
-    `seed` shuffles the answers; of POPE's splits, GQA, ScienceQA and MME's categories, `limit` takes the first rows.
+    `seed` shuffles the answers; `limit` takes the first rows of each split of POPE, of GQA, ScienceQA, and each
+    category of MME.
     """
     folder.mkdir(parents=True)
     answers = WRITERS[name](folder) if limit is None else WRITERS[name](folder, limit)

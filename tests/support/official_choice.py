@@ -1,4 +1,4 @@
-"""MMBench, in English and Chinese, and SEED-Bench in their official formats, with awkward answers."""
+"""MMBench, in English and Chinese, and SEED-Bench in their official formats; answers are edge cases of the rules."""
 
 import base64
 import csv
@@ -10,8 +10,9 @@ from tests.support.official_files import LETTER_ANSWER, write_image, write_lines
 COLOURS = {"mmbench": ("red", "blue", "green", "black"), "mmbench_cn": ("红色", "蓝色", "绿色", "黑色")}
 MMBENCH_FILES = {"mmbench": "mmbench_dev_20230712.tsv", "mmbench_cn": "mmbench_dev_cn_20231003.tsv"}
 
-# (options, what is answered in each rotation, right by letter, right by letter or text, right in the first rotation).
-# One answer is given in all rotations; {letter} is the right one there, {text} its words, {wrong} another letter.
+# (number of options, answer, 1 if right by letter, 1 if right by letter or text, 1 if right in the first rotation). An
+# answer is the same in all rotations or a tuple with one for each. {letter} stands for the right letter, {lower} for
+# the same in lower case, {text} for the words of that option, {wrong} for another letter.
 MMBENCH = [
     (4, "{letter}", 1, 1, 1),
     (4, "{letter}.", 1, 1, 1),
@@ -57,7 +58,7 @@ MMBENCH = [
 ]
 
 LETTERS = "ABCD"
-# (gold, answer, right, right by its first character); the question type 4 holds what is wrong by both.
+# (gold, answer, 1 if right, 1 if right by its first character); questions wrong by both rules are of type 4.
 SEEDBENCH = [
     *((letter, letter, 1, 1) for letter in LETTERS),
     ("A", "A.", 0, 1),
@@ -79,7 +80,7 @@ SEEDBENCH = [
 
 
 def write_mmbench(folder: Path, name: str = "mmbench") -> list[dict]:
-    """Write the table, a row for each rotation; returns the answers. Some rows refer to another one's picture."""
+    """Write the table, one row per rotation; return the answers. Some rows refer to another row's image."""
     rows, answers = [], []
     for number, (num_options, given, *_) in enumerate(MMBENCH):
         write_image(folder / "picture.jpg", number)
@@ -113,12 +114,12 @@ def write_mmbench(folder: Path, name: str = "mmbench") -> list[dict]:
 
 
 def write_mmbench_cn(folder: Path) -> list[dict]:
-    """The same with Chinese options."""
+    """Write the table with Chinese options; return the answers."""
     return write_mmbench(folder, "mmbench_cn")
 
 
 def write_seedbench(folder: Path) -> list[dict]:
-    """Write the files, two questions on videos among them; returns the answers, whose ids are numbers."""
+    """Write the files, with two questions on videos; return the answers, whose ids are numbers."""
     questions, lines, answers = [], [], []
     for row, (gold, text, *verdicts) in enumerate([*SEEDBENCH, ("A", "A", 1, 1), ("B", "C", 1, 1)]):
         is_image = row < len(SEEDBENCH)

@@ -1,4 +1,4 @@
-"""What the writers of official files share."""
+"""Helpers of the modules that write official files."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LETTER_ANSWER = "\nAnswer with the option's letter from the given choices direct
 
 
 def write_image(path: Path, seed: int) -> None:
-    """A picture of noise, unless one is there."""
+    """Write an image of noise, unless the file exists."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,5 +19,5 @@ def write_image(path: Path, seed: int) -> None:
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
-    """JSON lines."""
+    """Write a JSON lines file."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,6 +1,6 @@
-"""VQAv2, VizWiz and TextVQA in their official formats, ten annotators each, with answers that are awkward on purpose.
+"""VQAv2, VizWiz and TextVQA in their official formats, with ten annotators; answers are edge cases of the rules.
 
-Scores are worked out by hand: of ten annotators one match is worth 0.3, two 0.6, three 0.9 and more 1.
+Scores are computed by hand: one match among ten annotators scores 0.3, two 0.6, three 0.9 and more 1.
 """
 
 import json
@@ -10,7 +10,7 @@ from tests.support.official_files import SHORT_ANSWER, write_image, write_lines
 
 ANIMALS = "cat dog cow pig hen fox owl bee ant rat".split()
 
-# (answer type, {annotators' answer: how many gave it}, answer or None, official score, lmms-eval's score).
+# (answer type, {annotators' answer: number of annotators}, answer or None, official score, lmms-eval's score).
 VQAV2 = [
     ("other", {"red": 10}, "red", 1, 1),
     ("other", {"red": 10}, "Red", 0, 1),  # all agree: neither side is normalised
@@ -46,20 +46,20 @@ VQAV2 = [
     ("number", {"twenty-one": 4, "21": 6}, "twenty 1", 1, 1),
     ("number", {"none": 4, "nothing": 6}, "0", 1, 1),
     ("other", {"Im": 4, "i'm": 6}, "i'm", 1, 1),
-    ("other", {"Im": 4, "i'm": 3, "me": 3}, "i'm", 0.9, 0.9),  # Im is no contraction: im has lost its capital
+    ("other", {"Im": 4, "i'm": 3, "me": 3}, "i'm", 0.9, 0.9),  # im in lower case is no contraction of the table
     ("other", {"stop": 4, "go": 6}, "stop\n", 1, 1),
     ("other", {"stop sign": 4, "go": 6}, "stop\tsign", 1, 1),
     ("other", {"x": 4, "y": 6}, "x" + "." * 33, 0, 1),  # the 33rd period stays
     ("yes/no", {"yes": 6, "no": 4}, None, 0, 0),
     ("yes/no", {"yes ": 6, " no": 4}, "yes", 1, 1),
-    ("yes/no", {"yes ": 5, "yes": 5}, "Yes", 0, 1),  # they agree once stripped
+    ("yes/no", {"yes ": 5, "yes": 5}, "Yes", 0, 1),  # all agree after stripping
     ("yes/no", {"yes": 6, "no": 4}, "no way", 0, 0),
     ("other", {"somebody'd": 4, "none": 6}, "somebodyd", 1, 1),
     ("other", {"red;blue": 4, "green": 6}, "red blue", 1, 1),
     ("other", {"red": 3, "Red": 2, "blue": 5}, "RED", 1, 1),
 ]
 
-# The same, but here the official API normalises the answer and leaves what annotators wrote as it is.
+# The same fields; here the official API normalises the model's answer and not the annotators' answers.
 VIZWIZ = [
     ("other", {"red": 10}, "Red", 1, 1),
     ("other", {"Red": 10}, "Red", 0, 1),
@@ -105,8 +105,8 @@ VIZWIZ = [
     ("other", {"5%": 10}, "5", 0, 0),
 ]
 
-# ({annotators' answer: how many}, answer with OCR tokens, its score, answer without them, its score). The last two ask
-# the same of the same picture: the later annotation counts for both.
+# ({annotators' answer: number of annotators}, answer with OCR tokens, its score, answer without them, its score). The
+# last two rows have the same question on the same image: the later annotation counts for both.
 TEXTVQA = [
     ({"dakota": 10}, "Dakota", 1, "dakota", 1),
     ({"dakota": 10}, "Dakota digital", 0, "Dakota.", 1),
@@ -154,14 +154,14 @@ TEXTVQA = [
 
 
 def spread(counts: dict[str, int]) -> list[str]:
-    """Ten annotators' answers."""
+    """Answers of ten annotators."""
     answers = [answer for answer, count in counts.items() for _ in range(count)]
     assert len(answers) == 10, counts
     return answers
 
 
 def write_vqav2(folder: Path) -> list[dict]:
-    """Write val's files; returns the answers."""
+    """Write the files of val; return the answers."""
     questions, annotations, answers = [], [], []
     for row, (answer_type, counts, text, *_) in enumerate(VQAV2):
         question_id, image = 262148000 + row, 262148 + row % 4
@@ -185,7 +185,7 @@ def write_vqav2(folder: Path) -> list[dict]:
 
 
 def write_vizwiz(folder: Path) -> list[dict]:
-    """Write val's files; returns the answers."""
+    """Write the files of val; return the answers."""
     entries, answers = [], []
     for row, (answer_type, counts, text, *_) in enumerate(VIZWIZ):
         image, question = f"VizWiz_val_{row:08d}.jpg", f"What is this, {row}?"
@@ -201,10 +201,10 @@ def write_vizwiz(folder: Path) -> list[dict]:
 
 
 def write_textvqa(folder: Path) -> list[dict]:
-    """Write the files; returns the answers, those without OCR tokens last."""
+    """Write the files; return the answers, first those with OCR tokens."""
     data, questions, answers, others = [], [], [], []
     for row, (counts, with_ocr, _, without_ocr, _) in enumerate(TEXTVQA):
-        # The last two share a picture, and their question but for capitals.
+        # The last two rows have the same image, and the same question except for upper case.
         number = min(row, len(TEXTVQA) - 2)
         image_id = f"{number % 4:016x}" if number < 40 else f"{number:016x}"
         question = f"what is written there, {number}?" if row == number else f"WHAT is written there, {number}?"

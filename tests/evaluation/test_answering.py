@@ -1,4 +1,4 @@
-"""Answers of a tiny random model: the same in any batch, after any kill, and from the stock model itself."""
+"""Answers of a tiny random model: equal in any batch, after any kill, and to those of the stock model."""
 
 import json
 import os
@@ -19,17 +19,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dualspeed.benchmarks import BENCHMARKS
 from dualspeed.data.images import open_image
 from dualspeed.errors import BenchmarkError, ConfigError
-from dualspeed.evaluation import evaluate
-from dualspeed.evaluation.evaluate import generate_answers, score
-from dualspeed.evaluation.generator import Answerer, pruned_config
+from dualspeed.evaluation import answering
+from dualspeed.evaluation.answering import generate_answers
+from dualspeed.evaluation.generator import AnswerGenerator, pruned_config
+from dualspeed.evaluation.scoring import score
 from dualspeed.files import write_json
+from dualspeed.settings.jobs import AnswerSettings, write_settings
 from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.reading import read_dataclass
+from dualspeed.tracking.delivery import ParentRun
+from dualspeed.tracking.store import Store
 from tests.support import official, tiny
 
 NAMES = ("gqa", "mme", "pope", "scienceqa")
 LIMITS = {"gqa": 10, "mme": 1, "pope": 4, "scienceqa": 10}
 NUM_QUESTIONS = {"gqa": 10, "mme": 16, "pope": 12, "scienceqa": 10}
-# Many more (KILLS=20 pytest ...) say the same, and take as much longer.
+# More (KILLS=20 pytest ...) have the same result and take longer.
 KILLS = int(os.environ.get("KILLS", "5"))
 PRUNED = {"inference": "pruned", "pruner": "divprune", "pruning_ratio": 0.5}
 
@@ -40,7 +45,7 @@ def model(tmp_path_factory):
 
 
 def make_talkative(folder):
-    """Larger weights, so that answers to like questions differ: equal ones could hide a mistake."""
+    """Enlarge weights, so that answers to similar questions differ: equal answers could hide a mistake."""
     weights = load_file(folder / "model.safetensors")
     for name, value in weights.items():
         if value.dim() > 1 and "vision_tower" not in name:
@@ -56,13 +61,14 @@ def folders(tmp_path_factory):
 
 
 def settings(folders, **changes):
-    return {
+    values = {
         "experiment": "tiny",
         "inference": "full",
         "benchmarks": {name: {"folder": folder} for name, folder in folders.items()},
         "batch_size": 8,
         "max_new_tokens": 6,
-    } | changes
+    }
+    return read_dataclass(AnswerSettings, values | changes, "settings")
 
 
 def read(folder, name):
@@ -80,7 +86,9 @@ def test_batches_of_eight_answer_as_each_question_alone(inference, model, folder
         generate_answers(chosen, model, tmp_path / "state", tmp_path / str(batch_size))
     alone, batched = texts(tmp_path / "1"), texts(tmp_path / "8")
     assert alone == batched
-    assert len({text for answers in alone.values() for text in answers}) > 15  # else nothing could have gone wrong
+    assert (
+        len({text for answers in alone.values() for text in answers}) > 15
+    )  # equal answers to all would hide a mistake
 
 
 def test_answers_are_those_of_the_stock_model(model, folders, tmp_path):
@@ -141,10 +149,12 @@ def test_generation_cut_at_any_byte_goes_on_where_it_was(model, folders, tmp_pat
     expected = (tmp_path / "whole" / "mme.jsonl").read_bytes()
     (state,) = (tmp_path / "state").glob("*/answers.jsonl")
     whole = state.read_bytes()
-    answerer = Answerer(model, max_new_tokens=6)
+    generator = AnswerGenerator(model, max_new_tokens=6)
     asked = []
-    monkeypatch.setattr(evaluate, "load_answerer", lambda *_: answerer)
-    monkeypatch.setattr(answerer, "answer", lambda batch: asked.extend(batch) or Answerer.answer(answerer, batch))
+    monkeypatch.setattr(answering, "load_generator", lambda *_: generator)
+    monkeypatch.setattr(
+        generator, "answer", lambda batch: asked.extend(batch) or AnswerGenerator.answer(generator, batch)
+    )
     cuts = [0, 1, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 8)]
     for number, size in enumerate(cuts):
         state.write_bytes(whole[:size])
@@ -161,9 +171,11 @@ def test_shards_leave_their_answers_and_the_run_after_them_merges_all_in_order(m
     textvqa = official.write_benchmark("textvqa", tmp_path / "textvqa")
     chosen = settings({"mme": folders["mme"], "textvqa": str(textvqa)})
     generate_answers(chosen, model, tmp_path / "state", tmp_path / "whole")
-    answerer, asked = Answerer(model, max_new_tokens=6), []
-    monkeypatch.setattr(evaluate, "load_answerer", lambda *_: answerer)
-    monkeypatch.setattr(answerer, "answer", lambda batch: asked.extend(batch) or Answerer.answer(answerer, batch))
+    generator, asked = AnswerGenerator(model, max_new_tokens=6), []
+    monkeypatch.setattr(answering, "load_generator", lambda *_: generator)
+    monkeypatch.setattr(
+        generator, "answer", lambda batch: asked.extend(batch) or AnswerGenerator.answer(generator, batch)
+    )
     for shard in ((2, 2), (1, 2)):
         generate_answers(chosen, model, tmp_path / "shards", tmp_path / "merged", shard=shard)
         assert not (tmp_path / "merged").exists()
@@ -197,13 +209,14 @@ def test_answers_do_not_depend_on_the_side_that_the_processor_pads(padding_side,
 def test_killed_generations_end_with_the_answers_of_an_undisturbed_one(model, folders, tmp_path):
     chosen = settings(folders, batch_size=1)
     generate_answers(chosen, model, tmp_path / "state", tmp_path / "whole")
-    start = "e.generate_answers(json.loads(sys.argv[1]), *sys.argv[2:])"
-    code = f"import json, sys, dualspeed.evaluation.evaluate as e; {start}"
+    file = write_settings(chosen, tmp_path / "settings")
+    imports = "import sys, dualspeed.evaluation.answering as a, dualspeed.settings.jobs as j"
+    code = f"{imports}; a.generate_answers(j.read_settings(j.AnswerSettings, sys.argv[1]), *sys.argv[2:])"
     size = sum(path.stat().st_size for path in (tmp_path / "state").glob("*/answers.jsonl"))
     rng = random.Random(0)
     for number in range(KILLS):
         state, out = tmp_path / f"state{number}", tmp_path / f"out{number}"
-        job = subprocess.Popen([sys.executable, "-c", code, json.dumps(chosen), model, state, out])
+        job = subprocess.Popen([sys.executable, "-c", code, file, model, state, out])
         wanted = rng.randrange(1, size * 3 // 4)
         while job.poll() is None and sum(path.stat().st_size for path in state.glob("*/answers.jsonl")) < wanted:
             time.sleep(0.002)
@@ -220,13 +233,15 @@ def test_what_is_answered_loads_no_model_and_a_new_benchmark_asks_only_its_own_q
 ):
     first = {"pope": folders["pope"], "gqa": folders["gqa"]}
     generate_answers(settings(first), model, tmp_path / "state", tmp_path / "out")
-    answerer, asked = Answerer(model, max_new_tokens=6), []
-    monkeypatch.setattr(answerer, "answer", lambda batch: asked.extend(batch) or Answerer.answer(answerer, batch))
-    monkeypatch.setattr(evaluate, "load_answerer", lambda *_: answerer)
+    generator, asked = AnswerGenerator(model, max_new_tokens=6), []
+    monkeypatch.setattr(
+        generator, "answer", lambda batch: asked.extend(batch) or AnswerGenerator.answer(generator, batch)
+    )
+    monkeypatch.setattr(answering, "load_generator", lambda *_: generator)
     generate_answers(settings(first | {"mme": folders["mme"]}), model, tmp_path / "state", tmp_path / "more")
     mme = {question.question_id for question in BENCHMARKS["mme"].load_questions(Path(folders["mme"]))}
     assert {question.question_id for question in asked} == mme
-    monkeypatch.setattr(evaluate, "load_answerer", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(answering, "load_generator", lambda *_: pytest.fail("a model was loaded"))
     generate_answers(settings(first), model, tmp_path / "state", tmp_path / "again")
     for name in first:
         assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == (tmp_path / "out" / f"{name}.jsonl").read_bytes()
@@ -272,11 +287,11 @@ def test_other_weights_settings_or_images_never_take_over_answers(model, tmp_pat
 )
 def test_a_wrong_setting_is_an_error_before_anything_is_loaded(changes, message, model, folders, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        generate_answers(settings(folders) | changes, model, tmp_path / "state", tmp_path / "out")
+        generate_answers(settings(folders, **changes), model, tmp_path / "state", tmp_path / "out")
 
 
 def test_bad_images_are_an_error_before_the_model_is_loaded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_answerer", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(answering, "load_generator", lambda *_: pytest.fail("a model was loaded"))
     folder = official.write_benchmark("gqa", tmp_path / "gqa", limit=10)
     image = folder / "images" / "n1.jpg"
     whole = image.read_bytes()
@@ -306,7 +321,7 @@ def test_throughput_is_logged_to_the_rows_run(model, folders, tmp_path):
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracking, parent = {"uri": uri, "experiment": "test"}, {"row": "tiny", "settings_hash": "abc"}
+    tracking, parent = Store(uri, "test"), ParentRun("tiny", "abc")
     generate_answers(settings({"gqa": folders["gqa"]}), model, tmp_path / "state", tmp_path / "out", tracking, parent)
     client = MlflowClient(uri)
     runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("test").experiment_id])}
