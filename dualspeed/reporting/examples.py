@@ -1,6 +1,7 @@
-"""Questions of the benchmarks with their picture, the right answer, and what each model said.
+"""Example questions of each benchmark: picture, right answer, and the answer of each model.
 
-Which questions: some at random, the same ones every time, and some on which the models differ; each says which it is.
+Some are drawn at random, others among the questions that the models differ on; each says which. A sheet's examples are
+the same every time.
 """
 
 import base64
@@ -9,41 +10,47 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from PIL import Image
 
 from dualspeed.benchmarks import Benchmark, Question, Record, get_benchmark
 from dualspeed.evaluation.answers import read_answers
+from dualspeed.layout import Layout
+from dualspeed.settings.jobs import ReportSettings
 from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS, in_paper_order
 
 RANDOM, DIFFERING = "drawn at random", "drawn among those that the models differ on"
-NUM_EACH = 2
-MAX_PIXELS = 320
+NUM_EACH = 2  # examples of either kind
+MAX_PIXELS = 320  # longest side of a picture
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said."""
+    """Answer of one model."""
 
     text: str
+    """Generated text."""
     score: float
-    """1 if right by the official rule, 0 if wrong."""
+    """Score by the official rule: 1 if right, 0 if wrong."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question with every model's answer, in the order of the models."""
+    """One question with the answer of each model."""
 
     question_id: str
+    """Key within the benchmark."""
     prompt: str
+    """Text that the models got."""
     image: str | None
-    """As a data URI."""
+    """Picture as a data URI; None for a question without one."""
     gold: str
+    """Right answer."""
     chosen: str
     """RANDOM or DIFFERING."""
     answers: tuple[Answer, ...]
+    """One answer for each model, in the order of `Examples.models`."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +58,32 @@ class Examples:
     """The examples of one benchmark."""
 
     benchmark: str
+    """Label of the benchmark."""
     models: tuple[str, ...]
+    """Labels of the models."""
     examples: tuple[Example, ...]
+    """Questions with the answers."""
 
 
-def read_examples(settings: dict[str, Any], rows: pd.DataFrame) -> list[Examples]:
+def read_examples(settings: ReportSettings, summary: pd.DataFrame) -> list[Examples]:
     """Examples of each benchmark that some of the models have answered.
 
     Args:
-        settings: as of `tables.write_tables`, and "folders": {benchmark: folder of its official files}.
-        rows: of a summary: their first seed's model is shown, in each way of inference.
+        summary: lines to show; of each, the model of the first seed.
     """
+    layout = Layout(settings.sheet.results)
     found = []
-    for name in in_paper_order(settings["benchmarks"]):
-        benchmark, folder = get_benchmark(name), Path(settings["folders"][name])
+    for name in in_paper_order(settings.sheet.benchmarks):
+        benchmark, folder = get_benchmark(name), Path(settings.folders[name])
         models = {}
-        for row in rows.itertuples():
-            experiment = row.experiments.split("; ")[0]
-            answers = Path(settings["results"]) / "answers" / experiment / row.inference / f"{name}.jsonl"
-            if answers.exists() and hasattr(benchmark, "score_answers"):
-                models[f"{METHOD_LABELS[row.method]}, {row.inference} tokens"] = read_scored(benchmark, folder, answers)
+        for line in summary.itertuples():
+            answers = Path(layout.answer_file(line.experiments[0], line.inference, name))
+            if answers.exists():
+                models[f"{METHOD_LABELS[line.method]}, {line.inference} tokens"] = read_scored(
+                    benchmark, folder, answers
+                )
         if models:
-            found.append(Examples(BENCHMARK_LABELS.get(name, name), tuple(models), choose(benchmark, folder, models)))
+            found.append(Examples(BENCHMARK_LABELS[name], tuple(models), choose(benchmark, folder, models)))
     return found
 
 
@@ -80,13 +91,13 @@ Scored = tuple[dict[str, str], dict[str, Record]]
 
 
 def read_scored(benchmark: Benchmark, folder: Path, answers: Path) -> Scored:
-    """{question id: text} and {question id: record} of an answers file."""
+    """Answers of a file, by question id: their texts, and their records with scores."""
     texts = {key: text for key, (text, _) in read_answers(answers, benchmark).items()}
     return texts, {record.question_id: record for record in benchmark.score_answers(folder, texts)}
 
 
 def choose(benchmark: Benchmark, folder: Path, models: dict[str, Scored]) -> tuple[Example, ...]:
-    """NUM_EACH examples of either kind, with no question twice."""
+    """NUM_EACH examples of either kind, each of another question."""
     draw = random.Random(benchmark.name)
     scored = list(models.values())
     questions = [
@@ -109,7 +120,7 @@ def choose(benchmark: Benchmark, folder: Path, models: dict[str, Scored]) -> tup
 
 
 def make_example(question: Question, chosen: str, scored: Sequence[Scored]) -> Example:
-    """A question with its picture and all answers."""
+    """Example of a question, with the answer of each model."""
     key = question.question_id
     return Example(
         question_id=key,
@@ -122,7 +133,7 @@ def make_example(question: Question, chosen: str, scored: Sequence[Scored]) -> E
 
 
 def embed_image(path: Path) -> str:
-    """A picture as a data URI, no larger than MAX_PIXELS a side."""
+    """Picture as a data URI, scaled down to MAX_PIXELS a side."""
     with Image.open(path) as image:
         small = image.convert("RGB")
         small.thumbnail((MAX_PIXELS, MAX_PIXELS))

@@ -1,12 +1,12 @@
-"""The results tree of a sheet, read into tidy frames that all tables and figures are made from.
+"""Reader of a sheet's results: one tidy frame for each kind of number; all tables and figures are made from them.
 
-Enters: the sheet's settings and what has been written so far of results/scores (METRICS.json of each experiment,
-inference and benchmark), results/speed, and `training.json` of each checkpoint. Leaves: one row per experiment,
-inference and benchmark (`scores`), per metric of those (`detail`), per type of question (`types`), and per experiment
-(`speed`, `costs`). What has not run is absent from the first three, and empty in the other two.
+Reads the scores (one JSON file for each row, inference and benchmark), the step times, and the training record of each
+checkpoint. A score that doesn't exist yet has no line in `scores`, `detail` and `types`; `speed` and `costs` have a
+line for every row of the sheet, with empty cells.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ import numpy as np
 import pandas as pd
 
 from dualspeed.errors import ResultsError
+from dualspeed.evaluation.bootstrap import Cell, resample_scores
 from dualspeed.files import write_atomic
+from dualspeed.layout import TRAINING_RECORD, Layout
+from dualspeed.reporting.speedup import speedup_measured, speedup_theory
+from dualspeed.settings.names import in_paper_order
+from dualspeed.settings.sheet import Row, Sheet
 
 IDENTITY = ["experiment", "model", "method", "pruner", "pruning_ratio", "slow_mode_ratio", "seed"]
 INFERENCE = ["inference", "inference_pruner", "inference_pruning_ratio"]
@@ -31,51 +36,84 @@ COST_COLUMNS = [
     *["experiment", "pretrain", "pretrain_seconds", "finetune_seconds", "train_hours"],
     *["samples_per_second", "peak_memory_bytes", "pruner_share", "fast_flops_share", "gpu_hours"],
 ]
+STAGES = ("pretrain", "finetune")
+TUPLE_COLUMNS = ["experiments", "not_run"]  # of a summary; joined to text in a csv file
+
+# Fields that are read of each kind of file, with their type; a file may have more.
+SCORE_FIELDS: dict[str, type] = {
+    **{"checksum": str, "metric": str, "score": float, "percent_metric": str, "percent": float},
+    **{"num_questions": int, "num_missing": int, "metrics": dict, "statistics": list},
+}
+TRAINING_FIELDS: dict[str, type] = {"train_seconds": float, "samples_per_second": float, "peak_memory_bytes": float}
+SPEED_FIELDS: dict[str, type] = dict.fromkeys([*STEP_COLUMNS, "pruner_seconds", "theory_u"], float)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a sheet's experiments have given so far; the columns of each frame are listed at the top of this module."""
+    """All results of a sheet so far; the columns of each frame are listed at the top of this module."""
 
+    sheet: Sheet
+    """Sheet whose results these are."""
     scores: pd.DataFrame
+    """Score in percent of each row, inference and benchmark."""
     detail: pd.DataFrame
+    """Every metric of each score."""
     types: pd.DataFrame
+    """Accuracy of each score by type of question."""
     speed: pd.DataFrame
+    """Step times and speedup of each row."""
     costs: pd.DataFrame
+    """Time, memory and FLOPs of each row's training."""
     headlines: pd.DataFrame
-    """What papers report of those benchmarks whose headline is no percentage: MME's points of perception."""
-    statistics: dict[tuple[str, str, str], np.ndarray]
-    """(experiment, inference, benchmark) -> (units, m): what the percentage is a function of, summed over units."""
+    """Metrics that papers report and that are no percentage, MME's points of perception; columns as in `detail`."""
+    draws: dict[Cell, np.ndarray]
+    """Score in percent of each cell, (1 + RESAMPLES,): on the real questions, then on each bootstrap draw of them."""
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """The sheet's benchmarks in the order of the paper's columns."""
+        return in_paper_order(self.sheet.benchmarks)
+
+    @property
+    def layout(self) -> Layout:
+        """Paths of the sheet's results."""
+        return Layout(self.sheet.results)
 
 
-def read_results(settings: dict[str, Any]) -> Results:
-    """Read what there is of a sheet. Raises ValueError naming a file that is broken or scored on other questions."""
-    root = Path(settings["results"])
+def read_results(sheet: Sheet) -> Results:
+    """Read all results of a sheet that exist so far.
+
+    Raises:
+        ResultsError: a file is broken, or its score is of other questions than the other rows' scores.
+    """
+    layout = Layout(sheet.results)
     scores, detail, types, headlines, statistics = [], [], [], [], {}
     checksums: dict[str, str] = {}
-    for experiment, inference, benchmark in _cells(settings):
-        path = score_path(root, experiment["id"], inference, benchmark)
+    for row, inference, benchmark in _cells(sheet):
+        path = Path(layout.score(row.id, inference, benchmark))
         if not path.exists():
             continue
-        content = read_json(path)
+        content = read_fields(path, SCORE_FIELDS)
         if checksums.setdefault(benchmark, content["checksum"]) != content["checksum"]:
             raise ResultsError(f"{path}: scored on another question file than the other experiments; score it again")
-        key = (experiment["id"], inference, benchmark)
-        scores.append(_score_row(settings, experiment, inference, benchmark, content))
+        key = (row.id, inference, benchmark)
+        scores.append(_score_line(sheet, row, inference, benchmark, content))
         detail += [(*key, metric, value) for metric, value in _all_metrics(content).items()]
         if content["metric"] != content["percent_metric"]:
             headlines.append((*key, content["metric"], content["score"]))
         kinds = content.get("by_category", {}).items()
         types += [(*key, kind, values["accuracy"], values["num_questions"]) for kind, values in kinds]
-        statistics[key] = np.asarray(content["statistics"], dtype=float)
+        statistics[key] = _statistics(path, content)
+    _check_units(layout, statistics)
     return Results(
+        sheet=sheet,
         scores=pd.DataFrame(scores, columns=SCORE_COLUMNS),
         detail=pd.DataFrame(detail, columns=DETAIL_COLUMNS),
         types=pd.DataFrame(types, columns=TYPE_COLUMNS),
         headlines=pd.DataFrame(headlines, columns=DETAIL_COLUMNS),
-        speed=pd.DataFrame([_speed_row(root, one) for one in settings["experiments"]], columns=SPEED_COLUMNS),
-        costs=pd.DataFrame([_cost_row(root, one) for one in settings["experiments"]], columns=COST_COLUMNS),
-        statistics=statistics,
+        speed=pd.DataFrame([_speed_line(layout, row) for row in sheet.rows], columns=SPEED_COLUMNS),
+        costs=pd.DataFrame([_cost_line(layout, row) for row in sheet.rows], columns=COST_COLUMNS),
+        draws=resample_scores(statistics),
     )
 
 
@@ -84,87 +122,71 @@ def write_frames(results: Results, out: Path) -> None:
     frames = {"scores": results.scores, "scores_detail": results.detail, "scores_by_type": results.types}
     frames |= {"speed": results.speed, "costs": results.costs}
     for name, frame in frames.items():
-        write_atomic(Path(out) / f"{name}.csv", to_csv(frame))
+        write_atomic(out / f"{name}.csv", to_csv(frame))
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """CSV text with numbers as a person writes them: 0.9, not 0.90000001; what is missing is empty."""
-    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    """CSV text: numbers with at most 10 digits, so 0.9 instead of 0.90000001; tuples joined; missing values empty."""
+    texts = {name: frame[name].map("; ".join, na_action="ignore") for name in TUPLE_COLUMNS if name in frame}
+    return frame.assign(**texts).to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def score_path(root: Path, experiment: str, inference: str, benchmark: str) -> Path:
-    """Where the scores of one experiment, inference and benchmark lie."""
-    return root / "scores" / experiment / inference / f"{benchmark}.json"
+def training_folder(layout: Layout, row: Row, stage: str) -> Path:
+    """Checkpoint folder of a row's stage, pretrain or finetune."""
+    return Path(layout.pretraining(row.pretrain_key) if stage == "pretrain" else layout.model(row.id))
 
 
-def finetune_path(root: Path, experiment: dict[str, Any]) -> Path:
-    """Where an experiment's finetuning says how it went."""
-    return root / "models" / experiment["id"] / "training.json"
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """Training record of a checkpoint; None before the stage has finished."""
+    path = folder / TRAINING_RECORD
+    return read_fields(path, TRAINING_FIELDS) if path.exists() else None
 
 
-def training_path(root: Path, experiment: dict[str, Any], stage: str) -> Path | None:
-    """Where a stage of an experiment says how it went; None if its model has no such stage."""
-    if stage == "finetune":
-        return finetune_path(root, experiment)
-    return root / "pretrain" / experiment["pretrain_key"] / "training.json" if experiment["pretrain_key"] else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file. Raises ValueError with its name if it is broken."""
+def read_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """The JSON object in a file, with at least these fields; ResultsError names the file and what is wrong with it."""
+    again = "delete it to have it made again"
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path}: not valid JSON ({error}); delete it to have it made again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path}: not valid JSON ({error}); {again}") from error
+    if not isinstance(content, dict):
+        raise ResultsError(f"{path}: no JSON object; {again}")
+    for name, kind in fields.items():
+        valid = (int, float) if kind is float else (kind,)
+        if not isinstance(content.get(name), valid):
+            raise ResultsError(f"{path}: field {name!r} is missing or no {kind.__name__}; {again}")
+    return content
 
 
-def speedup_measured(times: dict[str, float], slow_mode_ratio: float) -> float:
-    """How many times faster than Baseline a run's steps are, from the median seconds of a step in each mode."""
-    mean_step = (1 - slow_mode_ratio) * times["fast_step_seconds"] + slow_mode_ratio * times["slow_step_seconds"]
-    return times["baseline_step_seconds"] / mean_step
-
-
-def speedup_theory(fast_share: float, slow_mode_ratio: float, distillation_weight: float) -> float:
-    """The limit set by arithmetic: a fast step costs `fast_share` of a full one in FLOPs.
-
-    A slow step costs one full step and, where a teacher runs (a forward pass without gradient, a third of a step on
-    pruned tokens), fast_share / 3.
-    """
-    slow = 1 + fast_share / 3 if distillation_weight > 0 else 1.0
-    return 1 / ((1 - slow_mode_ratio) * fast_share + slow_mode_ratio * slow)
-
-
-def _cells(settings: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
+def _cells(sheet: Sheet) -> list[tuple[Row, str, str]]:
     return [
-        (experiment, inference, benchmark)
-        for experiment in settings["experiments"]
-        for inference in experiment["inferences"]
-        for benchmark in settings["benchmarks"]
+        (row, inference, benchmark)
+        for row in sheet.rows
+        for inference in row.inferences
+        for benchmark in sheet.benchmarks
     ]
 
 
-def _identity(experiment: dict[str, Any]) -> dict[str, Any]:
-    config = experiment["dualspeed"]
-    prunes = experiment["method"] != "baseline"
+def _identity(row: Row) -> dict[str, Any]:
+    prunes = row.method != "baseline"
     return {
-        "experiment": experiment["id"],
-        "model": experiment["model"],
-        "method": experiment["method"],
-        "pruner": config["pruner"] if prunes else None,
-        "pruning_ratio": config["pruning_ratio"] if prunes else None,
-        "slow_mode_ratio": config["slow_mode_ratio"],
-        "seed": experiment["seed"],
+        "experiment": row.id,
+        "model": row.model,
+        "method": row.method,
+        "pruner": row.dualspeed.pruner if prunes else None,
+        "pruning_ratio": row.dualspeed.pruning_ratio if prunes else None,
+        "slow_mode_ratio": row.dualspeed.slow_mode_ratio,
+        "seed": row.seed,
     }
 
 
-def _score_row(
-    settings: dict[str, Any], experiment: dict[str, Any], inference: str, benchmark: str, content: dict[str, Any]
-) -> dict[str, Any]:
-    # A Baseline was trained without a pruner; pruned, it answers with the one that the configuration names.
-    pruned = settings["inference"] if experiment["method"] == "baseline" else experiment["dualspeed"]
-    return _identity(experiment) | {
+def _score_line(sheet: Sheet, row: Row, inference: str, benchmark: str, content: dict[str, Any]) -> dict[str, Any]:
+    # A Baseline is trained without a pruner; its pruned inference uses the configuration's.
+    pruned = sheet.inference if row.method == "baseline" else row.dualspeed
+    return _identity(row) | {
         "inference": inference,
-        "inference_pruner": pruned["pruner"] if inference == "pruned" else None,
-        "inference_pruning_ratio": pruned["pruning_ratio"] if inference == "pruned" else None,
+        "inference_pruner": pruned.pruner if inference == "pruned" else None,
+        "inference_pruning_ratio": pruned.pruning_ratio if inference == "pruned" else None,
         "benchmark": benchmark,
         "metric": content["percent_metric"],
         "score": content["percent"],
@@ -176,47 +198,64 @@ def _all_metrics(content: dict[str, Any]) -> dict[str, float]:
     return content["metrics"] | {"num_questions": content["num_questions"], "num_missing": content["num_missing"]}
 
 
-def _speed_row(root: Path, experiment: dict[str, Any]) -> dict[str, Any]:
-    row = _identity(experiment) | _read_times(root, experiment)
-    training = finetune_path(root, experiment)
-    row["train_seconds"] = read_json(training)["train_seconds"] if training.exists() else None
-    config = experiment["dualspeed"]
-    if experiment["method"] == "baseline":
-        row |= {"speedup_measured": 1.0, "speedup_theory": 1.0}
-    elif "theory_u" in row:
-        row["speedup_measured"] = speedup_measured(row, config["slow_mode_ratio"])
-        row["speedup_theory"] = speedup_theory(
-            row["theory_u"], config["slow_mode_ratio"], config["distillation_weight"]
-        )
-    return row
+def _statistics(path: Path, content: dict[str, Any]) -> np.ndarray:
+    """(units, m) whose sums over units the percentage is a function of."""
+    try:
+        values = np.asarray(content["statistics"], dtype=float)
+    except ValueError as error:
+        raise ResultsError(f"{path}: field 'statistics' is no table of numbers ({error}); score it again") from error
+    if values.ndim != 2:
+        raise ResultsError(f"{path}: field 'statistics' is no table of numbers; score it again")
+    return values
 
 
-def _read_times(root: Path, experiment: dict[str, Any]) -> dict[str, float]:
-    """The experiment's step times; empty where they were not measured, as for a Baseline, which is the measure."""
-    path = root / "speed" / f"{experiment['speed_key']}.json"
-    return read_json(path) if experiment["speed_key"] and path.exists() else {}
+def _check_units(layout: Layout, statistics: Mapping[Cell, np.ndarray]) -> None:
+    """Raise ResultsError unless all scores of a benchmark have statistics of the same shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for (row, inference, benchmark), values in statistics.items():
+        expected = shapes.setdefault(benchmark, values.shape)
+        if values.shape != expected:
+            path = layout.score(row, inference, benchmark)
+            raise ResultsError(f"{path}: statistics of shape {values.shape}, others have {expected}; score it again")
 
 
-def _cost_row(root: Path, experiment: dict[str, Any]) -> dict[str, Any]:
-    row = {"experiment": experiment["id"], "pretrain": experiment["pretrain_key"]}
-    for stage in ("pretrain", "finetune"):
-        path = training_path(root, experiment, stage)
-        if path is None or not path.exists():
+def _speed_line(layout: Layout, row: Row) -> dict[str, Any]:
+    line = _identity(row) | _read_times(layout, row)
+    training = read_training(training_folder(layout, row, "finetune"))
+    line["train_seconds"] = training["train_seconds"] if training else None
+    method = row.dualspeed
+    if row.method == "baseline":
+        line |= {"speedup_measured": 1.0, "speedup_theory": 1.0}
+    elif "theory_u" in line:
+        line["speedup_measured"] = speedup_measured(line, method.slow_mode_ratio)
+        line["speedup_theory"] = speedup_theory(line["theory_u"], method.slow_mode_ratio, method.distillation_weight)
+    return line
+
+
+def _read_times(layout: Layout, row: Row) -> dict[str, float]:
+    """Step times of a row; empty if not measured yet, and for a Baseline."""
+    path = Path(layout.speed(row.speed_key)) if row.speed_key else None
+    return read_fields(path, SPEED_FIELDS) if path and path.exists() else {}
+
+
+def _cost_line(layout: Layout, row: Row) -> dict[str, Any]:
+    line: dict[str, Any] = {"experiment": row.id, "pretrain": row.pretrain_key}
+    for stage in STAGES:
+        training = read_training(training_folder(layout, row, stage))
+        if training is None:
             continue
-        training = read_json(path)
-        row[f"{stage}_seconds"] = training["train_seconds"]
+        line[f"{stage}_seconds"] = training["train_seconds"]
         if training.get("device", "cpu") != "cpu":
-            row[f"{stage}_gpu_hours"] = training["train_seconds"] * training["num_processes"] / 3600
+            line[f"{stage}_gpu_hours"] = training["train_seconds"] * training["num_processes"] / 3600
         if stage == "finetune":
-            row["samples_per_second"] = training["samples_per_second"]
-            row["peak_memory_bytes"] = training["peak_memory_bytes"]
-    seconds = [row.get(f"{stage}_seconds") for stage in ("pretrain", "finetune")]
-    if seconds[1] is not None and (seconds[0] is not None or not experiment["pretrain_key"]):
-        row["train_hours"] = sum(filter(None, seconds)) / 3600
-        if "finetune_gpu_hours" in row:
-            row["gpu_hours"] = row.get("pretrain_gpu_hours", 0.0) + row["finetune_gpu_hours"]
-    times = _read_times(root, experiment)
+            line["samples_per_second"] = training["samples_per_second"]
+            line["peak_memory_bytes"] = training["peak_memory_bytes"]
+    if {"pretrain_seconds", "finetune_seconds"} <= line.keys():
+        line["train_hours"] = (line["pretrain_seconds"] + line["finetune_seconds"]) / 3600
+        if "finetune_gpu_hours" in line:
+            line["gpu_hours"] = line.get("pretrain_gpu_hours", 0.0) + line["finetune_gpu_hours"]
+    times = _read_times(layout, row)
     if times:
-        row["pruner_share"] = times["pruner_seconds"] / times["fast_step_seconds"]
-        row["fast_flops_share"] = times["theory_u"]
-    return row
+        line["pruner_share"] = times["pruner_seconds"] / times["fast_step_seconds"]
+        line["fast_flops_share"] = times["theory_u"]
+    return line

@@ -1,6 +1,6 @@
-"""What the paper (arXiv 2602.03815) reports itself, with how sure each number is.
+"""Numbers that the paper (arXiv 2602.03815) reports, with the certainty of each.
 
-Certain: in the paper's abstract. Medium: told second-hand by public digests of the paper, consistent with each other.
+Certain: in the paper's abstract. Medium: second-hand, from public digests of the paper that agree with each other.
 Numbers whose row or meaning is unclear are left out: scores of single benchmarks, and the drops of the mismatch table.
 """
 
@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from dualspeed.reporting.summary import SETTINGS
+from dualspeed.settings.method import DualSpeedConfig
+
 
 class PaperValue(NamedTuple):
-    """A number of the paper and how sure it is: `certain` or `medium`."""
+    """Number of the paper with its certainty, `certain` or `medium`."""
 
     value: float
     certainty: str
@@ -19,19 +22,11 @@ class PaperValue(NamedTuple):
         return f"{self.value:g} ({self.certainty})"
 
 
-# Family of the models that config/paper trains. The sources name the family, not the size: 13B has no number.
+# Family of each model that config/paper trains. The sources name the family, not the size: 13B has no number.
 FAMILIES = {"llava-1.5-7b": "LLaVA-1.5", "llava-next-7b": "LLaVA-NeXT"}
-# DualSpeed with the paper's defaults (DivPrune, p 0.9, r 0.1, l 4, alpha 1), per family.
+# DualSpeed with the paper's settings (the defaults of DualSpeedConfig), for each family.
 SPEEDUP = {"LLaVA-1.5": PaperValue(2.1, "certain"), "LLaVA-NeXT": PaperValue(4.0, "certain")}
 RELATIVE = {"LLaVA-1.5": PaperValue(99.61, "medium"), "LLaVA-NeXT": PaperValue(99.04, "medium")}
-DEFAULTS = {
-    "method": "dualspeed",
-    "pruner": "divprune",
-    "pruning_ratio": 0.9,
-    "slow_mode_ratio": 0.1,
-    "num_virtual_tokens": 4,
-    "distillation_weight": 1.0,
-}
 # Rel. of each line of the ablation on LLaVA-1.5: NaivePrune, then fast and slow modes, isolator, distillation.
 ABLATION = tuple(PaperValue(value, "medium") for value in (95.89, 98.88, 99.32, 99.61))
 
@@ -44,21 +39,23 @@ MISMATCH_NOTE = (
 )
 
 
-def add_paper_values(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` of a summary with the columns rel_paper and speedup_paper (and `_certainty` of each).
+def add_paper_values(summary: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns rel_paper and speedup_paper, and `_certainty` of each, to a summary.
 
-    Without these columns where the paper says nothing about any of the rows.
+    The summary itself if the paper has a number for none of its lines.
     """
-    found = [_values_of(row) for row in rows.to_dict("records")]
-    if not any(found):
-        return rows
+    values = [_values_of(line) for line in summary.to_dict("records")]
+    if not any(values):
+        return summary
     columns = [f"{name}_paper{end}" for name in ("rel", "speedup") for end in ("", "_certainty")]
-    return rows.join(pd.DataFrame(found, index=rows.index, columns=columns))
+    return summary.join(pd.DataFrame(values, index=summary.index, columns=columns))
 
 
-def _values_of(row: dict[str, Any]) -> dict[str, Any]:
-    family = FAMILIES.get(row["model"])
-    if family is None or any(row[name] != value for name, value in DEFAULTS.items()):
+def _values_of(line: dict[str, Any]) -> dict[str, Any]:
+    family = FAMILIES.get(line["model"])
+    if family is None or line["method"] != "dualspeed":
+        return {}
+    if any(line[name] != getattr(DualSpeedConfig(), name) for name in SETTINGS):
         return {}
     rel, speedup = RELATIVE[family], SPEEDUP[family]
     return {

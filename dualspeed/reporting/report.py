@@ -1,7 +1,7 @@
-"""One HTML page with everything that a sheet's experiments gave; it opens from disk and loads nothing from elsewhere.
+"""HTML page with all results of a sheet; it opens from disk and loads no other file.
 
-Tables that sort by a click, figures, example questions with every model's answer, the machines and versions, and for
-each experiment the settings, the files and the command behind its numbers.
+It has the tables, which sort by a click, the figures, example questions with the answers of each model, the machines
+and versions, and for each row the settings, files and command behind its numbers.
 """
 
 import base64
@@ -13,15 +13,25 @@ import jinja2
 import pandas as pd
 
 from dualspeed.environment import environment
-from dualspeed.evaluation.bootstrap import resample_scores
 from dualspeed.files import write_atomic
 from dualspeed.reporting.examples import read_examples
-from dualspeed.reporting.frames import Results, finetune_path, read_json, read_results, score_path, training_path
-from dualspeed.reporting.summary import summarise, typical_rows
+from dualspeed.reporting.frames import (
+    SCORE_FIELDS,
+    STAGES,
+    Results,
+    read_fields,
+    read_results,
+    read_training,
+    training_folder,
+)
+from dualspeed.reporting.summary import is_baseline, summarise_table, typical_rows
 from dualspeed.reporting.table_cells import format_relative, time_unit
-from dualspeed.reporting.table_format import NOT_RUN, TEXT_COLUMNS, format_mean, format_number
+from dualspeed.reporting.table_format import NOT_RUN, TEXT_COLUMNS, Table, format_mean, format_number
 from dualspeed.reporting.tables import make_tables
-from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS, PRUNER_LABELS, in_paper_order
+from dualspeed.settings.identity import record
+from dualspeed.settings.jobs import ReportSettings
+from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS, PRUNER_LABELS
+from dualspeed.settings.sheet import Row
 
 FIGURES = {
     "figure_mismatch": "The same models answering on full and on pruned tokens.",
@@ -34,35 +44,34 @@ FIGURES = {
 }
 
 
-def write_report(settings: dict[str, Any], figures: Path, out: Path) -> None:
-    """Write the page to `out`, with the svg files that are under `figures`.
+def write_report(settings: ReportSettings, figures: Path, out: Path) -> None:
+    """Write the page to `out`, with the svg files under `figures` embedded.
 
-    Args:
-        settings: as of `tables.write_tables`, and "folders": {benchmark: folder of its official files}, "command":
-            the Snakemake call that makes this sheet.
+    Raises:
+        ResultsError, BenchmarkError: a result or a file of answers is broken.
     """
-    results = read_results(settings)
-    scores = resample_scores(results.statistics)
-    rows = summarise(settings, results, scores, "table1")
+    sheet = settings.sheet
+    results = read_results(sheet)
+    typical = typical_rows(summarise_table(results, "table1"))
     found = {name: Path(figures) / f"{name}.svg" for name in FIGURES}
     page = make_template().render(
-        sheet=settings["sheet"],
-        command=settings["command"],
+        sheet=sheet.name,
+        command=settings.command,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        headline=headline(typical_rows(rows)),
-        tables=[table_view(table) for table in make_tables(settings, results, scores)],
+        headline=headline(typical),
+        tables=[table_view(table) for table in make_tables(results)],
         figures=[(name, FIGURES[name], embed_svg(path)) for name, path in found.items() if path.exists()],
-        examples=read_examples(settings, typical_rows(rows)),
-        environments=environments(settings),
+        examples=read_examples(settings, typical),
+        environments=environments(results),
         here=environment(),
-        experiments=[experiment_view(settings, results, one) for one in settings["experiments"]],
-        results=settings["results"],
+        rows=[row_view(results, row) for row in sheet.rows],
+        layout=results.layout,
     )
     write_atomic(out, page)
 
 
 def make_template() -> jinja2.Template:
-    """The page's template; whatever it shows is escaped."""
+    """Template of the page; it escapes all text that it shows."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -70,27 +79,27 @@ def make_template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def headline(rows: pd.DataFrame) -> list[dict[str, str]]:
-    """What the page says first, one card a method: score, Rel., speedup, training time."""
-    rows = rows[rows["inference"] == "full"]
-    unit, seconds = time_unit(rows["train_hours"] * 3600)
+def headline(summary: pd.DataFrame) -> list[dict[str, str]]:
+    """Cards at the top of the page, one for each method: score, Rel., speedup, training time."""
+    summary = summary[summary["inference"] == "full"]
+    unit, seconds = time_unit(summary["train_hours"] * 3600)
     return [
         {
-            "method": METHOD_LABELS[row.method],
+            "method": METHOD_LABELS[line.method],
             "pruner": ""
-            if pd.isna(row.pruner)
-            else f"{PRUNER_LABELS.get(row.pruner, row.pruner)}, p = {row.pruning_ratio:g}, r = {row.slow_mode_ratio:g}",
-            "mean": format_mean(row.mean, row.mean_std),
-            "rel": format_relative(row),
-            "speedup": format_number(row.speedup_measured, 2, "x"),
-            "time": format_number(3600 * row.train_hours / seconds, 1, f" {unit}"),
+            if is_baseline(line)
+            else f"{PRUNER_LABELS[line.pruner]}, p = {line.pruning_ratio:g}, r = {line.slow_mode_ratio:g}",
+            "mean": format_mean(line.mean, line.mean_std),
+            "rel": format_relative(line),
+            "speedup": format_number(line.speedup_measured, 2, "x"),
+            "time": format_number(3600 * line.train_hours / seconds, 1, f" {unit}"),
         }
-        for row in rows.itertuples()
+        for line in summary.itertuples()
     ]
 
 
-def table_view(table: Any) -> dict[str, Any]:
-    """What the template shows of a table: {"text", "is_best", "is_grey", "is_number", "not_run"} of each cell."""
+def table_view(table: Table) -> dict[str, Any]:
+    """A table for the template; a cell is {"text", "is_best", "is_grey", "is_number", "not_run"}."""
     lines = [
         [
             {
@@ -116,63 +125,60 @@ def table_view(table: Any) -> dict[str, Any]:
 
 
 def embed_svg(path: Path) -> str:
-    """A figure as a data URI."""
+    """Figure as a data URI."""
     return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def environments(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the stages were trained on: {"machine", "commit", "versions", "stages"}, equal ones together."""
-    root = Path(settings["results"])
+def environments(results: Results) -> list[dict[str, Any]]:
+    """Environments that the stages were trained in, without repeats: {"machine", "commit", "versions", "stages"}."""
     found: dict[tuple[str, str, str], dict[str, None]] = {}
-    for experiment in settings["experiments"]:
-        for stage in ("pretrain", "finetune"):
-            path = training_path(root, experiment, stage)
-            if path is None or not path.exists():
+    for row in results.sheet.rows:
+        for stage in STAGES:
+            folder = training_folder(results.layout, row, stage)
+            training = read_training(folder)
+            if training is None:
                 continue
-            record = read_json(path)
-            versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-            key = record.get("machine", "unknown"), record.get("git_commit") or "unknown", versions
-            found.setdefault(key, {})[path.parent.name] = None
+            versions = ", ".join(f"{name} {version}" for name, version in training.get("versions", {}).items())
+            key = training.get("machine", "unknown"), training.get("git_commit") or "unknown", versions
+            found.setdefault(key, {})[folder.name] = None  # a dict, since rows share pretrainings
     return [
         {"machine": machine, "commit": commit, "versions": versions, "stages": list(stages)}
         for (machine, commit, versions), stages in found.items()
     ]
 
 
-def experiment_view(settings: dict[str, Any], results: Results, experiment: dict[str, Any]) -> dict[str, Any]:
-    """Where the numbers of one experiment come from: settings, training, and a line for each score."""
-    root, name = Path(settings["results"]), experiment["id"]
-    training = finetune_path(root, experiment)
-    record = read_json(training) if training.exists() else {}
+def row_view(results: Results, row: Row) -> dict[str, Any]:
+    """A row for the template: its settings, its training, and a line for each score."""
+    training = read_training(training_folder(results.layout, row, "finetune")) or {}
     facts = {
-        "model": experiment["model"],
-        "method": METHOD_LABELS[experiment["method"]],
-        "seed": experiment["seed"],
-        **experiment["dualspeed"],
-        "pretraining": experiment["pretrain_key"] or "none",
-        "settings_hash (tag of its MLflow run)": experiment["settings_hash"],
+        "model": row.model,
+        "method": METHOD_LABELS[row.method],
+        "seed": row.seed,
+        **record(row.dualspeed),
+        "pretraining": row.pretrain_key,
+        "settings_hash (tag of its MLflow run)": row.settings_hash,
     }
     for key in ("num_steps", "num_slow_steps", "train_seconds", "samples_per_second", "peak_memory_bytes"):
-        if key in record:
-            facts[key] = f"{record[key]:,.1f}".removesuffix(".0")
-    return {"id": name, "facts": facts, "is_trained": bool(record), "scores": score_lines(settings, results, name)}
+        if key in training:
+            facts[key] = f"{training[key]:,.1f}".removesuffix(".0")
+    return {"id": row.id, "facts": facts, "is_trained": bool(training), "scores": score_lines(results, row)}
 
 
-def score_lines(settings: dict[str, Any], results: Results, experiment: str) -> list[dict[str, str]]:
-    """One line a score of an experiment: its value, the file it stands in, and the questions it was taken on."""
-    mine = results.scores[results.scores["experiment"] == experiment]
-    order = in_paper_order(settings["benchmarks"])
+def score_lines(results: Results, row: Row) -> list[dict[str, str]]:
+    """One line for each score of a row: its value, its file, and the questions it was taken on."""
+    scores = results.scores[results.scores["experiment"] == row.id]
+    order = results.benchmarks
     lines = []
-    for row in sorted(mine.itertuples(), key=lambda row: (row.inference, order.index(row.benchmark))):
-        path = score_path(Path(settings["results"]), experiment, row.inference, row.benchmark)
+    for score in sorted(scores.itertuples(), key=lambda score: (score.inference, order.index(score.benchmark))):
+        path = Path(results.layout.score(row.id, score.inference, score.benchmark))
         lines.append(
             {
-                "benchmark": BENCHMARK_LABELS.get(row.benchmark, row.benchmark),
-                "inference": row.inference,
-                "score": f"{row.score:.2f}",
-                "metric": row.metric,
-                "num_questions": f"{row.num_questions:,}",
-                "checksum": read_json(path)["checksum"][:12],
+                "benchmark": BENCHMARK_LABELS[score.benchmark],
+                "inference": score.inference,
+                "score": f"{score.score:.2f}",
+                "metric": score.metric,
+                "num_questions": f"{score.num_questions:,}",
+                "checksum": read_fields(path, SCORE_FIELDS)["checksum"][:12],
                 "file": str(path),
             }
         )

@@ -1,17 +1,26 @@
-"""Experiments that differ only in their seed, summarised in one row: the numbers behind each table and figure."""
+"""Summary of a sheet's rows: one line for all rows that differ only in their seed; tables and figures show these lines.
 
+A summary is a DataFrame. Its columns: `model`, `method`, SETTINGS (pruner and pruning ratio empty for a Baseline),
+`inference`, `num_seeds` and `experiments` (a tuple of the rows' ids); mean and standard deviation over the seeds (with
+the ending `_std`) of each benchmark, of the benchmarks' `mean` and of `rel`; `rel_low` and `rel_high`, the 95 %
+interval of `rel`; MEANS; and `not_run` (missing scores, a tuple of "row: benchmark"). A value that doesn't exist yet is
+NaN.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dualspeed.evaluation.bootstrap import Cell, relative
+from dualspeed.evaluation.bootstrap import INTERVAL, relative
 from dualspeed.reporting.frames import Results
-from dualspeed.reporting.paper import DEFAULTS
-from dualspeed.settings.names import averaged
+from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.names import METHOD_LABELS, averaged
+from dualspeed.settings.sheet import Row, Sheet
 
-METHODS = ("baseline", "naive_prune", "dualspeed")  # in the paper's order
-PRUNERS = ("divprune", "fastervlm", "cdpruner")  # likewise; others follow by name
+METHODS = tuple(METHOD_LABELS)  # in the paper's order
+PRUNERS = ("divprune", "fastervlm", "cdpruner")  # in the paper's order; others follow by name
 SETTINGS = ["pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"]
 MEANS = [
     *["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"],
@@ -20,156 +29,132 @@ MEANS = [
 ]
 
 
-def summarise(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], table: str) -> pd.DataFrame:
-    """One row per group of experiments shown in `table` and per inference, in the paper's order.
+def summarise_table(results: Results, table: str) -> pd.DataFrame:
+    """Summary of the rows that a table or figure shows."""
+    return summarise(results, [row for row in results.sheet.rows if table in row.tables])
 
-    Columns: model, method, SETTINGS (pruner and ratio empty for a Baseline), inference, num_seeds and the ids of the
-    `experiments`; mean and `_std` over
-    the seeds of each benchmark, of their `mean` and of `rel`; `rel_low` and `rel_high`; MEANS; and `not_run`, which
-    lists what is missing. What has not run is NaN. `scores` come from `resample_scores`.
-    """
-    benchmarks = list(settings["benchmarks"])
+
+def summarise(results: Results, rows: Iterable[Row]) -> pd.DataFrame:
+    """Summary of some of the sheet's rows: a line for each setting and inference, in the paper's order."""
     costs = results.speed.set_index("experiment").join(results.costs.set_index("experiment"))
-    rows = []
-    for members in _groups(settings, table):
+    lines = []
+    for group in _group_by_settings(results.sheet, rows):
+        ids = tuple(row.id for row in group)
         for inference in ("full", "pruned"):
-            if any(inference in member["inferences"] for member in members):
-                row = _describe(members[0]) | {"inference": inference, "num_seeds": len(members)}
-                row["experiments"] = "; ".join(member["id"] for member in members)
-                row |= _mean_scores(members, inference, benchmarks, scores)
-                row |= _mean_relative(settings, members, inference, benchmarks, scores)
-                row |= costs.loc[[member["id"] for member in members], MEANS].astype(float).mean().to_dict()
-                rows.append(row)
-    return pd.DataFrame(rows, columns=summary_columns(benchmarks))
+            if any(inference in row.inferences for row in group):
+                line = _settings_of(group[0]) | {"inference": inference, "num_seeds": len(group), "experiments": ids}
+                line |= _mean_scores(results, group, inference) | _mean_relative(results, group, inference)
+                lines.append(line | costs.loc[list(ids), MEANS].astype(float).mean().to_dict())
+    return pd.DataFrame(lines, columns=summary_columns(results.benchmarks))
 
 
-def summarise_all(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray]) -> pd.DataFrame:
-    """`summarise` of every experiment of the sheet, whatever tables show it."""
-    shown = [one | {"tables": ["all"]} for one in settings["experiments"]]
-    return summarise(settings | {"experiments": shown}, results, scores, "all")
-
-
-def usual_settings(rows: pd.DataFrame) -> dict[str, Any]:
-    """Value of each of SETTINGS that most DualSpeed experiments of a summary have; the paper's where that is a tie."""
-    dualspeed = rows[(rows["method"] == "dualspeed") & (rows["inference"] == "full")]
+def usual_settings(summary: pd.DataFrame) -> dict[str, Any]:
+    """Most frequent value of each of SETTINGS among the DualSpeed rows; the paper's default where there is a tie."""
+    dualspeed = summary[(summary["method"] == "dualspeed") & (summary["inference"] == "full")]
     usual = {}
     for name in SETTINGS:
+        default = getattr(DualSpeedConfig(), name)
         counts = dualspeed.groupby(name)["num_seeds"].sum()
         most = list(counts.index[counts == counts.max()])
-        usual[name] = DEFAULTS[name] if DEFAULTS[name] in most else most[-1]
+        usual[name] = default if default in most else most[-1]
     return usual
 
 
-def typical_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of the rows of a summary, one of each method: those of the first model with the usual settings."""
-    rows = rows[rows["model"] == rows["model"].iloc[0]] if len(rows) else rows
-    usual = usual_settings(rows) if (rows["method"] == "dualspeed").any() else {}
-    keep = rows["method"] == "baseline"
+def typical_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """One line of each method: the first model's, with the usual settings."""
+    summary = summary[summary["model"] == summary["model"].iloc[0]] if len(summary) else summary
+    usual = usual_settings(summary) if (summary["method"] == "dualspeed").any() else {}
+    keep = summary["method"] == "baseline"
     for method, names in {"naive_prune": SETTINGS[:2], "dualspeed": SETTINGS}.items():
-        matches = rows["method"] == method
+        matches = summary["method"] == method
         for name in names if usual else ():
-            matches &= rows[name] == usual[name]
+            matches &= summary[name] == usual[name]
         keep |= matches
-    return rows[keep]
+    return summary[keep]
 
 
-def members_of(settings: dict[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """The experiments that rows of a summary are means of."""
-    names = {name for names in rows["experiments"] for name in names.split("; ")}
-    return [one for one in settings["experiments"] if one["id"] in names]
+def rows_in(sheet: Sheet, summary: pd.DataFrame) -> list[Row]:
+    """The sheet's rows that the lines of a summary are means of."""
+    ids = {name for names in summary["experiments"] for name in names}
+    return [row for row in sheet.rows if row.id in ids]
 
 
-def summary_columns(benchmarks: list[str]) -> list[str]:
+def summary_columns(benchmarks: Sequence[str]) -> list[str]:
     """Columns of a summary, in order."""
     scores = [column for name in [*benchmarks, "mean", "rel"] for column in (name, f"{name}_std")]
     identity = ["model", "method", *SETTINGS, "inference", "num_seeds", "experiments"]
     return [*identity, *scores, "rel_low", "rel_high", *MEANS, "not_run"]
 
 
-def baseline_pairs(settings: dict[str, Any], members: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(experiment, Baseline of the same model and seed) for those members that have one."""
-    baselines = {(one["model"], one["seed"]): one["id"] for one in settings["experiments"] if is_baseline(one)}
-    keys = {member["id"]: (member["model"], member["seed"]) for member in members}
-    return [(name, baselines[key]) for name, key in keys.items() if key in baselines]
+def with_baseline(sheet: Sheet, rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """(id, id of the Baseline of the same model and seed) of each row that has such a Baseline."""
+    baselines = {(row.model, row.seed): row.id for row in sheet.rows if row.method == "baseline"}
+    return [(row.id, baselines[row.model, row.seed]) for row in rows if (row.model, row.seed) in baselines]
 
 
-def varied_settings(rows: pd.DataFrame) -> dict[str, str]:
-    """{symbol: column} of those settings beside pruner and p in which the DualSpeed rows of a summary differ."""
+def varied_settings(summary: pd.DataFrame) -> dict[str, str]:
+    """{symbol: column} of r, l and alpha, each only if the DualSpeed rows differ in it."""
     symbols = {"r": "slow_mode_ratio", "l": "num_virtual_tokens", "alpha": "distillation_weight"}
-    dualspeed = rows[rows["method"] == "dualspeed"]
+    dualspeed = summary[summary["method"] == "dualspeed"]
     return {symbol: column for symbol, column in symbols.items() if dualspeed[column].nunique() > 1}
 
 
-def is_baseline(experiment: dict[str, Any]) -> bool:
-    """Whether an experiment was trained on full tokens alone."""
-    return experiment["method"] == "baseline"
+def is_baseline(line: Any) -> bool:
+    """True if a line of a summary is a Baseline's."""
+    return line.method == "baseline"
 
 
-def is_reference(row: Any) -> bool:
-    """Whether a row of a summary is a Baseline."""
-    return row.method == "baseline"
+def _group_by_settings(sheet: Sheet, rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that differ only in their seed, together; groups in the paper's order."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(_settings_of(row).values()), []).append(row)
+    models = [row.model for row in sheet.rows]
+    return sorted(groups.values(), key=lambda group: _paper_order(group[0], models))
 
 
-def _groups(settings: dict[str, Any], table: str) -> list[list[dict[str, Any]]]:
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for experiment in settings["experiments"]:
-        if table in experiment["tables"]:
-            groups.setdefault(tuple(_describe(experiment).values()), []).append(experiment)
-    models = [experiment["model"] for experiment in settings["experiments"]]
-    return sorted(groups.values(), key=lambda members: _order(members[0], models))
-
-
-def _order(experiment: dict[str, Any], models: list[str]) -> tuple:
-    config = experiment["dualspeed"]
-    pruner = config["pruner"]
+def _paper_order(row: Row, models: list[str]) -> tuple:
+    pruner = row.dualspeed.pruner
     rank = PRUNERS.index(pruner) if pruner in PRUNERS else len(PRUNERS)
-    numbers = [config[name] for name in SETTINGS[1:]]
-    return models.index(experiment["model"]), METHODS.index(experiment["method"]), rank, pruner, *numbers
+    numbers = [getattr(row.dualspeed, name) for name in SETTINGS[1:]]
+    return models.index(row.model), METHODS.index(row.method), rank, pruner, *numbers
 
 
-def _describe(experiment: dict[str, Any]) -> dict[str, Any]:
-    config = {name: experiment["dualspeed"][name] for name in SETTINGS}
-    if is_baseline(experiment):
-        config |= {"pruner": None, "pruning_ratio": None}
-    return {"model": experiment["model"], "method": experiment["method"]} | config
+def _settings_of(row: Row) -> dict[str, Any]:
+    settings = {name: getattr(row.dualspeed, name) for name in SETTINGS}
+    if row.method == "baseline":
+        settings |= {"pruner": None, "pruning_ratio": None}
+    return {"model": row.model, "method": row.method} | settings
 
 
-def _mean_scores(
-    members: list[dict[str, Any]], inference: str, benchmarks: list[str], scores: dict[Cell, np.ndarray]
-) -> dict[str, Any]:
-    missing = np.array([np.nan])
+def _mean_scores(results: Results, group: list[Row], inference: str) -> dict[str, Any]:
+    benchmarks, missing = results.benchmarks, np.array([np.nan])
     table = np.array(
-        [[scores.get((member["id"], inference, name), missing)[0] for name in benchmarks] for member in members]
+        [[results.draws.get((row.id, inference, name), missing)[0] for name in benchmarks] for row in group]
     )
     mean = table[:, [name in averaged(benchmarks) for name in benchmarks]].mean(axis=1)
-    row: dict[str, Any] = {}
+    line: dict[str, Any] = {}
     for name, values in zip([*benchmarks, "mean"], [*table.T, mean], strict=True):
-        row |= _mean_and_std(name, values)
-    absent = [
-        f"{member['id']}: {name}"
-        for member, values in zip(members, table, strict=True)
+        line |= _mean_and_std(name, values)
+    not_run = [
+        f"{row.id}: {name}"
+        for row, values in zip(group, table, strict=True)
         for name, value in zip(benchmarks, values, strict=True)
         if np.isnan(value)
     ]
-    return row | {"not_run": "; ".join(absent)}
+    return line | {"not_run": tuple(not_run)}
 
 
-def _mean_relative(
-    settings: dict[str, Any],
-    members: list[dict[str, Any]],
-    inference: str,
-    benchmarks: list[str],
-    scores: dict[Cell, np.ndarray],
-) -> dict[str, float]:
-    found = relative(scores, baseline_pairs(settings, members), inference, averaged(benchmarks))
-    if found is None:
+def _mean_relative(results: Results, group: list[Row], inference: str) -> dict[str, float]:
+    rel = relative(results.draws, with_baseline(results.sheet, group), inference, averaged(results.benchmarks))
+    if rel is None:
         return {}
-    low, high = np.percentile(found.mean(axis=0)[1:], [2.5, 97.5])
-    return _mean_and_std("rel", found[:, 0]) | {"rel_low": low, "rel_high": high}
+    low, high = np.percentile(rel.mean(axis=0)[1:], INTERVAL)
+    return _mean_and_std("rel", rel[:, 0]) | {"rel_low": low, "rel_high": high}
 
 
 def _mean_and_std(name: str, values: np.ndarray) -> dict[str, float]:
-    """Mean of what has run and, from two values on, its sample standard deviation."""
+    """Mean of the values that exist; their sample standard deviation if there are at least two."""
     values = values[~np.isnan(values)]
     return {
         name: values.mean() if len(values) else np.nan,

@@ -1,4 +1,4 @@
-"""A table as numbers (csv) and as a person reads it (Markdown, LaTeX)."""
+"""Formats of a table: numbers (csv) for programs, text (Markdown, LaTeX) for people."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,27 +12,34 @@ from dualspeed.reporting.frames import to_csv
 
 NOT_RUN = "not run"
 NOT_APPLICABLE = "-"
-TEXT_COLUMNS = ("Model", "Method", "Training", "Pruner", "Inference")  # set to the left
+TEXT_COLUMNS = ("Model", "Method", "Training", "Pruner", "Inference")  # aligned left
 LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"},
     "±": "$\\pm$",
 }
+# Commands around a cell's text, as pandas' Styler writes them in LaTeX; the first is outermost.
+GREY, BOLD = "textcolor:{gray}--rwrap;", "textbf:--rwrap;"
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `numbers` for programs, `cells` (all text) for people, and what a reader has to know."""
+    """One table, as numbers and as text."""
 
     name: str
+    """Name of its files."""
     title: str
+    """Caption."""
     numbers: pd.DataFrame
+    """Content of the csv file."""
     cells: pd.DataFrame
+    """Text of each cell, for Markdown, LaTeX and HTML."""
     notes: tuple[str, ...] = ()
+    """Remarks below the table."""
     best: frozenset[tuple[int, str]] = frozenset()
-    """(row, column) of the cells that are set in bold."""
+    """(row, column) of the cells in bold."""
     grey: tuple[str, ...] = ()
-    """Columns that hold the paper's numbers, not ours."""
+    """Columns with the paper's numbers instead of ours."""
 
 
 def write_table(table: Table, out: Path) -> None:
@@ -43,93 +50,91 @@ def write_table(table: Table, out: Path) -> None:
 
 
 def to_markdown(table: Table) -> str:
-    """Title, pipe table and notes; aligned, so that it reads well in a terminal too."""
-    alignment = ["left" if is_text(column) else "right" for column in table.cells] if len(table.cells) else None
+    """Title, pipe table and notes; columns are padded, so that it reads well in a terminal too."""
     columns = list(table.cells)
+    alignment = ["left" if is_text(column) else "right" for column in columns] if len(table.cells) else None
     body = tabulate(table.cells, columns, "pipe", showindex=False, disable_numparse=True, colalign=alignment)
     # A blank line between notes: Markdown would join them into one paragraph.
     return "\n\n".join([f"**{table.title}**", body, *table.notes]) + "\n"
 
 
 def to_latex(table: Table) -> str:
-    """A table environment with booktabs rules, the width of the text; a rule between models, best in bold."""
+    """A table environment as wide as the text, with booktabs rules, and a rule between models."""
     columns = list(table.cells)
-    lines = []
-    for row, cells in enumerate(table.cells.to_dict("records")):
-        if row and "Model" in cells and cells["Model"] != table.cells["Model"].iloc[row - 1]:
-            lines.append("\\midrule")
-        lines.append(" & ".join(_latex_cell(table, row, column, cells[column]) for column in columns) + " \\\\")
-    header = " & ".join(_grey(escape(column), column in table.grey) for column in columns)
-    notes = "".join(f"\\par\\smallskip\\footnotesize {escape(note)}\n" for note in table.notes)
+    styler = table.cells.style.hide(axis="index").format(escape).format_index(escape, axis="columns")
+    if "Model" in table.cells:
+        models = table.cells["Model"]
+        changes = models[models.ne(models.shift()) & (models.index > 0)].index
+        styler = styler.format(lambda text: f"\\midrule\n{escape(text)}", subset=(changes, columns[:1]))
+    styler = styler.apply(lambda _: cell_styles(table), axis=None)
+    styler = styler.apply_index(lambda names: [GREY if name in table.grey else "" for name in names], axis="columns")
     alignment = "".join("l" if is_text(column) else "r" for column in columns)
-    return "\n".join(
-        [
-            "% Needs \\usepackage{booktabs,graphicx,xcolor}.",
-            "\\begin{table}",
-            "\\centering",
-            f"\\caption{{{escape(table.title)}}}",
-            f"\\label{{tab:{table.name}}}",
-            "\\resizebox{\\linewidth}{!}{%",
-            f"\\begin{{tabular}}{{{alignment}}}",
-            "\\toprule",
-            f"{header} \\\\",
-            "\\midrule",
-            *lines,
-            "\\bottomrule",
-            f"\\end{{tabular}}}}\n{notes}\\end{{table}}\n",
-        ]
+    notes = "".join(f"\\par\\smallskip\\footnotesize {escape(note)}\n" for note in table.notes)
+    return (
+        "% Needs \\usepackage{booktabs,graphicx,xcolor}.\n"
+        "\\begin{table}\n\\centering\n"
+        f"\\caption{{{escape(table.title)}}}\n\\label{{tab:{table.name}}}\n"
+        "\\resizebox{\\linewidth}{!}{%\n"
+        f"{styler.to_latex(hrules=True, column_format=alignment).rstrip()}}}\n"
+        f"{notes}\\end{{table}}\n"
     )
 
 
-def find_best(rows: pd.DataFrame, columns: dict[str, str], group: Callable[[pd.Series], object]) -> frozenset:
-    """(row, label) of the highest number of each {label: column} among the rows of a group; equal as shown: all.
+def cell_styles(table: Table) -> pd.DataFrame:
+    """Style of each cell for pandas' Styler: grey for the paper's numbers and what has not run, bold for the best."""
+    styles = {
+        column: [
+            (GREY if text == NOT_RUN or (text and column in table.grey) else "")
+            + (BOLD if (row, column) in table.best else "")
+            for row, text in enumerate(texts)
+        ]
+        for column, texts in table.cells.items()
+    }
+    return pd.DataFrame(styles, index=table.cells.index, columns=table.cells.columns, dtype=object)
 
-    `group` says what a row competes with, None for a row that doesn't compete. Alone in its group, none is best.
+
+def find_best(rows: pd.DataFrame, columns: dict[str, str], group: Callable[[pd.Series], object]) -> frozenset:
+    """(row, label) of the highest number of each {label: column} within each group of rows.
+
+    Numbers that look equal with one decimal are all best. A row alone in its group has none.
+
+    Args:
+        group: row -> key of its group, None for a row that is not compared.
     """
     groups: dict[object, list[int]] = {}
     for position, (_, row) in enumerate(rows.iterrows()):
         groups.setdefault(group(row), []).append(position)
     best = set()
-    for key, members in groups.items():
+    for key, positions in groups.items():
         for label, column in columns.items():
-            values = rows[column].iloc[members].astype(float).round(1)
+            values = rows[column].iloc[positions].astype(float).round(1)
             if key is not None and values.notna().sum() > 1:
-                best |= {(at, label) for at, value in zip(members, values, strict=True) if value == values.max()}
+                best |= {(at, label) for at, value in zip(positions, values, strict=True) if value == values.max()}
     return frozenset(best)
 
 
 def is_text(column: str) -> bool:
-    """Whether a column holds words and is set to the left."""
+    """True if a column holds words and is aligned left."""
     return column in TEXT_COLUMNS
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """`text` with LaTeX's special characters escaped."""
     return "".join(LATEX.get(character, character) for character in text)
 
 
 def format_number(value: float, digits: int = 1, unit: str = "") -> str:
-    """`value` with a fixed number of decimals, or that it has not run."""
+    """`value` with a fixed number of decimals and its unit; NOT_RUN for NaN."""
     return NOT_RUN if pd.isna(value) else f"{value:.{digits}f}{unit}"
 
 
 def format_mean(mean: float, std: float) -> str:
-    """`mean ± std`; the mean alone where there is one seed."""
+    """`mean ± std`; the mean alone if there is one seed."""
     return format_number(mean) if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
 
 def format_setting(value: object) -> str:
-    """A setting as it stands in the sheet, or that there is none."""
+    """A setting as the sheet writes it; NOT_APPLICABLE for an empty one."""
     if pd.isna(value):
         return NOT_APPLICABLE
     return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _latex_cell(table: Table, row: int, column: str, text: str) -> str:
-    text = escape(text)
-    text = f"\\textbf{{{text}}}" if (row, column) in table.best else text
-    return _grey(text, column in table.grey or text == NOT_RUN)
-
-
-def _grey(text: str, is_grey: bool) -> str:
-    return f"\\textcolor{{gray}}{{{text}}}" if is_grey and text else text

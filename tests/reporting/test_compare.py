@@ -1,4 +1,4 @@
-"""Two rows beside each other, on a results tree whose numbers are easy to work out."""
+"""Comparison of two rows of a made-up sheet."""
 
 import re
 
@@ -12,18 +12,18 @@ from tests.support.results_tree import make_tree
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
+def sheet(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("compare") / "results")
 
 
 def lines_of(text):
-    """{label: the cells behind it}; cells stand two or more spaces apart."""
+    """{label: cells after it}; cells are two or more spaces apart."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
     return {row[0]: row[1:] for row in rows}
 
 
-def test_settings_scores_and_costs_of_two_rows(settings):
-    lines = lines_of(compare(settings, "base-0", "ds-0"))
+def test_settings_scores_and_costs_of_two_rows(sheet):
+    lines = lines_of(compare(sheet, "base-0", "ds-0"))
     assert lines["method"] == ["baseline", "dualspeed"]
     assert lines["slow_mode_ratio"] == ["1", "0.1"]
     assert "seed" not in lines and "model" not in lines  # they are the same
@@ -35,24 +35,24 @@ def test_settings_scores_and_costs_of_two_rows(settings):
     assert lines["Speedup over Baseline (x)"][1] == "2.99"
 
 
-def test_difference_is_paired_over_the_same_questions(settings):
-    """ds-0 has right what base-0 has right but for eight of 100 questions: what is easy for both cancels."""
-    cells = lines_of(compare(settings, "base-0", "ds-0"))["GQA, full tokens"]
+def test_difference_is_paired_over_the_same_questions(sheet):
+    """base-0 and ds-0 differ on 8 of 100 questions only, so the difference has the error of these 8 alone."""
+    cells = lines_of(compare(sheet, "base-0", "ds-0"))["GQA, full tokens"]
     widths = [np.diff([float(end) for end in re.search(r"\[(.*), (.*)\]", cell).groups()])[0] for cell in cells]
-    # Standard errors of 80 and 72 %, and of a difference that eight in a hundred questions make.
+    # Standard errors of 80 %, of 72 %, and of a difference in 8 of 100 questions.
     errors = [np.sqrt(p * (1 - p) / 100) * 100 for p in (0.80, 0.72, 0.08)]
     assert widths == pytest.approx([2 * 1.96 * error for error in errors], rel=0.1)
 
 
-def test_a_row_with_itself_and_an_unknown_row_are_refused(settings):
+def test_a_row_with_itself_and_an_unknown_row_are_refused(sheet):
     with pytest.raises(ConfigError, match="'ds-0' twice"):
-        compare(settings, "ds-0", "ds-0")
+        compare(sheet, "ds-0", "ds-0")
     with pytest.raises(ConfigError, match=r"row: 'ds0' is unknown .*; valid: base-0, base-1, ds-0"):
-        compare(settings, "ds0", "base-0")
+        compare(sheet, "ds0", "base-0")
 
 
-def test_rows_without_results_say_so(settings):
-    text = compare(settings, "ds-p0.75", "ds-0")
+def test_rows_without_results_say_so(sheet):
+    text = compare(sheet, "ds-p0.75", "ds-0")
     assert lines_of(text)["GQA, full tokens"][0] == "not run"
 
 

@@ -1,6 +1,5 @@
-"""The picture of kept tokens shows what fast mode keeps, where it lies in the picture."""
+"""Figure of kept tokens: it shows the tokens that fast mode keeps, at their place in the picture."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,16 @@ from PIL import Image
 from dualspeed.benchmarks import get_benchmark
 from dualspeed.cli import main
 from dualspeed.data.collator import generation_inputs
+from dualspeed.method.fast_mode import encode_batch
 from dualspeed.pruners import num_tokens_to_keep
 from dualspeed.reporting.figures.kept_tokens import (
     fade,
     kept_positions,
     models_by_pruner,
     pick_questions,
-    seen_by_tower,
+    tower_view,
 )
+from dualspeed.settings.jobs import KeptTokensSettings, write_settings
 from dualspeed.settings.names import PRUNER_LABELS
 from tests.support import official, tiny
 
@@ -50,7 +51,7 @@ def test_attention_pruner_keeps_the_tokens_with_most_attention(gqa):
     inputs = inputs_of(tiny.llava_processor(), gqa)
     kept, _ = kept_positions(model, inputs)
     with torch.no_grad():
-        attention = model._encode({"pixel_values": inputs["pixel_values"]}).described["cls_attention"]
+        attention = encode_batch(model, {"pixel_values": inputs["pixel_values"]}).described["cls_attention"]
     assert set(kept) == set(attention.topk(len(kept)).indices.tolist())
 
 
@@ -59,13 +60,13 @@ def test_of_tiles_the_overview_is_drawn(gqa):
     inputs = inputs_of(processor, gqa)
     kept, side = kept_positions(models_by_pruner(tiny.llava_next().eval(), RATIO)["uniform"], inputs)
     assert side * side == tiny.NUM_IMAGE_TOKENS and len(kept) > 0 and max(kept) < side * side
-    assert seen_by_tower(inputs["pixel_values"], processor).shape == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
+    assert tower_view(inputs["pixel_values"], processor).shape == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)
 
 
 def test_the_picture_is_what_the_tower_sees(gqa):
     processor = tiny.llava_processor()
     inputs = inputs_of(processor, gqa)
-    picture = seen_by_tower(inputs["pixel_values"], processor)
+    picture = tower_view(inputs["pixel_values"], processor)
     with Image.open(get_benchmark("gqa").load_questions(gqa)[0].image) as image:
         original = np.asarray(image.convert("RGB")) / 255
     assert picture.shape == original.shape
@@ -90,9 +91,10 @@ def test_each_picture_is_shown_once(gqa):
 
 def test_the_command_writes_the_same_figure_twice(gqa, tmp_path):
     tiny.make_llava(tmp_path / "model")
-    settings = {"benchmark": "gqa", "folder": str(gqa), "pruning_ratio": RATIO, "num_pictures": 2}
+    settings = KeptTokensSettings(benchmark="gqa", folder=str(gqa), pruning_ratio=RATIO)
+    file = str(write_settings(settings, tmp_path / "settings"))
     for name in ("one", "two"):
-        arguments = ["--settings", json.dumps(settings), "--model", str(tmp_path / "model")]
+        arguments = ["--settings", file, "--model", str(tmp_path / "model")]
         assert main(["kept-tokens", *arguments, "--out", str(tmp_path / name)]) == 0
     for kind in ("png", "svg"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()

@@ -1,4 +1,4 @@
-"""Rows reach a real MLflow store with their scores and config, their sheet's tables once, even if it was away."""
+"""Runs of rows and sheets in a real MLflow store: each logged once, later if the store could not be reached."""
 
 import json
 import os
@@ -6,28 +6,37 @@ import os
 import pytest
 from mlflow import MlflowClient
 
-from dualspeed.errors import TrackingError
-from dualspeed.reporting.mlflow_runs import sync
+from dualspeed.errors import ConfigError, TrackingError
+from dualspeed.reporting.figures.figures import write_figures
+from dualspeed.reporting.mlflow_runs import log_results, sync
 from dualspeed.reporting.tables import write_tables
 from dualspeed.tracking.metric_log import MetricLog, RunSpec
+from dualspeed.tracking.store import Store
 from tests.support.results_tree import make_tree
 
 
 @pytest.fixture
-def settings(tmp_path):
+def sheet(tmp_path):
     return make_tree(tmp_path / "results")
 
 
-def test_rows_reach_mlflow_with_scores_tables_and_config_once(settings, tmp_path):
-    store = {"uri": f"sqlite:///{tmp_path}/results/mlflow.db", "experiment": "demo"}
+def write_and_log(sheet, folder, store):
+    """Write tables and figures under `folder` and log them."""
+    write_tables(sheet, folder / "tables/demo")
+    write_figures(sheet, folder / "figures/demo")
+    log_results(sheet, store, folder / "tables/demo", folder / "figures/demo")
+
+
+def test_rows_reach_mlflow_with_scores_tables_and_config_once(sheet, tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/results/mlflow.db", "demo")
     spec = RunSpec("pretrain fast-0", tags={"pretrain_key": "fast-0"})
     with MetricLog(tmp_path / "results/state/abc", None, spec) as log:  # delivered by the tables' job
         log.log(1, {"loss": 1.0}, 1000)
     os.utime(tmp_path / "results/scores/ds-0/full/scienceqa.json", (2_000_000_000, 2_000_000_000))  # its last score
-    client = MlflowClient(store["uri"])
+    client = MlflowClient(store.uri)
     counts = []
     for _ in range(2):
-        write_tables(settings, tmp_path / "tables/demo", tmp_path / "figures/demo", store)
+        write_and_log(sheet, tmp_path, store)
         runs = list(client.search_runs([client.get_experiment_by_name("demo").experiment_id]))
         counts.append(len(runs))
     assert counts == [1 + 5 + 13 + 1, 1 + 5 + 13 + 1]  # pretraining, rows that were trained, their scores, the sheet
@@ -60,14 +69,14 @@ def files(client, run, folder):
     return {entry.path for entry in client.list_artifacts(run.info.run_id, folder)}
 
 
-def test_store_away_costs_tables_one_warning_and_sync_brings_the_rows_later(settings, tmp_path, caplog):
-    away = {"uri": "http://127.0.0.1:9", "experiment": "demo"}
-    write_tables(settings, tmp_path / "tables/demo", tmp_path / "figures/demo", away)
+def test_store_away_costs_tables_one_warning_and_sync_brings_the_rows_later(sheet, tmp_path, caplog):
+    away = Store("http://127.0.0.1:9", "demo")
+    write_and_log(sheet, tmp_path, away)
     assert len(caplog.records) == 1 and (tmp_path / "tables/demo/table1.md").exists()
     with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9: .*Nothing is lost"):
         sync(tmp_path / "results/state", away)
-    store = {"uri": f"sqlite:///{tmp_path}/late.db", "experiment": "demo"}
-    client = MlflowClient(store["uri"])
+    store = Store(f"sqlite:///{tmp_path}/late.db", "demo")
+    client = MlflowClient(store.uri)
     counts = []
     for _ in range(2):
         sync(tmp_path / "results/state", store)
@@ -77,3 +86,11 @@ def test_store_away_costs_tables_one_warning_and_sync_brings_the_rows_later(sett
     (row,) = [run for run in runs if run.data.tags.get("row") == "ds-0"]
     assert row.data.metrics["score/gqa"] == 72 and row.data.metrics["rel"] == pytest.approx(92.5)
     assert len(client.get_metric_history(row.info.run_id, "score/gqa")) == 1
+
+
+def test_broken_note_of_a_sheet_is_named(tmp_path):
+    note = tmp_path / "state/sheets/demo.json"
+    note.parent.mkdir(parents=True)
+    note.write_text('{"settings": {}}')
+    with pytest.raises(ConfigError, match=r"sheets/demo\.json: settings: unknown key"):
+        sync(tmp_path / "state", Store(f"sqlite:///{tmp_path}/mlflow.db", "demo"))

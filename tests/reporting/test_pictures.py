@@ -1,6 +1,6 @@
-"""Pictures of what `make demo` left, for a person to look at: MLflow's pages and the top of the report.
+"""Screenshots of the results of `make demo`: MLflow's pages and the top of the report.
 
-`make pictures` makes those of the docs anew; without its option they go to a temporary folder.
+`make pictures` updates those in the docs, by the option --pictures; without it they go to a temporary folder.
 """
 
 import sqlite3
@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from dualspeed.tracking import mlflow_views as first_page
+from dualspeed.tracking import mlflow_views
 from tests.support.browser import open_browser, page_text, screenshot, wait_for
 from tests.support.paths import REPOSITORY
 from tests.support.servers import mlflow_server
@@ -29,13 +29,13 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def pictures(request, tmp_path) -> Path:
-    """The folder that pictures go to."""
+    """Folder of the screenshots."""
     return Path(request.config.getoption("--pictures") or tmp_path)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """A copy of the demo's MLflow store, so that nothing writes to the one that a workflow may be using."""
+    """Copy of the demo's MLflow store: a running workflow may be using the original."""
     if not (RESULTS / "mlflow.db").exists():
         pytest.skip("results/mlflow.db is not there: run `make demo` first")
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -45,17 +45,17 @@ def store(tmp_path_factory) -> Path:
 
 
 def take(browser, path: Path) -> None:
-    """A screenshot of few colours, small enough for a repository."""
+    """Write a screenshot with few colours, small enough for a repository."""
     screenshot(browser, path)
     picture = Image.open(path).convert("RGB")
-    # By coverage: the commonest colours are shades of grey, and would leave none for the dots and bars of runs.
+    # MAXCOVERAGE keeps the colours of bars and dots; by frequency, the page's shades of grey would take all places.
     few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     assert path.stat().st_size < MOST_BYTES
 
 
 def close_assistant(browser) -> None:
-    """Close the panel that MLflow opens on a first visit, and give the page a moment to fill its place."""
+    """Close the panel that MLflow opens on a first visit, and wait until the page has filled its place."""
     for button in browser.find_elements("css selector", "button[aria-label=Close]"):
         if button.location["x"] > 1400:
             button.click()
@@ -67,9 +67,9 @@ def test_pictures_of_mlflow(browser, store, pictures):
     client = MlflowClient(tracking_uri=f"sqlite:///{store}")
     experiment = client.get_experiment_by_name("dualspeed-demo").experiment_id
     pages = {
-        "mlflow-runs": (first_page.view_path(experiment), ".ag-row"),
-        "mlflow-charts": (first_page.view_path(experiment, as_charts=True), ".bars .point"),
-        "mlflow-curves": (first_page.view_path(experiment, first_page.CURVES, as_charts=True), ".js-line"),
+        "mlflow-runs": (mlflow_views.view_path(experiment), ".ag-row"),
+        "mlflow-charts": (mlflow_views.view_path(experiment, as_charts=True), ".bars .point"),
+        "mlflow-curves": (mlflow_views.view_path(experiment, mlflow_views.CURVES, as_charts=True), ".js-line"),
     }
     with mlflow_server(f"sqlite:///{store}", store.parent) as server:
         for name, (path, drawn) in pages.items():

@@ -1,65 +1,79 @@
-"""The report: one page that holds what the tables hold, and opens from disk in a real browser."""
+"""Report of a made-up sheet: it shows the same cells as the tables, and works in a real browser."""
 
 import base64
 import csv
 import io
-import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dualspeed.evaluation.bootstrap import resample_scores
+from dualspeed.layout import Layout
 from dualspeed.reporting.examples import DIFFERING, NUM_EACH, RANDOM, read_examples
+from dualspeed.reporting.figures.figures import write_figures
 from dualspeed.reporting.frames import read_results
 from dualspeed.reporting.report import write_report
-from dualspeed.reporting.summary import summarise, typical_rows
+from dualspeed.reporting.summary import summarise_table, typical_rows
 from dualspeed.reporting.tables import write_tables
+from dualspeed.settings.jobs import ReportSettings
+from dualspeed.settings.sheet import Sheet
 from tests.support import official
 from tests.support.browser import open_browser, screenshot, tables
 from tests.support.paths import REPOSITORY
-from tests.support.results_tree import BENCHMARKS, make_tree, write
+from tests.support.results_tree import BENCHMARKS, make_tree
 
 RESULTS = REPOSITORY / "results"
 COMMAND = "snakemake --config experiments=config/demo/experiments.tsv"
 
 
-def make_answers(root: Path, settings: dict) -> dict:
-    """Official question files, and answers to them: NaivePrune's are all "nothing", the others' the awkward ones."""
+def make_answers(root: Path, sheet: Sheet) -> dict[str, str]:
+    """Write official files and answers: "nothing" to all questions for NaivePrune, mostly right ones for the others.
+
+    Returns:
+        folder of each benchmark's official files.
+    """
     folders = {name: str(official.write_benchmark(name, root / "official" / name)) for name in BENCHMARKS}
-    for one in settings["experiments"]:
-        if (root / "results/models" / one["id"]).exists():
+    layout = Layout(sheet.results)
+    for row in sheet.rows:
+        if Path(layout.model(row.id)).exists():
             for name, folder in folders.items():
                 answers = (Path(folder) / "answers.jsonl").read_text()
-                if one["method"] == "naive_prune":
+                if row.method == "naive_prune":
                     answers = re.sub(r'"text": "[^"]*"\}', '"text": "nothing"}', answers)
-                path = root / "results/answers" / one["id"] / "full" / f"{name}.jsonl"
+                path = Path(layout.answer_file(row.id, "full", name))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(answers)
-    return settings | {"folders": folders, "command": COMMAND}
+    return folders
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A results tree with its tables, figures and page."""
-    root = tmp_path_factory.mktemp("report")
-    settings = make_answers(root, make_tree(root / "results"))
-    write(root / "settings.json", settings)
-    write_tables(settings, root / "tables", root / "figures")
-    write_report(settings, root / "figures", root / "report.html")
-    return root
+    """Folder of results, tables, figures and page."""
+    return tmp_path_factory.mktemp("report")
 
 
 @pytest.fixture(scope="module")
-def page(root) -> str:
+def settings(root) -> ReportSettings:
+    """Settings of the page, which is written."""
+    sheet = make_tree(root / "results")
+    settings = ReportSettings(sheet=sheet, folders=make_answers(root, sheet), command=COMMAND)
+    write_tables(sheet, root / "tables")
+    write_figures(sheet, root / "figures")
+    write_report(settings, root / "figures", root / "report.html")
+    return settings
+
+
+@pytest.fixture(scope="module")
+def page(root, settings) -> str:
     return (root / "report.html").read_text()
 
 
 class Tables(HTMLParser):
-    """Texts of the cells of each table that can be sorted."""
+    """Parser of the cells of each sortable table."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -115,10 +129,8 @@ def test_page_says_where_every_number_comes_from(page):
     assert 'ds-p0.75 <span class="absent">(not run)' in page
 
 
-def test_examples_show_what_each_model_said_and_what_is_right(root):
-    settings = json.loads((root / "settings.json").read_text())
-    results = read_results(settings)
-    rows = typical_rows(summarise(settings, results, resample_scores(results.statistics), "table1"))
+def test_examples_show_what_each_model_said_and_what_is_right(settings):
+    rows = typical_rows(summarise_table(read_results(settings.sheet), "table1"))
     gqa, scienceqa = read_examples(settings, rows)
     assert (gqa.benchmark, scienceqa.benchmark) == ("GQA", "SQA")
     assert gqa.models == ("Baseline, full tokens", "NaivePrune, full tokens", "DualSpeed, full tokens")
@@ -140,19 +152,22 @@ def test_examples_show_what_each_model_said_and_what_is_right(root):
     assert read_examples(settings, rows) == [gqa, scienceqa]
 
 
-def test_nothing_run_yet_gives_a_page_that_says_so(root, tmp_path):
-    settings = json.loads((root / "settings.json").read_text()) | {"results": str(tmp_path / "empty")}
-    write_report(settings, tmp_path / "figures", tmp_path / "report.html")
+def move_results(settings: ReportSettings, folder: Path) -> ReportSettings:
+    """The same page of results in another folder."""
+    return replace(settings, sheet=replace(settings.sheet, results=str(folder)))
+
+
+def test_nothing_run_yet_gives_a_page_that_says_so(settings, tmp_path):
+    write_report(move_results(settings, tmp_path / "empty"), tmp_path / "figures", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("(not run)") == len(settings["experiments"]) and "<p>Not run.</p>" in page
+    assert page.count("(not run)") == len(settings.sheet.rows) and "<p>Not run.</p>" in page
 
 
-def test_what_models_say_is_text_and_no_markup(root, tmp_path):
-    settings = json.loads((root / "settings.json").read_text())
+def test_what_models_say_is_text_and_no_markup(root, settings, tmp_path):
     shutil.copytree(root / "results", tmp_path / "results")
     for path in tmp_path.glob("results/answers/ds-0/full/*.jsonl"):
         path.write_text(re.sub(r'"text": "[^"]*"\}', '"text": "<script>alert(1)</script>"}', path.read_text()))
-    write_report(settings | {"results": str(tmp_path / "results")}, tmp_path, tmp_path / "report.html")
+    write_report(move_results(settings, tmp_path / "results"), tmp_path, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page
 
@@ -163,7 +178,7 @@ def number(text: str) -> float:
 
 
 def check_in_browser(browser, page: Path, folder: Path, picture: Path) -> None:
-    """Open a page, compare Table 1 with its csv, sort a column both ways, and look for pictures that don't load."""
+    """Compare Table 1 of a page with its csv, sort a column both ways, and check that all pictures load."""
     from selenium.webdriver.common.by import By
 
     browser.get(page.as_uri())
@@ -201,7 +216,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.mark.browser
-def test_page_in_a_real_browser(browser, root):
+def test_page_in_a_real_browser(browser, root, page):
     check_in_browser(browser, root / "report.html", root / "tables", root / "report.png")
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures from a results tree made by hand, against numbers worked out by hand."""
+"""Tables and figures of a made-up sheet, compared with numbers worked out by hand."""
 
 import csv
 import io
@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,16 +15,20 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from dualspeed.errors import ResultsError
 from dualspeed.evaluation.bootstrap import relative, resample_scores
+from dualspeed.layout import Layout
 from dualspeed.reporting import paper
+from dualspeed.reporting.figures.figures import write_figures
 from dualspeed.reporting.figures.learning_curves import read_curve, read_validation
 from dualspeed.reporting.figures.question_types import accuracy_by_type
 from dualspeed.reporting.frames import read_results
-from dualspeed.reporting.summary import members_of, summarise, typical_rows
+from dualspeed.reporting.summary import rows_in, summarise_table, typical_rows
 from dualspeed.reporting.table_format import escape
 from dualspeed.reporting.tables import write_tables
 from dualspeed.settings.names import in_paper_order
-from tests.support.results_tree import QUESTIONS, experiment, make_tree, write, write_score
+from dualspeed.settings.sheet import Sheet
+from tests.support.results_tree import QUESTIONS, change_rows, make_row, make_tree, write, write_score
 
 SCORE_COLUMNS = (
     "experiment,model,method,pruner,pruning_ratio,slow_mode_ratio,seed,inference,inference_pruner,"
@@ -35,16 +41,18 @@ SPEED_COLUMNS = (
 
 
 @pytest.fixture
-def settings(tmp_path):
-    """Settings of a tree of the test's own."""
+def sheet(tmp_path) -> Sheet:
+    """Sheet whose results the test may change."""
     return make_tree(tmp_path / "results")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A tables folder to read; its figures lie in figures/demo beside."""
+def written(tmp_path_factory) -> Path:
+    """Folder of the tables, not to be changed; the figures are in figures/demo beside it."""
     root = tmp_path_factory.mktemp("tree")
-    write_tables(make_tree(root / "results"), root / "tables/demo", root / "figures/demo")
+    sheet = make_tree(root / "results")
+    write_tables(sheet, root / "tables/demo")
+    write_figures(sheet, root / "figures/demo")
     return root / "tables/demo"
 
 
@@ -87,9 +95,10 @@ def test_speed_follows_the_formulas(written):
     assert rows["ds-p0.75"]["speedup_measured"] == rows["ds-p0.75"]["train_seconds"] == ""
 
 
-def test_slow_steps_without_teacher_cost_no_teacher(settings):
-    settings["experiments"][0]["dualspeed"]["distillation_weight"] = 0.0
-    speed = read_results(settings).speed.set_index("experiment")
+def test_slow_steps_without_teacher_cost_no_teacher(sheet):
+    first, *others = sheet.rows
+    first = replace(first, dualspeed=replace(first.dualspeed, distillation_weight=0.0))
+    speed = read_results(replace(sheet, rows=(first, *others))).speed.set_index("experiment")
     assert speed.loc["ds-0", "speedup_theory"] == pytest.approx(1 / (0.9 * 0.2 + 0.1))
 
 
@@ -116,13 +125,13 @@ def test_table1_gives_means_deviations_and_rel_in_the_papers_order(written):
     assert [rows[0][key] for key in ("rel", "rel_low", "rel_high")] == ["100", "100", "100"]
 
 
-def test_table1_shows_mme_in_points_and_scores_keeps_its_accuracy(settings, tmp_path):
-    settings["benchmarks"] = ["gqa", "mme"]
+def test_table1_shows_mme_in_points_and_scores_keeps_its_accuracy(sheet, tmp_path):
+    sheet = replace(sheet, benchmarks=("gqa", "mme"))
     for row, (points, percent) in {"base-0": (1500, 75), "ds-0": (1450, 72), "ds-1": (1350.5, 70)}.items():
         path = tmp_path / f"results/scores/{row}/full/mme.json"
-        write_score(tmp_path / "results", row, "mme", percent)
+        write_score(Layout(sheet.results), row, "mme", percent)
         write(path, json.loads(path.read_text()) | {"metric": "perception", "score": points, "percent_metric": "acc"})
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    write_tables(sheet, tmp_path / "tables")
     shown = {(row["Method"], row["p"]): row for row in markdown_rows(tmp_path / "tables/table1.md")}
     assert shown["DualSpeed", "0.9"]["MME"].replace("*", "") == "1400.2 ± 70.4"
     assert shown["Baseline", "-"]["MME"] == "1500.0" and shown["NaivePrune", "0.9"]["MME"] == "not run"
@@ -155,13 +164,11 @@ def test_table2_sets_full_against_pruned_inference(written):
     assert rows["baseline", "pruned"]["gqa"] == "20" and rows["baseline", "pruned"]["mean"] == ""
 
 
-def test_table3_finds_its_steps_by_their_settings_and_compares_equal_seeds(settings, tmp_path):
-    root = tmp_path / "results"
-    for name, config in {"modes": {"num_virtual_tokens": 0, "distillation_weight": 0.0}}.items():
-        settings["experiments"].append(experiment(name, "dualspeed", 0, ("table3",), **config))
-        write_score(root, name, "gqa", 68)
-        write_score(root, name, "scienceqa", 51)
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+def test_table3_finds_its_steps_by_their_settings_and_compares_equal_seeds(sheet, tmp_path):
+    modes = make_row("modes", "dualspeed", 0, ("table3",), num_virtual_tokens=0, distillation_weight=0.0)
+    write_score(Layout(sheet.results), "modes", "gqa", 68)
+    write_score(Layout(sheet.results), "modes", "scienceqa", 51)
+    write_tables(replace(sheet, rows=(*sheet.rows, modes)), tmp_path / "tables")
     rows = rows_of(tmp_path / "tables/table3.csv")
     assert [row["rel"][:5] for row in rows] == ["50", "85", "", "92.5"]
     assert [float(row["rel_paper"]) for row in rows] == [95.89, 98.88, 99.32, 99.61]
@@ -172,31 +179,27 @@ def test_table3_finds_its_steps_by_their_settings_and_compares_equal_seeds(setti
     assert "second-hand" in (tmp_path / "tables/table3.md").read_text()
 
 
-def test_columns_stand_in_the_papers_order_whatever_the_configuration_says(settings, tmp_path):
-    settings["benchmarks"] = ["scienceqa", "gqa"]
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+def test_columns_stand_in_the_papers_order_whatever_the_configuration_says(sheet, tmp_path):
+    write_tables(replace(sheet, benchmarks=("scienceqa", "gqa")), tmp_path / "tables")
     columns = list(markdown_rows(tmp_path / "tables/table1.md")[0])
     assert columns.index("GQA") < columns.index("SQA") < columns.index("Mean")
     assert in_paper_order(["x", "vizwiz", "mme", "pope", "vqav2"]) == ["vqav2", "pope", "mme", "vizwiz", "x"]
 
 
-def test_vizwiz_is_shown_but_not_in_the_papers_mean(settings, tmp_path):
-    settings["benchmarks"] = ["vizwiz", "gqa", "scienceqa"]
-    results = read_results(settings)
-    scores = resample_scores(results.statistics)
-    without = summarise(settings | {"benchmarks": ["gqa", "scienceqa"]}, results, scores, "table1")
-    scores |= {("base-0", "full", "vizwiz"): np.zeros(2001)}
-    rows = summarise(settings, results, scores, "table1")
+def test_vizwiz_is_shown_but_not_in_the_papers_mean(sheet, tmp_path):
+    results = read_results(sheet)
+    without = summarise_table(results, "table1")
+    with_vizwiz = replace(sheet, benchmarks=("vizwiz", "gqa", "scienceqa"))
+    draws = results.draws | {("base-0", "full", "vizwiz"): np.zeros(2001)}
+    rows = summarise_table(replace(results, sheet=with_vizwiz, draws=draws), "table1")
     assert rows["vizwiz"][0] == 0
     pd.testing.assert_frame_equal(rows[["mean", "rel"]], without[["mean", "rel"]])
 
 
-def test_the_papers_numbers_stand_beside_its_own_models_and_settings_alone(settings, tmp_path):
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+def test_the_papers_numbers_stand_beside_its_own_models_and_settings_alone(sheet, tmp_path):
+    write_tables(sheet, tmp_path / "tables")
     assert "(paper)" not in (tmp_path / "tables/table1.md").read_text().split("Rel.:")[0]
-    for one in settings["experiments"]:
-        one["model"] = "llava-1.5-7b"
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    write_tables(change_rows(sheet, model="llava-1.5-7b"), tmp_path / "tables")
     shown = markdown_rows(tmp_path / "tables/table1.md")
     assert [row["Rel. % (paper)"] for row in shown] == ["", "", "", "99.61 (medium)"]
     assert [row["Speedup (paper)"] for row in shown] == ["", "", "", "2.1 (certain)"]
@@ -207,11 +210,11 @@ def test_the_papers_numbers_stand_beside_its_own_models_and_settings_alone(setti
     assert paper.MISMATCH_NOTE in (tmp_path / "tables/table2.md").read_text()
 
 
-def test_speed_table_says_how_near_the_limit_a_run_is_and_what_it_costs(settings, tmp_path):
+def test_speed_table_says_how_near_the_limit_a_run_is_and_what_it_costs(sheet, tmp_path):
     for folder in ("models/ds-0", "pretrain/fast-0"):
         path = tmp_path / "results" / folder / "training.json"
         write(path, json.loads(path.read_text()) | {"device": "cuda", "num_processes": 8})
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+    write_tables(sheet, tmp_path / "tables")
     rows = rows_of(tmp_path / "tables/table_speed.csv")
     (row,) = [row for row in rows if row["method"] == "dualspeed" and row["pruning_ratio"] == "0.9"]
     measured, limit = 1 / (0.9 * 0.25 + 0.1 * 1.1), 1 / (0.9 * 0.2 + 0.1 * (1 + 0.2 / 3))
@@ -242,9 +245,9 @@ def test_latex_is_escaped_and_complete(written):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex: tables were not compiled")
-def test_latex_tables_compile_in_a_small_document(settings, tmp_path):
-    settings["experiments"] += [one | {"model": "llava-1.5-7b"} for one in settings["experiments"]]
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+def test_latex_tables_compile_in_a_small_document(sheet, tmp_path):
+    others = change_rows(sheet, model="llava-1.5-7b").rows
+    write_tables(replace(sheet, rows=sheet.rows + others), tmp_path / "tables")
     inputs = "\n".join(f"\\input{{tables/{path.stem}}}" for path in sorted(tmp_path.glob("tables/*.tex")))
     packages = "\\usepackage{booktabs,graphicx,xcolor}"
     document = f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
@@ -283,20 +286,52 @@ def test_bootstrap_draws_the_same_questions_for_both_models():
     assert (50 - low, high - 50) == pytest.approx([1.96 * 100 * (0.25 / 70) ** 0.5] * 2, abs=2)
 
 
-def test_experiments_scored_on_different_questions_are_refused(settings, tmp_path):
+def test_experiments_scored_on_different_questions_are_refused(sheet, tmp_path):
     path = tmp_path / "results/scores/ds-1/full/gqa.json"
     write(path, json.loads(path.read_text()) | {"checksum": "other"})
-    with pytest.raises(ValueError, match=r"ds-1/full/gqa\.json: scored on another question file"):
-        read_results(settings)
+    with pytest.raises(ResultsError, match=r"ds-1/full/gqa\.json: scored on another question file"):
+        read_results(sheet)
 
 
-def test_broken_score_file_is_named(settings, tmp_path):
+def test_broken_score_file_is_named(sheet, tmp_path):
     (tmp_path / "results/scores/ds-1/full/gqa.json").write_text('{"score": ')
-    with pytest.raises(ValueError, match=r"ds-1/full/gqa\.json: not valid JSON"):
-        read_results(settings)
+    with pytest.raises(ResultsError, match=r"ds-1/full/gqa\.json: not valid JSON"):
+        read_results(sheet)
 
 
-def test_figures_are_written_and_the_same_for_the_same_numbers(settings, written, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([], "no JSON object"),
+        ({"checksum": None}, "field 'checksum' is missing or no str"),
+        ({"statistics": [[1.0], [1.0, 2.0]]}, "field 'statistics' is no table of numbers"),
+        ({"statistics": [1.0]}, "field 'statistics' is no table of numbers"),
+        ({"statistics": [[1.0, 1.0]]}, r"statistics of shape \(1, 2\), others have \(100, 2\)"),
+    ],
+)
+def test_score_file_without_a_field_is_named(content, problem, sheet, tmp_path):
+    path = tmp_path / "results/scores/ds-1/full/gqa.json"
+    write(path, json.loads(path.read_text()) | content if content else content)
+    with pytest.raises(ResultsError, match=rf"ds-1/full/gqa\.json: {problem}"):
+        read_results(sheet)
+
+
+@pytest.mark.parametrize("file", ["models/ds-1/training.json", "pretrain/fast-0/training.json", "speed/p0.9.json"])
+def test_broken_record_of_training_or_speed_is_named(file, sheet, tmp_path):
+    write(tmp_path / "results" / file, {"train_seconds": "long"})
+    with pytest.raises(ResultsError, match=rf"{file}: field '\w+' is missing or no float"):
+        read_results(sheet)
+
+
+def test_ids_of_the_rows_are_tuples_until_the_csv_joins_them(sheet, written):
+    rows = summarise_table(read_results(sheet), "table1")
+    full = rows[rows["inference"] == "full"]
+    assert list(full["experiments"]) == [("base-0", "base-1"), ("naive-0",), ("ds-p0.75",), ("ds-0", "ds-1")]
+    shown = [row["experiments"] for row in rows_of(written / "table1.csv")]
+    assert shown == ["base-0; base-1", "naive-0", "ds-p0.75", "ds-0; ds-1"]
+
+
+def test_figures_are_written_and_the_same_for_the_same_numbers(sheet, written, tmp_path):
     folder = written.parent.parent / "figures/demo"
     more = ("mismatch", "speedup", "question_types", "learning_curves")
     drawn = ["figure4", "figure5", *(f"figure_{name}" for name in more)]
@@ -305,12 +340,12 @@ def test_figures_are_written_and_the_same_for_the_same_numbers(settings, written
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert image.width > 800 and len(image.convert("RGB").getcolors(1_000_000)) > 20
-    write_tables(settings, tmp_path / "tables/again", tmp_path / "figures/again")
+    write_figures(sheet, tmp_path / "figures/again")
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "figures/again" / name).read_bytes()
 
 
-def test_learning_curve_counts_the_time_that_was_trained(settings, tmp_path):
+def test_learning_curve_counts_the_time_that_was_trained(sheet, tmp_path):
     folder = tmp_path / "results/models/ds-0"
     curve = read_curve(folder)
     assert list(curve["step"]) == list(range(1, 11))
@@ -329,26 +364,25 @@ def test_learning_curve_counts_the_time_that_was_trained(settings, tmp_path):
     assert read_validation(tmp_path / "results/models/ds-p0.75").empty
 
 
-def test_accuracy_by_type_is_the_mean_over_seeds(settings):
-    results = read_results(settings)
-    rows = summarise(settings, results, resample_scores(results.statistics), "table1")
-    table = accuracy_by_type(settings, results, typical_rows(rows))
+def test_accuracy_by_type_is_the_mean_over_seeds(sheet):
+    results = read_results(sheet)
+    table = accuracy_by_type(results, typical_rows(summarise_table(results, "table1")))
     assert list(table.index) == ["GQA: open", "GQA: binary", "SQA: open", "SQA: binary"]
     assert table.loc["GQA: binary"].to_dict() == {"baseline": 70, "naive_prune": 0, "dualspeed": 62}
 
 
-def test_typical_rows_have_the_settings_that_most_experiments_share(settings):
-    results = read_results(settings)
-    rows = summarise(settings, results, {}, "table1")
+def test_typical_rows_have_the_settings_that_most_experiments_share(sheet):
+    rows = summarise_table(read_results(sheet), "table1")
     typical = typical_rows(rows[rows["inference"] == "full"])
     assert list(typical["method"]) == ["baseline", "naive_prune", "dualspeed"]
     assert list(typical["pruning_ratio"])[1:] == [0.9, 0.9]
-    assert [one["id"] for one in members_of(settings, typical)] == ["ds-0", "ds-1", "naive-0", "base-0", "base-1"]
+    assert [row.id for row in rows_in(sheet, typical)] == ["ds-0", "ds-1", "naive-0", "base-0", "base-1"]
 
 
-def test_nothing_run_yet_gives_tables_and_figures_that_say_so(settings, tmp_path):
-    settings["results"] = str(tmp_path / "empty")
-    write_tables(settings, tmp_path / "tables", tmp_path / "figures")
+def test_nothing_run_yet_gives_tables_and_figures_that_say_so(sheet, tmp_path):
+    sheet = replace(sheet, results=str(tmp_path / "empty"))
+    write_tables(sheet, tmp_path / "tables")
+    write_figures(sheet, tmp_path / "figures")
     assert len(pd.read_csv(tmp_path / "tables/scores.csv")) == 0
     for name in ("table1", "table2", "table3"):
         assert all(row["Mean"] == "not run" for row in markdown_rows(tmp_path / f"tables/{name}.md"))

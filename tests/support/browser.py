@@ -1,4 +1,4 @@
-"""A real Chromium without a window, for tests that look at pages as a reader does: Debian's chromium, by selenium."""
+"""Headless Chromium, driven by selenium, for tests that read pages as a user sees them."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,10 +12,9 @@ WAIT_SECONDS = 180
 
 @contextmanager
 def open_browser(folder: Path, width: int = 1400, height: int = 1000):
-    """A Chromium whose profile lies under `folder`; the test is skipped, with the reason, where there is none.
+    """Yield a selenium WebDriver of a Chromium with its profile under `folder`; skip the test if none is installed.
 
-    Yields a selenium WebDriver: `browser.get("file:///..." or "http://...")`. Use as a module's fixture: it takes two
-    seconds to start.
+    Use it in a fixture of module scope: it takes two seconds to start.
     """
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -23,7 +22,7 @@ def open_browser(folder: Path, width: int = 1400, height: int = 1000):
         pytest.skip("no Chromium: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    # no-sandbox: Chromium has none for root, which is what a container's user is.
+    # no-sandbox: Chromium has no sandbox for root, the usual user of a container.
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
     options.add_argument(f"--window-size={width},{height}")
@@ -36,8 +35,8 @@ def open_browser(folder: Path, width: int = 1400, height: int = 1000):
         browser.quit()
 
 
-def wait_for(browser, condition, what: str, seconds: float = WAIT_SECONDS):
-    """The first true value of `condition(browser)`; fails with `what` was waited for, and what the page says."""
+def wait_for(browser, condition, description: str, seconds: float = WAIT_SECONDS):
+    """Wait for a true value of `condition(browser)` and return it; fail with `description` and the page's text."""
     from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -45,16 +44,16 @@ def wait_for(browser, condition, what: str, seconds: float = WAIT_SECONDS):
         wait = WebDriverWait(browser, seconds, ignored_exceptions=[StaleElementReferenceException])
         return wait.until(condition)
     except TimeoutException:
-        pytest.fail(f"{what}: not there after {seconds} s; the page says:\n{page_text(browser)[:3000]}")
+        pytest.fail(f"{description}: not there after {seconds} s; the page says:\n{page_text(browser)[:3000]}")
 
 
 def page_text(browser) -> str:
-    """The text that a reader sees."""
+    """Text that the page shows."""
     return browser.execute_script("return document.body.innerText")
 
 
 def screenshot(browser, path: Path, height: int | None = None) -> Path:
-    """Write a PNG of the window, or of a window that is `height` pixels high; returns its path."""
+    """Write a PNG of the window, resized to `height` pixels if given; returns its path."""
     if height is not None:
         browser.set_window_size(browser.get_window_size()["width"], height)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def screenshot(browser, path: Path, height: int | None = None) -> Path:
 
 
 def tables(browser) -> Iterator[list[list[str]]]:
-    """Each table of the page as rows of cell texts, head included."""
+    """Yield each table of the page as rows of cell texts, with the header as first row."""
     yield from browser.execute_script(
         "return [...document.querySelectorAll('table')].map(table => [...table.rows]"
         ".map(row => [...row.cells].map(cell => cell.innerText.trim())))"

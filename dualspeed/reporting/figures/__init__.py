@@ -1,1 +1,1 @@
-"""Figures of a sheet."""
+"""Figures of a sheet, and of the tokens that pruners keep."""

@@ -1,11 +1,10 @@
 """The paper's figures, and more, from the same summaries as the tables.
 
-What has not run is left out; a figure without anything to show says so. The kept tokens are drawn apart
-(dualspeed.reporting.figures.kept_tokens), for that takes a model.
+Missing results are left out; a figure without any result says so. The kept tokens have a module and a command of their
+own (kept_tokens.py), since they need a model.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,6 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dualspeed.evaluation.bootstrap import Cell
 from dualspeed.reporting.figures.learning_curves import draw_learning_curves
 from dualspeed.reporting.figures.question_types import draw_question_types
 from dualspeed.reporting.figures.style import (
@@ -27,40 +25,43 @@ from dualspeed.reporting.figures.style import (
     styled,
     write_figure,
 )
-from dualspeed.reporting.frames import Results
+from dualspeed.reporting.frames import read_results
 from dualspeed.reporting.summary import (
-    is_reference,
+    is_baseline,
     summarise,
-    summarise_all,
+    summarise_table,
     typical_rows,
     usual_settings,
     varied_settings,
 )
 from dualspeed.reporting.table_format import format_number
 from dualspeed.settings.names import METHOD_LABELS, PRUNER_LABELS
+from dualspeed.settings.sheet import Sheet
 
 
-def write_figures(settings: dict[str, Any], results: Results, scores: dict[Cell, np.ndarray], out: Path) -> None:
-    """Write every figure of a sheet as .png and .svg under `out`."""
+def write_figures(sheet: Sheet, out: Path) -> None:
+    """Write every figure of a sheet as .png and .svg under `out`.
 
-    def rows_of(table: str) -> pd.DataFrame:
-        return summarise(settings, results, scores, table)
-
+    Raises:
+        ResultsError: a result is broken, or its score is of other questions than the other rows' scores.
+    """
+    results = read_results(sheet)
+    typical = typical_rows(summarise_table(results, "table1"))
     with styled():
         drawn = {
-            "figure4": draw_training_time(rows_of("figure4")),
-            "figure5": draw_trade_off(rows_of("figure5")),
-            "figure_mismatch": draw_mismatch(rows_of("table2")),
-            "figure_speedup": draw_speedup(summarise_all(settings, results, scores)),
-            "figure_question_types": draw_question_types(settings, results, typical_rows(rows_of("table1"))),
-            "figure_learning_curves": draw_learning_curves(settings, typical_rows(rows_of("table1"))),
+            "figure4": draw_training_time(summarise_table(results, "figure4")),
+            "figure5": draw_trade_off(summarise_table(results, "figure5")),
+            "figure_mismatch": draw_mismatch(summarise_table(results, "table2")),
+            "figure_speedup": draw_speedup(summarise(results, sheet.rows)),
+            "figure_question_types": draw_question_types(results, typical),
+            "figure_learning_curves": draw_learning_curves(sheet, typical),
         }
         for name, figure in drawn.items():
             write_figure(figure, Path(out) / name)
 
 
 def draw_training_time(rows: pd.DataFrame) -> Figure:
-    """Figure 4: seconds of pretraining and finetuning of each way of training, and how much faster than Baseline."""
+    """Figure 4: time of pretraining and finetuning of each line, and how many times shorter than the Baseline's."""
     rows = rows[(rows["inference"] == "full") & rows["finetune_seconds"].notna()]
     if rows.empty:
         return empty_figure("Training time: not run")
@@ -73,9 +74,9 @@ def draw_training_time(rows: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(rows)), name_rows(rows))
     axes.invert_yaxis()
     totals = list(pretrain + finetune)
-    references = {row.model: total for row, total in zip(rows.itertuples(), totals, strict=True) if is_reference(row)}
+    references = {row.model: total for row, total in zip(rows.itertuples(), totals, strict=True) if is_baseline(row)}
     for place, (row, total) in enumerate(zip(rows.itertuples(), totals, strict=True)):
-        faster = "" if is_reference(row) or row.model not in references else f" ({references[row.model] / total:.2f}x)"
+        faster = "" if is_baseline(row) or row.model not in references else f" ({references[row.model] / total:.2f}x)"
         axes.text(total, place, f" {total:.1f}{faster}", va="center", fontsize=9)
     axes.set_xlim(0, 1.2 * max(totals))
     axes.set_xlabel(f"Wall clock ({unit})")
@@ -85,7 +86,7 @@ def draw_training_time(rows: pd.DataFrame) -> Figure:
 
 
 def draw_trade_off(rows: pd.DataFrame) -> Figure:
-    """Figure 5: measured speedup against Rel., over p at the usual r, and over r at the usual p; a row per model."""
+    """Figure 5: Rel. against measured speedup, over p at the usual r and over r at the usual p, for each model."""
     rows = rows[(rows["inference"] == "full") & rows["rel"].notna() & rows["speedup_measured"].notna()]
     models = list(dict.fromkeys(rows["model"][rows["method"] == "dualspeed"]))
     if not models:
@@ -101,7 +102,7 @@ def draw_trade_off(rows: pd.DataFrame) -> Figure:
 
 
 def draw_panels(left: Axes, right: Axes, rows: pd.DataFrame, prefix: str) -> None:
-    """The two panels of one model: each varies one setting and has the usual ones else."""
+    """Draw the two panels of one model; each varies one setting and keeps the others at their usual values."""
     usual = usual_settings(rows)
     is_baseline, same_pruner = rows["method"] == "baseline", rows["pruner"] == usual["pruner"]
     same_p, same_r = (rows[name] == usual[name] for name in ("pruning_ratio", "slow_mode_ratio"))
@@ -114,7 +115,7 @@ def draw_panels(left: Axes, right: Axes, rows: pd.DataFrame, prefix: str) -> Non
 
 
 def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> None:
-    """One panel of Figure 5: points labelled with the setting, DualSpeed's joined in its order."""
+    """Draw a panel of Figure 5: points labelled with the setting's value, and a line through those of DualSpeed."""
     axes.axhline(100, color=GREY, linewidth=0.8, zorder=0)
     for method, group in rows.sort_values(setting).groupby("method", sort=False):
         errors = [group["rel"] - group["rel_low"], group["rel_high"] - group["rel"]]
@@ -146,7 +147,7 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> Non
 
 
 def draw_speedup(rows: pd.DataFrame) -> Figure:
-    """Measured speedup of a step against the limit that FLOPs set, of every way of training that prunes."""
+    """Measured speedup of a step beside the limit that FLOPs set, for each line that prunes in training."""
     rows = rows[(rows["inference"] == "full") & rows["speedup_theory"].notna() & (rows["method"] != "baseline")]
     if rows.empty:
         return empty_figure("Measured and theoretical speedup: not run")
@@ -173,7 +174,7 @@ def draw_speedup(rows: pd.DataFrame) -> Figure:
 
 
 def draw_mismatch(rows: pd.DataFrame) -> Figure:
-    """Mean score of the same models on full and on pruned tokens."""
+    """Mean score of the same models on full and on pruned tokens, a line for each model."""
     if rows["mean"].notna().sum() == 0:
         return empty_figure("Full and pruned inference: not run")
     rows = rows.assign(name=name_rows(rows))
@@ -214,13 +215,13 @@ def draw_mismatch(rows: pd.DataFrame) -> Figure:
 
 
 def name_rows(rows: pd.DataFrame) -> list[str]:
-    """What tells each row from the others: method, pruner and p; r, l, alpha that aren't the usual ones; the model."""
+    """Name of each line of a summary: method, pruner and p; r, l and alpha that are not the usual ones; the model."""
     varied = varied_settings(rows)
     usual = usual_settings(rows) if varied else {}
     names = []
     for row in rows.itertuples():
         parts = [METHOD_LABELS[row.method]]
-        if not is_reference(row):
+        if not is_baseline(row):
             parts.append(f"{PRUNER_LABELS.get(row.pruner, row.pruner)} p = {row.pruning_ratio:g}")
         if row.method == "dualspeed":
             values = {symbol: (getattr(row, column), usual[column]) for symbol, column in varied.items()}

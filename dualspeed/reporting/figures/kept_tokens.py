@@ -1,15 +1,12 @@
-"""What each pruning method keeps of a picture, drawn on what the vision tower sees of it.
+"""Figure of the tokens that each pruning method keeps, drawn on the picture as the vision tower sees it.
 
-One model serves all methods, so that they choose among the same tokens. Of an any-resolution image its overview tile is
-drawn. Needs torch and a checkpoint, and is therefore a command of its own.
+One model serves all methods, so that they choose among the same tokens. Of an any-resolution image, the overview tile
+is drawn. This figure needs torch and a checkpoint, so it has a command of its own.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
 from math import ceil, isqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,61 +18,62 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 
 from dualspeed.benchmarks import Question, get_benchmark
 from dualspeed.data.collator import generation_inputs
-from dualspeed.method.model import DualSpeedModel, load_vlm
-from dualspeed.method.vlm.families import has_3d_positions
-from dualspeed.method.vlm.vision import has_packed_tiles
+from dualspeed.errors import ModelError
+from dualspeed.method.checkpoint import load_vlm
+from dualspeed.method.fast_mode import observe_pruning
+from dualspeed.method.model import DualSpeedModel
+from dualspeed.method.vlm.families import family_of
 from dualspeed.pruners import MergedTokens, VisualTokens
 from dualspeed.reporting.figures.style import DARK, empty_figure, styled, write_figure
+from dualspeed.settings.jobs import KeptTokensSettings
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode
 from dualspeed.settings.names import PRUNER_LABELS
 
 COLUMNS = 6
-FADED = 0.82  # how white a token becomes that is not kept
+FADED = 0.82  # share of white in a token that is not kept
 
 
-def draw_kept_tokens(
-    model_folder: Path, out: Path, benchmark: str, folder: str, pruning_ratio: float, num_pictures: int
-) -> None:
-    """Write `out` with the suffixes .png and .svg: pictures of a benchmark, once whole and once for each method.
+def draw_kept_tokens(model_folder: Path, out: Path, settings: KeptTokensSettings) -> None:
+    """Write `out` with the suffixes .png and .svg: each picture whole, and once for each pruning method.
 
     Args:
-        model_folder: a checkpoint with its processor; methods that it can't be pruned by are left out.
-        benchmark, folder: whose questions are shown, and where its official files lie.
+        model_folder: checkpoint with its processor; methods that can't prune it are left out.
     """
     processor = AutoProcessor.from_pretrained(model_folder)
     vlm = load_vlm(model_folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    models = models_by_pruner(vlm, pruning_ratio)
-    if has_3d_positions(vlm) or not models:
-        # Qwen's towers take loose patches of any number, which make no square.
+    models = models_by_pruner(vlm, settings.pruning_ratio)
+    if family_of(vlm).has_3d_positions or not models:
+        # Towers of such families take any number of single patches, which need not form a square.
         with styled():
             return write_figure(empty_figure(f"Kept tokens: not drawn for {type(vlm).__name__}"), out)
-    questions = pick_questions(get_benchmark(benchmark).load_questions(Path(folder)), num_pictures)
-    lines = ceil((1 + len(models)) / COLUMNS)
+    questions = get_benchmark(settings.benchmark).load_questions(Path(settings.folder))
+    questions = pick_questions(questions, settings.num_pictures)
+    num_lines = ceil((1 + len(models)) / COLUMNS)
     with styled():
-        figure = Figure(figsize=(1.75 * COLUMNS, (2.05 * lines + 0.4) * len(questions)))
+        figure = Figure(figsize=(1.75 * COLUMNS, (2.05 * num_lines + 0.4) * len(questions)))
         blocks = figure.subfigures(len(questions), 1, squeeze=False).flat
         for block, question in zip(blocks, questions, strict=True):
             block.suptitle(question.prompt.split("\n")[0], fontsize=10.5)
-            panels = block.subplots(lines, COLUMNS).flat
+            panels = block.subplots(num_lines, COLUMNS).flat
             draw_question(list(panels), models, processor, question)
         write_figure(figure, out)
 
 
 def models_by_pruner(vlm: PreTrainedModel, pruning_ratio: float) -> dict[str, DualSpeedModel]:
-    """The same weights under each method that the model can be pruned by."""
+    """The same weights with each pruner that fits the model."""
     models = {}
     for name in PRUNER_LABELS:
         config = DualSpeedConfig(pruner=name, pruning_ratio=pruning_ratio, num_virtual_tokens=0)
         try:
             models[name] = DualSpeedModel(vlm, config).eval()
-        except ValueError:
-            continue  # its vision tower doesn't offer what the method looks at
+        except ModelError:
+            continue  # the vision tower lacks a field that the pruner needs
     return models
 
 
 def pick_questions(questions: list[Question], number: int) -> list[Question]:
-    """The first question of each of `number` pictures, spread evenly over the benchmark."""
+    """First question of each of `number` pictures, spread evenly over the benchmark."""
     by_image = {question.image: question for question in reversed(questions) if question.image is not None}
     firsts = [question for question in questions if question.image is not None and by_image[question.image] is question]
     return firsts[:: max(1, len(firsts) // number)][:number]
@@ -84,9 +82,9 @@ def pick_questions(questions: list[Question], number: int) -> list[Question]:
 def draw_question(
     panels: list[Axes], models: dict[str, DualSpeedModel], processor: ProcessorMixin, question: Question
 ) -> None:
-    """One picture, whole in the first panel and as each method keeps it in the next ones."""
+    """Draw one picture: whole in the first panel, then with the tokens that each method keeps."""
     inputs = generation_inputs(processor, [{"image": question.image, "prompt": question.prompt}])
-    picture = seen_by_tower(inputs["pixel_values"], processor)
+    picture = tower_view(inputs["pixel_values"], processor)
     for axes in panels:
         axes.axis("off")
     panels[0].imshow(picture)
@@ -100,45 +98,37 @@ def draw_question(
 
 @torch.no_grad()
 def kept_positions(model: DualSpeedModel, inputs: BatchFeature) -> tuple[np.ndarray, int]:
-    """(K,) positions that fast mode keeps of the first image (of its overview tile), and the side of their grid."""
-    with record_choice(model) as choices:
-        model(**inputs.to(model.device, dtype=model.vlm.dtype), mode=Mode.FAST)
-    indices, num_tokens = choices[0]
-    vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size if has_packed_tiles(model.vlm) else isqrt(num_tokens)
-    kept = indices[(indices >= 0) & (indices < side * side)]
-    return kept.cpu().numpy(), side
+    """Tokens that fast mode keeps of the first image, or of its overview tile.
 
+    Returns:
+        (K,) positions in the square grid of tokens, and the side of this grid.
+    """
+    choices: list[tuple[Tensor, int]] = []  # kept positions and number of tokens of the first unit, for each call
 
-@contextmanager
-def record_choice(model: DualSpeedModel) -> Iterator[list[tuple[Tensor, int]]]:
-    """Collect (kept indices (K,), number of tokens) of the first unit in each call of the model's pruner."""
-    pruner = model.pruner
-    choices: list[tuple[Tensor, int]] = []
-
-    @wraps(pruner)
-    def wrapped(tokens: VisualTokens, num_keep: Tensor) -> Any:
-        chosen = pruner(tokens, num_keep)
+    def record_choice(prune: Callable[[], Tensor | MergedTokens], tokens: VisualTokens) -> Tensor | MergedTokens:
+        chosen = prune()
         indices = chosen.indices if isinstance(chosen, MergedTokens) else chosen
         choices.append((indices[0], int(tokens.valid()[0].sum())))
         return chosen
 
-    model.pruner = wrapped  # type: ignore[assignment]  # to mypy, functions have no attributes
-    try:
-        yield choices
-    finally:
-        model.pruner = pruner
+    with observe_pruning(model, record_choice):
+        model(**inputs.to(model.device, dtype=model.vlm.dtype), mode=Mode.FAST)
+    indices, num_tokens = choices[0]
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size if family_of(model.vlm).packs_tiles else isqrt(num_tokens)
+    kept = indices[(indices >= 0) & (indices < side * side)]
+    return kept.cpu().numpy(), side
 
 
-def seen_by_tower(pixel_values: Tensor, processor: ProcessorMixin) -> np.ndarray:
-    """(H, W, 3) in [0, 1]: the first image as the tower gets it, its normalisation undone; of tiles the first."""
+def tower_view(pixel_values: Tensor, processor: ProcessorMixin) -> np.ndarray:
+    """(H, W, 3) in [0, 1]: input of the vision tower for the first image or its first tile, before normalization."""
     pixels = pixel_values[0, 0] if pixel_values.dim() == 5 else pixel_values[0]
     mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
     return np.clip(pixels.float().permute(1, 2, 0).numpy() * std + mean, 0, 1)
 
 
 def fade(picture: np.ndarray, kept: np.ndarray, side: int) -> np.ndarray:
-    """The picture with every token but the kept ones faded to near white."""
+    """Picture with all tokens faded to near white, except the kept ones."""
     height, width = picture.shape[:2]
     mask = np.zeros(side * side, dtype=bool)
     mask[kept] = True
@@ -148,8 +138,8 @@ def fade(picture: np.ndarray, kept: np.ndarray, side: int) -> np.ndarray:
 
 
 def outline(axes: Axes, shape: tuple[int, ...], kept: np.ndarray, side: int) -> None:
-    """Frame each kept token: on a pale picture fading alone shows little."""
+    """Draw a frame around each kept token; in a pale picture, fading alone is hard to see."""
     height, width = shape[0] / side, shape[1] / side
     for row, column in zip(kept // side, kept % side, strict=True):
-        corner = (column * width - 0.5, row * height - 0.5)  # pixels are drawn around whole numbers
+        corner = (column * width - 0.5, row * height - 0.5)  # matplotlib centres pixels on whole numbers
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=DARK, linewidth=0.8))

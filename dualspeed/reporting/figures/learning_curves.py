@@ -1,13 +1,10 @@
-"""How loss falls and the score rises with training time: Baseline, NaivePrune and DualSpeed.
+"""Figure of the learning curves: loss and score against training time, of Baseline, NaivePrune and DualSpeed.
 
-Read from what each stage leaves with its checkpoint: `metrics.jsonl` and `training.json`. Time is the trainer's own
-(samples over samples per second), so that a run which waited for a machine between two jobs has no gap; validations
-take none of it.
+Read from the metrics and the training record in each checkpoint. The time of a step is its samples divided by the
+logged samples per second: it leaves out validations, and the wait of an interrupted run for its next job.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,78 +12,76 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dualspeed.errors import ResultsError
+from dualspeed.layout import METRICS_FILE, Layout
 from dualspeed.reporting.figures.style import COLORS, GREY, MARKERS, empty_figure
-from dualspeed.reporting.frames import finetune_path, read_json
-from dualspeed.reporting.summary import members_of
+from dualspeed.reporting.frames import read_training
+from dualspeed.reporting.summary import rows_in
 from dualspeed.settings.names import METHOD_LABELS
+from dualspeed.settings.sheet import Sheet
+from dualspeed.tracking.metrics_file import read_metrics
 
 LOSSES = {"slow/ce_loss": ("full tokens", "-"), "fast/ce_loss": ("pruned tokens", (0, (3, 1.5)))}
 ACCURACY = "validation/answer_accuracy"
-SMOOTHED_SHARE = 0.03
+SMOOTHED_SHARE = 0.03  # window of the running mean, as a share of the curve
 
 
 def read_curve(folder: Path) -> pd.DataFrame:
-    """`seconds` of training and LOSSES at each logged step of the stage whose checkpoint is `folder`; maybe empty."""
+    """`step`, `seconds` of training and LOSSES at each logged step of the checkpoint `folder`; empty if not trained."""
     columns = ["step", "seconds", *LOSSES]
-    training = folder / "training.json"
-    if not training.exists():
+    training = read_training(folder)
+    if training is None:
         return pd.DataFrame(columns=columns)
-    batch = read_json(training)["settings"]["recipe"]["global_batch_size"]
-    rows, step, seconds = [], 0, 0.0
-    for record in read_metrics(folder):
-        values = record["metrics"]
-        if "samples_per_second" in values:
-            seconds += (record["step"] - step) * batch / values["samples_per_second"]
-            step = record["step"]
-            rows.append({"step": step, "seconds": seconds} | {name: values.get(name) for name in LOSSES})
-    return pd.DataFrame(rows, columns=columns)
+    try:
+        batch = training["settings"]["recipe"]["global_batch_size"]
+    except (KeyError, TypeError):
+        raise ResultsError(f"{folder}: its training record has no global_batch_size; train it again") from None
+    lines, step, seconds = [], 0, 0.0
+    for logged in read_metrics(folder / METRICS_FILE):
+        if "samples_per_second" in logged.metrics:
+            seconds += (logged.step - step) * batch / logged.metrics["samples_per_second"]
+            step = logged.step
+            losses = {name: logged.metrics.get(name) for name in LOSSES}
+            lines.append({"step": step, "seconds": seconds} | losses)
+    return pd.DataFrame(lines, columns=columns)
 
 
 def read_validation(folder: Path) -> pd.DataFrame:
-    """`seconds` of training and ACCURACY at each validation of the stage whose checkpoint is `folder`; maybe empty."""
-    found = [(one["step"], one["metrics"][ACCURACY]) for one in read_metrics(folder) if ACCURACY in one["metrics"]]
-    points, curve = pd.DataFrame(found, columns=["step", ACCURACY]), read_curve(folder)
+    """`step`, `seconds` of training and ACCURACY at each validation of the checkpoint `folder`; empty without any."""
+    logged = [one for one in read_metrics(folder / METRICS_FILE) if ACCURACY in one.metrics]
+    points = pd.DataFrame([(one.step, one.metrics[ACCURACY]) for one in logged], columns=["step", ACCURACY])
+    curve = read_curve(folder)
     if curve.empty:
         return points[:0].assign(seconds=[])
     return points.assign(seconds=np.interp(points["step"], [0, *curve["step"]], [0.0, *curve["seconds"]]))
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of the folder's metrics.jsonl; none if it has no such file."""
-    file, records = folder / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # torn by a kill, and then written again
-    return records
-
-
-def draw_learning_curves(settings: dict[str, Any], rows: pd.DataFrame) -> Figure:
-    """Loss against training time on the left, the score on the right; `rows` are those of `typical_rows`."""
-    root = Path(settings["results"])
-    folders = {one["id"]: finetune_path(root, one).parent for one in members_of(settings, rows)}
+def draw_learning_curves(sheet: Sheet, summary: pd.DataFrame) -> Figure:
+    """Loss against training time on the left, the score on the right; `summary` as from `typical_rows`."""
+    layout = Layout(sheet.results)
+    folders = {row.id: Path(layout.model(row.id)) for row in rows_in(sheet, summary)}
     curves = {name: read_curve(folder) for name, folder in folders.items()}
     validations = {name: read_validation(folder) for name, folder in folders.items()}
     if all(curve.empty for curve in curves.values()):
         return empty_figure("Learning curves: not run, or trained without keeping metrics")
-    longest = (rows["train_hours"].max() if rows["train_hours"].notna().any() else 0) * 3600
+    longest = (summary["train_hours"].max() if summary["train_hours"].notna().any() else 0) * 3600
     unit, seconds = ("hours", 3600) if longest >= 3600 else ("minutes", 60)
     figure = Figure(figsize=(9.2, 3.9))
     left, right = figure.subplots(1, 2)
-    for row in rows[rows["inference"] == "full"].itertuples():
-        start = 0 if pd.isna(row.pretrain_seconds) else row.pretrain_seconds
-        for number, name in enumerate(row.experiments.split("; ")):
-            draw_losses(left, curves[name], row.method, start, seconds, labelled=number == 0)
-            draw_validation(right, validations[name], row.method, start, seconds, labelled=number == 0)
+    on_full_tokens = summary[summary["inference"] == "full"]
+    for line in on_full_tokens.itertuples():
+        start = 0 if pd.isna(line.pretrain_seconds) else line.pretrain_seconds
+        for number, name in enumerate(line.experiments):
+            draw_losses(left, curves[name], line.method, start, seconds, labelled=number == 0)
+            draw_validation(right, validations[name], line.method, start, seconds, labelled=number == 0)
     left.set_yscale("log")
     left.set_ylabel("Training loss (cross-entropy)")
     left.set_title("Loss while training")
     if any(len(points) for points in validations.values()):
-        draw_final_scores(right, rows[rows["inference"] == "full"], seconds / 3600)
+        draw_final_scores(right, on_full_tokens, seconds / 3600)
         label_validation(right)
     else:
-        draw_final_scores(right, rows, seconds / 3600)
+        draw_final_scores(right, summary, seconds / 3600)
         right.legend(loc="center right", fontsize=9)
         right.margins(x=0.25, y=0.15)
         right.set_title("Score when trained")
@@ -99,7 +94,7 @@ def draw_learning_curves(settings: dict[str, Any], rows: pd.DataFrame) -> Figure
 
 
 def draw_losses(axes: Axes, curve: pd.DataFrame, method: str, start: float, unit: float, labelled: bool) -> None:
-    """One run's losses, each in its mode's line style; smoothed, for a batch's loss is noisy."""
+    """Draw one run's losses as running means, in the line style of their tokens; `start` and `unit` are in seconds."""
     for name, (tokens, line) in LOSSES.items():
         known = curve[curve[name].notna()]
         if known.empty:
@@ -113,7 +108,7 @@ def draw_losses(axes: Axes, curve: pd.DataFrame, method: str, start: float, unit
 
 
 def draw_validation(axes: Axes, points: pd.DataFrame, method: str, start: float, unit: float, labelled: bool) -> None:
-    """One run's share of held-out answers that were right, on full tokens, after so much training."""
+    """Draw one run's accuracy on held-out data, on full tokens; `start` and `unit` are in seconds."""
     if not points.empty:
         label = METHOD_LABELS[method] if labelled else None
         time, color = (start + points["seconds"]) / unit, COLORS[method]
@@ -121,7 +116,7 @@ def draw_validation(axes: Axes, points: pd.DataFrame, method: str, start: float,
 
 
 def label_validation(axes: Axes) -> None:
-    """Titles, and a legend of the curves; markers have the methods' colours."""
+    """Add titles, and a legend of the curves; markers have the methods' colours."""
     lines = [line for line in axes.get_lines() if str(line.get_label()) in METHOD_LABELS.values()]
     end = Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=8, label="Benchmarks' mean, when trained")
     axes.legend(handles=[*lines, end], loc="center right", fontsize=9)
@@ -131,22 +126,22 @@ def label_validation(axes: Axes) -> None:
     axes.set_ylabel("Right answers on held-out data (%)")
 
 
-def draw_final_scores(axes: Axes, rows: pd.DataFrame, unit_hours: float) -> None:
-    """Mean score of each way of training at the time it took: filled on full tokens, hollow on pruned ones."""
-    known = rows[rows["mean"].notna() & rows["train_hours"].notna()]
-    for row in known.itertuples():
-        is_full = row.inference == "full"
+def draw_final_scores(axes: Axes, summary: pd.DataFrame, unit_hours: float) -> None:
+    """Draw each line's mean score at its training time: filled markers for full tokens, hollow ones for pruned."""
+    known = summary[summary["mean"].notna() & summary["train_hours"].notna()]
+    for line in known.itertuples():
+        is_full = line.inference == "full"
         axes.errorbar(
-            row.train_hours / unit_hours,
-            row.mean,
-            yerr=np.nan_to_num(row.mean_std),
-            color=COLORS[row.method],
-            marker=MARKERS[row.method],
-            markersize=13 if row.method == "baseline" else 8,
-            markerfacecolor=COLORS[row.method] if is_full else "white",
+            line.train_hours / unit_hours,
+            line.mean,
+            yerr=np.nan_to_num(line.mean_std),
+            color=COLORS[line.method],
+            marker=MARKERS[line.method],
+            markersize=13 if line.method == "baseline" else 8,
+            markerfacecolor=COLORS[line.method] if is_full else "white",
             capsize=2,
             linestyle="none",
-            label=f"{METHOD_LABELS[row.method]}, {'full' if is_full else 'pruned'} tokens",
+            label=f"{METHOD_LABELS[line.method]}, {'full' if is_full else 'pruned'} tokens",
         )
     baseline = known["mean"][(known["method"] == "baseline") & (known["inference"] == "full")]
     if len(baseline):

@@ -1,24 +1,22 @@
-"""Accuracy by type of question, on full tokens: where a way of training loses, and where it doesn't."""
-
-from typing import Any
+"""Figure of the accuracy by type of question, on full tokens."""
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dualspeed.reporting.figures.style import COLORS, GREY, MARKERS, empty_figure
 from dualspeed.reporting.frames import Results
-from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS, in_paper_order
+from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS
 
 
-def accuracy_by_type(settings: dict[str, Any], results: Results, rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the seeds of each row of a summary: one row a `label` of benchmark and type, one column a method."""
+def accuracy_by_type(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracy over the seeds, in percent: a row for each benchmark and type of question, a column a method."""
     types = results.types[results.types["inference"] == "full"]
     means = {}
-    for row in rows[rows["inference"] == "full"].itertuples():
-        mine = types[types["experiment"].isin(row.experiments.split("; "))]
-        means[row.method] = mine.groupby(["benchmark", "question_type"], sort=False)["accuracy"].mean()
+    for line in summary[summary["inference"] == "full"].itertuples():
+        of_line = types[types["experiment"].isin(line.experiments)]
+        means[line.method] = of_line.groupby(["benchmark", "question_type"], sort=False)["accuracy"].mean()
     table = pd.DataFrame(means)
-    order = in_paper_order(settings["benchmarks"])
+    order = results.benchmarks
     table = table.sort_index(key=lambda keys: [order.index(key) for key in keys], level=0, sort_remaining=False)
     alone = table.groupby(level=0).size() == 1
     labels = [
@@ -28,11 +26,11 @@ def accuracy_by_type(settings: dict[str, Any], results: Results, rows: pd.DataFr
     return table.set_axis(labels, axis=0)
 
 
-def draw_question_types(settings: dict[str, Any], results: Results, rows: pd.DataFrame) -> Figure:
-    """One line a type of question, one marker a method; `rows` are those of `typical_rows`."""
-    if results.types.empty or rows.empty:
+def draw_question_types(results: Results, summary: pd.DataFrame) -> Figure:
+    """A line for each type of question with a marker for each method; `summary` as from `typical_rows`."""
+    if results.types.empty or summary.empty:
         return empty_figure("Accuracy by question type: not run, or scored without types")
-    table = accuracy_by_type(settings, results, rows)
+    table = accuracy_by_type(results, summary)
     figure = Figure(figsize=(7.2, 1.6 + 0.3 * len(table)))
     axes = figure.subplots()
     places = range(len(table))

@@ -1,4 +1,4 @@
-"""The one look of all figures, and how they are written: png for a screen, svg for print, the same bytes each time."""
+"""Style of all figures, and their writer: png for screens, svg for print, the same bytes for the same numbers."""
 
 import io
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dualspeed.files import write_atomic
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; each method has a marker of its own as well.
+# Okabe and Ito's palette, safe for colour-blind readers; each method has its own marker as well.
 COLORS = {"baseline": "#4D4D4D", "naive_prune": "#D55E00", "dualspeed": "#0072B2"}
 MARKERS = {"baseline": "*", "naive_prune": "s", "dualspeed": "o"}
 LIGHT, DARK, ORANGE, GREY = "#9CCBEB", "#0072B2", "#E69F00", "#BBBBBB"
@@ -29,12 +29,12 @@ STYLE: dict[Any, Any] = {
 
 
 def styled() -> AbstractContextManager[None]:
-    """A context in which figures are drawn in this style."""
+    """Context manager that applies this style to the figures drawn in it."""
     return matplotlib.rc_context(STYLE)
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write `path` with the suffixes .png and .svg; inside `styled`."""
+    """Write `path` with the suffixes .png and .svg; call it inside `styled`."""
     for suffix, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
         content = io.BytesIO()
         figure.savefig(content, format=suffix, dpi=200, metadata=metadata)
@@ -42,7 +42,7 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def empty_figure(text: str) -> Figure:
-    """A figure that says what is missing."""
+    """Figure that shows only a text, instead of missing results."""
     figure = Figure(figsize=(5, 1.5))
     figure.text(0.5, 0.5, text, ha="center", va="center")
     return figure
