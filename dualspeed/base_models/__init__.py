@@ -1,1 +1,1 @@
-"""Base models put together from parts, with the Hub's parameter names."""
+"""Base models assembled from a language model and a vision tower, with the Hub's parameter names."""

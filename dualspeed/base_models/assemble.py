@@ -1,8 +1,8 @@
-"""Base models: a Llama and a CLIP tower become a stock LLaVA checkpoint, as LLaVA's own training starts from them.
+"""Base models: a Llama and a CLIP tower become a stock LLaVA checkpoint, from which LLaVA's own training starts.
 
-Enters: folders of both, and the projector that LLaVA publishes, if it shall not start from random weights. Leaves: a
-checkpoint in the Hub's names with its processor. Vicuna's 32,000 tokens become <image> 32,000 and <pad> 32,001 more,
-and the vocabulary is filled up to 32,064, as in the checkpoints on the Hub.
+Input: the folders of both, and optionally the projector file that LLaVA publishes; without it the projector gets random
+weights. Output: a checkpoint with the Hub's parameter names, and its processor. Vicuna's 32,000 tokens get two more,
+<image> (32,000) and <pad> (32,001), and the vocabulary is padded to 32,064, as in the Hub's checkpoints.
 """
 
 import logging
@@ -37,25 +37,24 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from dualspeed.base_models.hub_names import save_with_hub_names
 from dualspeed.chat_templates import load_template
 from dualspeed.errors import BaseModelError
-from dualspeed.settings.model import LLAVA_NEXT_GRIDS, ModelParts
+from dualspeed.settings.families import BASE_FAMILIES, padded_vocabulary
+from dualspeed.settings.model import ModelParts
 
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
-VOCABULARY_MULTIPLE = 64
-"""Vocabularies are filled up to a multiple of this, which matrix products like."""
 FEATURE_LAYER = -2
-"""Vision layer whose output the projector sees."""
+"""Vision layer whose output is the projector's input."""
 CLASSES = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
 }
 PROJECTOR_NAMES = {"mm_projector.0": "linear_1", "mm_projector.2": "linear_2"}
-"""Modules of LLaVA's projector file -> those of transformers."""
+"""Module names in LLaVA's projector file -> names in transformers."""
 
 
 def assemble(parts: ModelParts, out: Path) -> None:
-    """Put a base model together and write it to folder `out`, whole or not at all.
+    """Assemble a base model and write it to folder `out`, complete or not at all.
 
     Raises:
         BaseModelError: a part is missing, or doesn't fit the others.
@@ -83,7 +82,7 @@ def assemble(parts: ModelParts, out: Path) -> None:
 
 
 def make_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with tokens for images and padding behind its own."""
+    """Return the language model's tokenizer with two tokens added, for images and padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": IMAGE_TOKEN})
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
@@ -92,8 +91,8 @@ def make_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def make_config(
     parts: ModelParts, text: PreTrainedConfig, vision: CLIPVisionConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedConfig:
-    """The model's configuration; `text` gets the tokenizer's vocabulary, filled up."""
-    text.vocab_size = padded(len(tokenizer))
+    """Return the model's configuration; sets in `text` the padded size of the tokenizer's vocabulary."""
+    text.vocab_size = padded_vocabulary(len(tokenizer))
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     text.pad_token_id = tokenizer.convert_tokens_to_ids(PAD_TOKEN)
     arguments = {
@@ -106,18 +105,13 @@ def make_config(
         "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
         "tie_word_embeddings": False,
     }
-    if parts.family == "llava_next":
-        arguments["image_grid_pinpoints"] = [list(grid) for grid in parts.image_grid_pinpoints or LLAVA_NEXT_GRIDS]
+    if grids := parts.image_grid_pinpoints or BASE_FAMILIES[parts.family].grids:
+        arguments["image_grid_pinpoints"] = [list(grid) for grid in grids]
     return CLASSES[parts.family][0](**arguments)
 
 
-def padded(vocabulary: int) -> int:
-    """The next multiple of VOCABULARY_MULTIPLE."""
-    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
 def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without any weights: on the meta device."""
+    """Return the model without weights, on the meta device."""
     model_class = next(model for kind, model in CLASSES.values() if kind is type(config))
     with torch.device("meta"):
         model = model_class(config).to(dtype)
@@ -129,7 +123,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def language_weights(parts: ModelParts, vocabulary: int) -> dict[str, Tensor]:
-    """Weights of the language model; new tokens get the mean of the old ones, in embeddings and head."""
+    """Return the language model's weights with `vocabulary` rows in embeddings and head; new rows are their mean."""
     language = AutoModelForCausalLM.from_pretrained(parts.language_model, dtype=getattr(torch, parts.dtype))
     weights = language.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -142,7 +136,7 @@ def language_weights(parts: ModelParts, vocabulary: int) -> dict[str, Tensor]:
 
 
 def projector_weights(file: str | None, config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Weights of what joins vision and language: from LLaVA's file, or random ones, always the same."""
+    """Return the weights of projector and newline: those of LLaVA's file, else random ones from a fixed seed."""
     torch.manual_seed(0)
     fresh = LlavaMultiModalProjector(config).state_dict()
     prefix = "model.multi_modal_projector."
@@ -160,7 +154,7 @@ def projector_weights(file: str | None, config: PreTrainedConfig) -> dict[str, T
             published["model.image_newline"] = value
     found = {name: tuple(value.shape) for name, value in published.items()}
     valid = {name: tuple(value.shape) for name, value in weights.items()}
-    # Projectors of LLaVA-1.5 serve LLaVA-NeXT too; its newline then starts from random weights.
+    # LLaVA-1.5's projectors fit LLaVA-NeXT too; its newline then starts from random weights.
     if (
         found.keys() | {"model.image_newline"} != valid.keys() | {"model.image_newline"}
         or found.items() - valid.items()
@@ -170,7 +164,7 @@ def projector_weights(file: str | None, config: PreTrainedConfig) -> dict[str, T
 
 
 def make_processor(parts: ModelParts, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    """The model's processor, with the prompt format of its instruction tuning."""
+    """Return the model's processor, with the chat template of its instruction tuning."""
     settings = CLIPImageProcessorPil.from_pretrained(parts.vision_tower).to_dict()
     if parts.family == "llava_next":
         settings["image_grid_pinpoints"] = config.image_grid_pinpoints

@@ -1,7 +1,7 @@
-"""Checkpoints of LLaVA and LLaVA-NeXT in the Hub's parameter names, whatever transformers calls the parameters.
+"""Checkpoints of LLaVA and LLaVA-NeXT with the Hub's parameter names, which differ from those of transformers 5.
 
-transformers saves a model in these names if it was loaded from them: so a base checkpoint is written in them once, and
-every later one has them too.
+transformers saves a model with the names that it was loaded with. The base checkpoint is therefore written with the
+Hub's names, and every later checkpoint keeps them.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ HUB_PREFIXES = {
 
 
 def hub_name(name: str) -> str:
-    """Return the Hub's name of a parameter."""
+    """Return the Hub's name of a parameter; BaseModelError for one that LLaVA doesn't have."""
     for prefix, hub_prefix in HUB_PREFIXES.items():
         if name.startswith(prefix):
             return hub_prefix + name.removeprefix(prefix)
@@ -31,7 +31,7 @@ def hub_name(name: str) -> str:
 
 
 def save_with_hub_names(model: PreTrainedModel, processor: ProcessorMixin, out: Path) -> None:
-    """Write model and processor to folder `out`, whole or not at all."""
+    """Write model and processor to folder `out`, complete or not at all."""
     with atomic_folder(out) as folder:
         weights = {hub_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})

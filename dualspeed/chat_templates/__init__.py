@@ -1,7 +1,7 @@
-"""Chat templates: how a conversation becomes a prompt, and which part of it is supervised.
+"""Chat templates: the prompt format of a conversation, and the part of it that is supervised.
 
-Each is one Jinja file in `templates/`, in the form that Hugging Face processors save beside a checkpoint. What lies in
-its `{% generation %}` blocks is supervised.
+Each is one Jinja file in this folder, in the form that Hugging Face processors save with a checkpoint. Text in its
+`{% generation %}` blocks is supervised.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ TEMPLATE_NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
 
 
 def load_template(name: str) -> str:
-    """Jinja source of the template `name`; ValueError lists the valid names."""
+    """Jinja source of the template `name`; ConfigError lists the valid names."""
     if name not in TEMPLATE_NAMES:
         raise ConfigError(f"chat template {name!r} is unknown; valid: {', '.join(TEMPLATE_NAMES)}")
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def use_template(processor: "ProcessorMixin", name: str) -> None:
-    """Make `name` the chat template of a processor, so that `save_pretrained` writes it with the checkpoint."""
+    """Set the chat template of a processor to the one named `name`; `save_pretrained` then writes it."""
     processor.chat_template = load_template(name)

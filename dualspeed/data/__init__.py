@@ -1,1 +1,1 @@
-"""Training data: LLaVA conversations and their images become a prepared dataset, and its rows become batches."""
+"""Training data: from LLaVA conversations and their images to a prepared dataset, and from its rows to batches."""

@@ -1,7 +1,10 @@
-"""Files of annotations, entry by entry: whatever their size, only a few entries are in memory.
+"""Streaming reader of annotation files, whose memory doesn't grow with the file.
 
-Enters: a JSON list, JSON lines, a parquet file, or a folder of parquet files (as LLaVA-NeXT-Data is published: the
-images lie in the rows). Leaves: one `Entry` after another.
+Input: a JSON list, JSON lines, a parquet file, or a folder of parquet files (as LLaVA-NeXT-Data is published, with the
+images in the rows). Output: one `Entry` after another.
+
+JSON lists are parsed here and not by ijson, which is slower, names no line in its errors, and reads half a surrogate
+pair as "?" (measurements/annotations.py).
 """
 
 import json
@@ -13,49 +16,53 @@ from typing import IO, TYPE_CHECKING, Any
 
 from dualspeed.errors import AnnotationsError
 
-# Imported where it is used: a library user's JSON needs no pyarrow, which comes with the workflow.
+# Imported inside the functions that use it: pyarrow comes with the workflow, and JSON files don't need it.
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-PIECE = 1 << 20
+BLOCK_SIZE = 1 << 20
 """Characters read at once."""
-LONGEST_ENTRY = 1 << 26
-"""Characters after which what is still no whole entry counts as broken JSON."""
+MAX_ENTRY_LENGTH = 1 << 26
+"""Longest entry in characters; a longer text without a complete entry is an error."""
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 PARQUET_COLUMNS = ("id", "image", "conversations")
 PARQUET_ROWS = 32
-"""Rows with their images that are in memory at once."""
+"""Rows in memory at once, with their images."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of the annotations, not looked at yet."""
+    """One entry of the annotations, not validated yet."""
 
     file: Path
     number: int
-    """From 1; of JSON lines, the line."""
+    """Position in the file, from 1; in JSON lines, the line number."""
     value: Any
-    """What the JSON says; of a line that is none, the `json.JSONDecodeError`."""
+    """Parsed JSON, or the `json.JSONDecodeError` of an invalid line."""
     image: bytes | None = None
-    """The image that lies in a parquet row, as a file's content; `value["image"]` says what to call it."""
+    """File content of an image in a parquet row; `value["image"]` is the path to save it under."""
 
     @property
     def place(self) -> str:
-        """How messages name it."""
+        """Location for messages, `file:number`."""
         return f"{self.file}:{self.number}"
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """Every entry at `path`; AnnotationsError for what cannot be read."""
+    """Yield every entry at `path`.
+
+    Raises:
+        AnnotationsError: the file can't be read, or is not valid JSON; invalid JSON lines are entries.
+    """
     if is_parquet(path):
         for part in parquet_files(path):
             yield from read_parquet(part)
         return
     try:
         with open(path, encoding="utf-8-sig") as file:
-            while (piece := file.read(PIECE)) and not piece.strip():
+            while (block := file.read(BLOCK_SIZE)) and not block.strip():
                 pass
-            is_list = piece.lstrip().startswith("[")
+            is_list = block.lstrip().startswith("[")
             file.seek(0)
             yield from read_list(path, file) if is_list else read_lines(path, file)
     except FileNotFoundError:
@@ -65,14 +72,14 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def count_entries(path: Path) -> int:
-    """Number of entries at `path`, which is thereby known to be readable to its end."""
+    """Number of entries at `path`; AnnotationsError if the file can't be read to its end."""
     if is_parquet(path):
         return sum(open_parquet(file).metadata.num_rows for file in parquet_files(path))
     return sum(1 for entry in read_entries(path))
 
 
 def read_lines(path: Path, file: IO[str]) -> Iterator[Entry]:
-    """Entries of JSON lines."""
+    """Yield the entries of JSON lines; blank lines are skipped."""
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
@@ -83,20 +90,21 @@ def read_lines(path: Path, file: IO[str]) -> Iterator[Entry]:
 
 
 def read_list(path: Path, file: IO[str]) -> Iterator[Entry]:
-    """Entries of a JSON list, of which no more than a few pieces are in memory."""
+    """Yield the entries of a JSON list, with no more than a few blocks in memory."""
     decoder = json.JSONDecoder()
     text, lines_before, number = "", 0, 0
-    position = 0  # where in `text` the next entry is looked for
+    position = 0  # in `text`, where the next entry is expected
     while True:
         try:
-            mark, start = _next_mark(text, position, "[" if number == 0 else ",]")
-            if mark == "]" or (mark == "[" and text.startswith("]", start)):
+            delimiter, start = _next_delimiter(text, position, "[" if number == 0 else ",]")
+            if delimiter == "]" or (delimiter == "[" and text.startswith("]", start)):
                 break
             value, end = decoder.raw_decode(text, start)
             if end == len(text):
-                raise json.JSONDecodeError("Entry without an end", text, end)  # a number may go on
+                raise json.JSONDecodeError("Incomplete entry", text, end)  # a number may continue in the next block
         except json.JSONDecodeError as error:
-            more = "" if len(text) - position > LONGEST_ENTRY else file.read(max(PIECE, len(text) - position))
+            length = len(text) - position
+            more = "" if length > MAX_ENTRY_LENGTH else file.read(max(BLOCK_SIZE, length))
             if not more:
                 line = lines_before + text.count("\n", 0, error.pos) + 1
                 raise AnnotationsError(f"{path}: line {line} is not valid JSON: {error.msg}") from error
@@ -107,11 +115,11 @@ def read_list(path: Path, file: IO[str]) -> Iterator[Entry]:
         yield Entry(path, number, value)
 
 
-def _next_mark(text: str, position: int, marks: str) -> tuple[str, int]:
-    """The mark (one of `marks`) that stands after blanks, and where what comes after it starts."""
+def _next_delimiter(text: str, position: int, delimiters: str) -> tuple[str, int]:
+    """Next delimiter after blanks (one of `delimiters`), and the position of the first non-blank after it."""
     position = _skip_blanks(text, position)
-    if position == len(text) or text[position] not in marks:
-        raise json.JSONDecodeError(f"Expecting one of {marks!r}", text, position)
+    if position == len(text) or text[position] not in delimiters:
+        raise json.JSONDecodeError(f"Expecting one of {delimiters!r}", text, position)
     return text[position], _skip_blanks(text, position + 1)
 
 
@@ -124,12 +132,12 @@ def _skip_blanks(text: str, position: int) -> int:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether `path` is a parquet file or a folder, which can only be one of parquet files."""
+    """True if `path` is a parquet file, or a folder: folders can only hold parquet."""
     return path.is_dir() or path.suffix == ".parquet"
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The parquet files at `path`, in the order of their names."""
+    """Parquet files at `path`, sorted by name."""
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise AnnotationsError(f"{path}: no parquet file in this folder; valid: LLaVA conversations as JSON or parquet")
@@ -137,7 +145,7 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def open_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
-    """The parquet file with its columns checked."""
+    """Open a parquet file and check its columns; AnnotationsError if it is unusable."""
     import pyarrow.parquet
 
     try:
@@ -153,7 +161,7 @@ def open_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
 
 
 def read_parquet(file: Path) -> Iterator[Entry]:
-    """Rows of a parquet file; an image in a row gets the name <file>/<row>.<type>."""
+    """Yield the rows of a parquet file; an image in a row is named `<file>/<row>.<type>`."""
     import pyarrow
 
     opened, number = open_parquet(file), 0
@@ -172,6 +180,6 @@ def read_parquet(file: Path) -> Iterator[Entry]:
 
 
 def suffix_of(content: bytes) -> str:
-    """File name suffix of an image, by its first bytes."""
+    """File name suffix of an image, from its first bytes."""
     signatures = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
     return next((suffix for start, suffix in signatures.items() if content.startswith(start)), ".img")

@@ -1,12 +1,12 @@
-"""Rows of a prepared dataset become one batch: pixels, padded tokens and labels.
+"""Collator: rows of a prepared dataset become one batch of pixels, padded tokens and labels.
 
-Enters: rows {id, messages, images}. Leaves: input_ids, attention_mask and labels (B, L), where each image's placeholder
-is expanded to its number of visual tokens; pixel_values (and image_sizes for LLaVA-NeXT) with one entry per image, rows
-one after another, and neither key when the batch has no image.
+Input: rows {id, messages, images}. Output: input_ids, attention_mask and labels (B, L), in which each image's
+placeholder is expanded to its number of visual tokens; pixel_values (and image_sizes for any-resolution processors)
+with one entry per image, in the order of the rows. Batches without images have neither.
 
-What is supervised comes from the `{% generation %}` blocks of the processor's own chat template. Everything here is the
-processor's work but two things: cutting long rows, where a tokenizer would cut through images, and making tensors,
-which is faster row by row than the processor's own conversion.
+The `{% generation %}` blocks of the processor's chat template mark the supervised tokens. The processor does all the
+work except truncation, since a tokenizer would cut inside an image, and the conversion to tensors, which is faster row
+by row than the processor's own.
 """
 
 import re
@@ -19,7 +19,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from dualspeed.batch import IGNORE_INDEX
 from dualspeed.data.images import open_image
-from dualspeed.data.pixels import leaves_bytes, pixel_values
+from dualspeed.data.pixels import byte_output, normalized_pixels
 from dualspeed.data.questions import text_of_user, tokenize_questions
 from dualspeed.errors import SampleError
 
@@ -27,16 +27,16 @@ PADDING_SIDES = ("left", "right")
 
 
 class ConversationCollator:
-    """Makes training batches of conversations.
+    """Collator that makes training batches of conversations.
 
     Args:
-        processor: a Hugging Face processor whose chat template marks its answers with `{% generation %}` blocks.
-        max_length: longer rows are cut at their end, whichever side is padded; None cuts nothing. Image tokens are
-            never cut: a row that would need it is an error.
+        processor: Hugging Face processor whose chat template marks answers with `{% generation %}` blocks.
+        max_length: longest row in tokens; longer rows are truncated at their end, on either padding side. None: no
+            truncation. A row that would lose image tokens is an error.
         padding_side: "right" or "left".
-        with_num_images: whether a batch says how many images each row has, in a list `num_images`.
-        question_tokenizer: adds `question_ids`, the user's turns by this tokenizer, for pruners that go by them
-            (`DualSpeedModel.question_tokenizer`).
+        with_num_images: True to add `num_images`, a list of each row's number of images.
+        question_tokenizer: tokenizer for `question_ids`, the user's turns, which query-based pruners need
+            (`DualSpeedModel.question_tokenizer`); None: no `question_ids`.
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class ConversationCollator:
         self.question_tokenizer = question_tokenizer
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> BatchFeature:
-        """Batch of `examples`; errors name the sample by its id."""
-        conversations = [conversation_with_pictures(example) for example in examples]
+        """Return the batch of `examples`; errors name a sample by its id."""
+        conversations = [messages_with_images(example) for example in examples]
         encoded = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            processor_kwargs=leaves_bytes(self.processor),
+            processor_kwargs=byte_output(self.processor),
         )
-        if leaves_bytes(self.processor) and "pixel_values" in encoded:
-            encoded["pixel_values"] = pixel_values(self.processor, encoded["pixel_values"])
+        if byte_output(self.processor) and "pixel_values" in encoded:
+            encoded["pixel_values"] = normalized_pixels(self.processor, encoded["pixel_values"])
         self._check_lengths(examples, encoded["input_ids"])
         rows = [np.array(row[: self.max_length]) for row in encoded["input_ids"]]
         masks = [np.array(mask[: self.max_length], dtype=bool) for mask in encoded.pop("assistant_masks")]
         labels = [np.where(mask, row, IGNORE_INDEX) for row, mask in zip(rows, masks, strict=True)]
-        batch = batch_of(rows, encoded, self.processor.tokenizer.pad_token_id, self.padding_side)
+        batch = padded_batch(rows, encoded, self.processor.tokenizer.pad_token_id, self.padding_side)
         batch["labels"] = pad(labels, IGNORE_INDEX, self.padding_side)
         if self.with_num_images:
             batch["num_images"] = [len(example["images"]) for example in examples]
@@ -81,7 +81,7 @@ class ConversationCollator:
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
-        """Raise SampleError if cutting a row to max_length would cut image tokens."""
+        """Raise SampleError if truncating a row to max_length would cut image tokens."""
         for example, row in zip(examples, rows, strict=True):
             if self.max_length and self.processor.image_token_id in row[self.max_length :]:
                 raise SampleError(
@@ -96,35 +96,37 @@ def generation_inputs(
     padding_side: str = "left",
     question_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> BatchFeature:
-    """Model inputs for questions {image: path or None, prompt}, up to where the answer begins.
+    """Return the model inputs of questions {image: path or None, prompt}; the prompt ends where the answer begins.
 
-    Returns input_ids and attention_mask (B, L), and the images' pixel_values (and image_sizes) if there are images.
+    Returns:
+        input_ids and attention_mask (B, L); pixel_values (and image_sizes) if there are images; question_ids (B, Q) if
+        there is a `question_tokenizer`.
     """
     check_padding_side(padding_side)
     conversations = [[{"role": "user", "content": question_content(example)}] for example in examples]
     encoded = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=True)
     rows = [np.array(row) for row in encoded["input_ids"]]
-    batch = batch_of(rows, encoded, processor.tokenizer.pad_token_id, padding_side)
+    batch = padded_batch(rows, encoded, processor.tokenizer.pad_token_id, padding_side)
     if question_tokenizer is not None:
         batch["question_ids"] = tokenize_questions([example["prompt"] for example in examples], question_tokenizer)
     return batch
 
 
 def question_content(example: dict[str, Any]) -> list[dict[str, Any]]:
-    """Content of a user turn: the opened image, if any, then the prompt."""
+    """Content of a user turn: the opened image if there is one, then the prompt."""
     text = {"type": "text", "text": example["prompt"]}
     if example["image"] is None:
         return [text]
     return [{"type": "image", "image": open_image(example["image"])}, text]
 
 
-def conversation_with_pictures(example: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row with its opened images in their places; ValueError if their numbers differ."""
+def messages_with_images(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of a row with its opened images in place; SampleError if placeholders and images differ in number."""
     paths = iter(example["images"])
-    num_places = sum(item["type"] == "image" for message in example["messages"] for item in message["content"])
-    if num_places != len(example["images"]):
+    num_placeholders = sum(item["type"] == "image" for message in example["messages"] for item in message["content"])
+    if num_placeholders != len(example["images"]):
         raise SampleError(
-            f"sample {example['id']!r}: {num_places} places for images, but {len(example['images'])} images"
+            f"sample {example['id']!r}: {num_placeholders} image placeholders, but {len(example['images'])} images"
         )
     return [
         {
@@ -138,8 +140,8 @@ def conversation_with_pictures(example: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def batch_of(rows: list[np.ndarray], encoded: BatchFeature, pad_token_id: int, padding_side: str) -> BatchFeature:
-    """Padded input_ids and attention_mask of `rows`, and what `encoded` holds of the images, as tensors."""
+def padded_batch(rows: list[np.ndarray], encoded: BatchFeature, pad_token_id: int, padding_side: str) -> BatchFeature:
+    """Padded input_ids and attention_mask (B, L) of `rows`, and the image inputs of `encoded`, as tensors."""
     batch = BatchFeature({"input_ids": pad(rows, pad_token_id, padding_side)})
     batch["attention_mask"] = pad([np.ones_like(row) for row in rows], 0, padding_side)
     for key in encoded.keys() - {"input_ids", "attention_mask"}:
@@ -149,7 +151,7 @@ def batch_of(rows: list[np.ndarray], encoded: BatchFeature, pad_token_id: int, p
 
 
 def pad(rows: list[np.ndarray], value: int, side: str) -> torch.Tensor:
-    """(B, L) int64: rows of different lengths, filled up with `value` to the longest."""
+    """Pad rows of different lengths with `value` to the longest: (B, L) int64."""
     length = max(len(row) for row in rows)
     padded = np.full((len(rows), length), value, dtype=np.int64)
     for target, row in zip(padded, rows, strict=True):
@@ -167,7 +169,7 @@ def check_padding_side(side: str) -> None:
 
 
 def check_template(processor: ProcessorMixin) -> None:
-    """Raise SampleError unless the processor's chat template says what is supervised."""
+    """Raise SampleError unless the processor's chat template marks the supervised text."""
     if not re.search(r"\{%-?\s*generation\b", str(processor.chat_template)):
         raise SampleError(
             "the processor's chat template has no {% generation %} block, so nothing would be supervised; "

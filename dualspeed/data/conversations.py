@@ -1,8 +1,8 @@
-"""LLaVA's conversations, read into records with messages in Hugging Face's chat format.
+"""Conversion of LLaVA's conversations to records with messages in Hugging Face's chat format.
 
-Enters: entries {id, image, conversations: [{from: human | gpt, value}]}; `image` is a path, a list of paths or absent,
-and `<image>` marks in the human's turns say where images belong. Leaves: a record {id, messages, images} of each entry,
-or a `Problem` if it makes none. Nothing is repaired silently, and nothing raises.
+Input: entries {id, image, conversations: [{from: human | gpt, value}]}; `image` is a path, a list of paths or absent,
+and `<image>` in the human's turns marks the position of an image. Output: for each entry a record {id, messages,
+images}, or a `Problem` if the entry is unusable. Nothing is repaired silently, and no entry raises an error.
 """
 
 import json
@@ -19,7 +19,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one entry of the annotations, or one image of it, is not in the data."""
+    """Reason why an entry of the annotations, or one of its images, was dropped."""
 
     id: str
     file: str
@@ -27,15 +27,18 @@ class Problem:
     detail: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """The four fields, as the manifest lists them."""
+        """Return the four fields, as the manifest lists them."""
         return asdict(self)
 
 
 def read_record(entry: Entry, images: Path) -> dict[str, Any] | Problem:
-    """The record {id, messages, images} of an entry, or what is wrong with it.
+    """Return the record {id, messages, images} of an entry, or the problem that makes it unusable.
 
-    Image paths in the entry start from the folder `images`; those in the record include it. A missing id becomes
-    "<file name>:<number of the entry>".
+    Args:
+        entry: one entry of the annotations (`read_entries`).
+        images: folder that the entry's image paths start from; the record's paths include it.
+
+    An entry without an id gets "<file name>:<number of the entry>".
     """
     name = f"{entry.file.name}:{entry.number}"
     if isinstance(entry.value, dict) and entry.value.get("id") not in (None, ""):
@@ -48,13 +51,13 @@ def read_record(entry: Entry, images: Path) -> dict[str, Any] | Problem:
 
 
 def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
-    """{messages, images} of one entry; RecordError says why it makes none."""
+    """Return {messages, images} of one entry; RecordError says why it is unusable."""
     if isinstance(entry, json.JSONDecodeError):
         raise RecordError("malformed JSON line", str(entry))
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise RecordError("not a conversation", "valid: an object with a list `conversations`")
     paths = parse_images(entry.get("image"))
-    turns = without_loose_ends(entry["conversations"])
+    turns = drop_unpaired_ends(entry["conversations"])
     if not turns or len(turns) % 2:
         raise RecordError("turns do not alternate", f"{len(turns)} turns; valid: pairs of human and gpt")
     messages = [parse_turn(turn, number) for number, turn in enumerate(turns)]
@@ -64,11 +67,11 @@ def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
     return {"messages": messages, "images": [str(images / path) for path in paths]}
 
 
-def without_loose_ends(turns: list[Any]) -> list[Any]:
-    """The turns from the first question to the last answer.
+def drop_unpaired_ends(turns: list[Any]) -> list[Any]:
+    """Return the turns from the first question to the last answer.
 
-    ShareGPT's conversations may begin with an answer, which LLaVA leaves out too, or end with a question: nothing after
-    it is supervised, so it trains nothing.
+    ShareGPT's conversations may begin with an answer, which LLaVA drops too, or end with a question, which has no
+    supervised answer.
     """
     speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     start = 1 if speakers[:2] == ["gpt", "human"] else 0
@@ -77,7 +80,7 @@ def without_loose_ends(turns: list[Any]) -> list[Any]:
 
 
 def parse_images(image: Any) -> list[str]:
-    """The entry's image paths: none, one or several."""
+    """Return the entry's image paths: none, one or several."""
     paths = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise RecordError("image is not a path", f"{image!r}; valid: a path, a list of paths, or no such key")
@@ -86,7 +89,7 @@ def parse_images(image: Any) -> list[str]:
 
 
 def parse_turn(turn: Any, number: int) -> dict[str, Any]:
-    """The message of turn `number`: even ones are the human's, odd ones the model's."""
+    """Return the message of turn `number`: even turns are the human's, odd ones the model's."""
     speaker = list(ROLES)[number % 2]
     if not isinstance(turn, dict) or turn.get("from") != speaker:
         found = turn.get("from") if isinstance(turn, dict) else turn
@@ -105,17 +108,17 @@ def parse_turn(turn: Any, number: int) -> dict[str, Any]:
 
 
 def split_at_marks(text: str) -> list[dict[str, Any]]:
-    """Content items of a human turn.
+    """Return the content items of a human turn.
 
-    As in LLaVA, the image of a turn that has one comes first, wherever its mark stood, and the text around it loses
-    its outer blanks. Several images stay in their places: in "1: <image> 2: <image>" they are told apart by the text.
+    As in LLaVA, a single image moves to the start of its turn, and the text is stripped. Several images stay in their
+    places, since the text refers to them by position: "1: <image> 2: <image>".
     """
     pieces = text.split(IMAGE_MARK)
     if len(pieces) == 1:
         return [text_item(text)]
     if len(pieces) == 2:
         pieces = ["", "".join(pieces)]
-    # A template puts a line break after each image, so blanks that follow a mark go.
+    # The chat template puts a line break after each image, so blanks after a mark are removed.
     pieces = [pieces[0].lstrip(), *(piece.lstrip() for piece in pieces[1:])]
     pieces[-1] = pieces[-1].rstrip()
     items = []
@@ -128,7 +131,7 @@ def split_at_marks(text: str) -> list[dict[str, Any]]:
 
 
 def check_unicode(*texts: str) -> None:
-    """Raise RecordError for half of a surrogate pair, which JSON can spell and neither tokenizer nor Arrow takes."""
+    """Raise RecordError for half of a surrogate pair: JSON can hold one, but tokenizers and Arrow reject it."""
     for text in texts:
         try:
             text.encode()
@@ -137,5 +140,5 @@ def check_unicode(*texts: str) -> None:
 
 
 def text_item(text: str) -> dict[str, Any]:
-    """A content item of plain text."""
+    """Return a content item of plain text."""
     return {"type": "text", "text": text}

@@ -1,8 +1,8 @@
-"""One source of the configuration, from the network into its folder: fetched once, checked, unpacked.
+"""Download of one source of the configuration into its folder: each file is fetched once, checked and unpacked.
 
-Files come in parallel. Each has a receipt under `<folder>/.download/`, written when it is whole, checked and unpacked:
-a run that was killed, or a later one, does only what has no receipt. What the Hub has comes through its own cache, and
-the folder holds links into it.
+Files are fetched in parallel. Each gets a receipt under `<folder>/.download/` once it is complete, checked and
+unpacked, and later runs skip files with a receipt. Repositories of the Hub are fetched into the Hub's cache, and the
+folder holds links to it.
 """
 
 import json
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from dualspeed.data.fetch import fetch, remote_size
-from dualspeed.data.hub import fetch_snapshot
+from dualspeed.data.hub import fetch_snapshot, matches
 from dualspeed.data.lock import DataLock
 from dualspeed.data.unpack import unpack
 from dualspeed.errors import DownloadError
@@ -33,20 +33,25 @@ SPARE = 1 << 30
 def download(
     name: str, source: Source, lock: DataLock, workers: int = 4, fetch_settings: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fill the folder of the source `name`; returns {revision, files: name -> {size, sha256}}, which `lock` then holds.
+    """Fill the folder of the source `name`, and record its files in `lock`.
 
-    `fetch_settings` are passed on to `fetch`: attempts, timeout, wait.
+    Args:
+        workers: files that are fetched at once.
+        fetch_settings: arguments of `fetch`: attempts, timeout, wait.
+
+    Returns:
+        {revision, files: name -> {size, sha256}}.
 
     Raises:
-        DownloadError: a file cannot be had, is not what was published, or the disk is too small.
-        LockError: it is not what an earlier download recorded.
-        ArchiveError: an archive cannot be unpacked.
+        DownloadError: a file can't be fetched, differs from the published one, or the disk is too small.
+        LockError: a file differs from what an earlier download recorded.
+        ArchiveError: an archive can't be unpacked.
     """
     folder = Path(source.folder)
     if source.existing is not None:
         return link_existing(name, folder, Path(source.existing))
     if folder.is_symlink():
-        folder.unlink()  # it led to an `existing` folder before
+        folder.unlink()  # left from an earlier setting `existing`
     folder.mkdir(parents=True, exist_ok=True)
     if source.kind == "hub":
         entry = download_repository(name, source, lock, workers)
@@ -58,7 +63,7 @@ def download(
 
 
 def link_existing(name: str, folder: Path, existing: Path) -> dict[str, Any]:
-    """Make a source's folder a link to where its files are already; they are nobody's to check or to lock."""
+    """Make a source's folder a link to the folder that has its files already; they are neither checked nor locked."""
     if not existing.is_dir():
         raise DownloadError(
             f"downloads.{name}.existing: {existing} is not a folder; valid: one with the source's files"
@@ -66,7 +71,7 @@ def link_existing(name: str, folder: Path, existing: Path) -> dict[str, Any]:
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
-        raise DownloadError(f"{folder}: is there already and no link, so it cannot lead to {existing}; move it away")
+        raise DownloadError(f"{folder}: exists and is no link, so it can't be linked to {existing}; move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.symlink_to(existing.absolute(), target_is_directory=True)
     return {"existing": str(existing), "files": {}}
@@ -78,7 +83,7 @@ def link_existing(name: str, folder: Path, existing: Path) -> dict[str, Any]:
 def download_files(
     name: str, source: Source, lock: DataLock, workers: int, fetch_settings: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """File name -> {size, sha256}, of each file of a source by URLs."""
+    """Fetch the files of a source that lists URLs; returns file name -> {size, sha256}."""
     folder = Path(source.folder)
     done = {file.name: receipt for file in source.files if (receipt := read_receipt(folder, file)) is not None}
     for file_name, receipt in done.items():
@@ -100,7 +105,7 @@ def download_files(
         futures = {file.name: pool.submit(obtain, file) for file in wanted}
         errors = [error for future in futures.values() if (error := future.exception()) is not None]
     if errors:
-        raise errors[0]  # the others are whole, and have their receipts
+        raise errors[0]  # the other files are complete and have their receipts
     return done | {file_name: future.result() for file_name, future in futures.items()}
 
 
@@ -119,7 +124,7 @@ def download_file(
     if not is_remote(file):
         path = local_path(file)
     elif there.exists():
-        path = there  # by the user's hand, or by a run that was killed before its receipt
+        path = there  # put there by the user, or by a run that was killed before it wrote the receipt
         expected = ({"size": size} if size else {}) | expected
     else:
         path = part
@@ -129,7 +134,7 @@ def download_file(
     for key, value in expected.items():
         if found[key] != value:
             if path == part:
-                part.unlink()  # whole but wrong: to go on from it would be of no use
+                part.unlink()  # complete but wrong: the next run has to fetch all of it
             raise DownloadError(f"{file.url}: {key} is {found[key]}, expected {value}: damaged, or another version")
     lock.check(name, file.name, found)
     put_in_place(path, folder, file, is_own=path == part)
@@ -138,7 +143,7 @@ def download_file(
 
 
 def put_in_place(path: Path, folder: Path, file: SourceFile, is_own: bool) -> None:
-    """Unpack the archive at `path`, or move or link the file to where the source has it."""
+    """Unpack the archive at `path` into the source's folder, or move or link the file to its place there."""
     target = folder / file.name
     if file.unpack is not None:
         logger.info("unpacking %s", path)
@@ -146,7 +151,7 @@ def put_in_place(path: Path, folder: Path, file: SourceFile, is_own: bool) -> No
         with bar:
             unpack(path, folder / file.unpack, bar.update)
         if is_own:
-            path.unlink()  # its content is there, and the receipt says so
+            path.unlink()  # the receipt records its content
     elif is_own:
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
@@ -155,7 +160,7 @@ def put_in_place(path: Path, folder: Path, file: SourceFile, is_own: bool) -> No
 
 
 def expectation(name: str, file: SourceFile, lock: DataLock) -> dict[str, Any]:
-    """{size, sha256} as far as the configuration or the lock states them; DownloadError if they disagree."""
+    """Return {size, sha256} as far as configuration or lock state them; DownloadError if they disagree."""
     stated: dict[str, Any] = {
         key: value for key, value in (("size", file.size), ("sha256", file.sha256)) if value is not None
     }
@@ -172,9 +177,9 @@ def expectation(name: str, file: SourceFile, lock: DataLock) -> dict[str, Any]:
 
 
 def check_space(folder: Path, files: list[SourceFile], sizes: dict[str, int]) -> None:
-    """Raise DownloadError if the disk cannot hold the files, and for archives their content as well.
+    """Raise DownloadError if the disk can't hold the files and, for archives, their content.
 
-    Photographs don't compress: the content of an archive takes about what the archive does.
+    Photographs don't compress, so the content of an archive is taken to be as large as the archive.
     """
     needed = 0
     for file in files:
@@ -191,12 +196,12 @@ def check_space(folder: Path, files: list[SourceFile], sizes: dict[str, int]) ->
 
 
 def receipt_path(folder: Path, file: SourceFile) -> Path:
-    """Where the receipt of a file lies."""
+    """Path of a file's receipt."""
     return folder / ".download" / f"{file.name}.json"
 
 
 def read_receipt(folder: Path, file: SourceFile) -> dict[str, Any] | None:
-    """The receipt of a file that is there as the configuration wants it, or None."""
+    """Return the receipt of a file that is present and matches the configuration, else None."""
     path = receipt_path(folder, file)
     if not path.exists():
         return None
@@ -208,12 +213,12 @@ def read_receipt(folder: Path, file: SourceFile) -> dict[str, Any] | None:
 
 
 def is_remote(file: SourceFile) -> bool:
-    """Whether a file comes over the network."""
+    """True if a file is fetched over the network."""
     return urlsplit(file.address).scheme in ("http", "https")
 
 
 def local_path(file: SourceFile) -> Path:
-    """A file of this machine, DownloadError if it is not there."""
+    """Path of a file on this machine; DownloadError if it doesn't exist."""
     path = Path(file.address.removeprefix("file://"))
     if not path.is_file():
         raise DownloadError(f"{file.url}: no such file; valid: http(s), or the path of a file on this machine")
@@ -221,7 +226,7 @@ def local_path(file: SourceFile) -> Path:
 
 
 def link(path: Path, target: Path) -> None:
-    """Make `target` a link to `path`, whatever it was."""
+    """Replace `target` with a link to `path`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     target.symlink_to(path)
@@ -231,7 +236,7 @@ def link(path: Path, target: Path) -> None:
 
 
 def download_repository(name: str, source: Source, lock: DataLock, workers: int) -> dict[str, Any]:
-    """{revision, files} of a source from the Hub, whose folder then holds links into the Hub's cache."""
+    """Fill a source's folder with links into the Hub's cache; returns {revision, files}."""
     folder = Path(source.folder)
     snapshot = fetch_snapshot(name, source, lock, workers)
     with ThreadPoolExecutor(workers) as pool:
@@ -240,11 +245,11 @@ def download_repository(name: str, source: Source, lock: DataLock, workers: int)
     for path, found in files.items():
         snapshot.check_lock(path, found, lock)
     for path in snapshot.paths:
-        goals = [file.unpack for file in source.files if file.unpack is not None and snapshot.matches(path, file.name)]
+        targets = [file.unpack for file in source.files if file.unpack is not None and matches(path, file.name)]
         receipt = receipt_path(folder, SourceFile(path=path))
-        if not goals:
+        if not targets:
             link(snapshot.folder / path, folder / path)
         elif not receipt.exists() or json.loads(receipt.read_text()) != files[path]:
-            put_in_place(snapshot.folder / path, folder, SourceFile(path=path, unpack=goals[0]), is_own=False)
+            put_in_place(snapshot.folder / path, folder, SourceFile(path=path, unpack=targets[0]), is_own=False)
             write_json(receipt, files[path])
     return {"revision": snapshot.commit, "files": files}

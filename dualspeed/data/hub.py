@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face Hub, through its own client: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE hold.
+"""Download of Hugging Face Hub repositories by the Hub's client, with HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
 
-The client keeps half files and goes on with them; what this adds are a fixed revision, another attempt at what may
-pass, the room on the disk, checksums, and errors that say what to do.
+The client itself resumes incomplete files. This module adds a fixed revision, retries of temporary errors, checks of
+disk space and checksums, and errors that say what to do.
 """
 
 import fnmatch
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dualspeed.data.fetch import ATTEMPTS, PASSING_STATUS, WAIT
+from dualspeed.data.fetch import ATTEMPTS, TEMPORARY_STATUS, WAIT
 from dualspeed.data.lock import DataLock
 from dualspeed.errors import DownloadError, LockError
 from dualspeed.files import sha256_of_file
@@ -41,36 +41,36 @@ class Snapshot:
     """Files of one commit of a repository, in the Hub's cache."""
 
     name: str
-    """Of the source."""
+    """Name of the source."""
     folder: Path
+    """Folder of the commit in the cache."""
     paths: tuple[str, ...]
-    """The files that the source asks for, as they are called in the repository."""
+    """Paths in the repository of the files that the source asks for."""
 
     @property
     def commit(self) -> str:
-        """Hash of the commit; the cache names its folders so."""
+        """Hash of the commit, by which the cache names its folder."""
         return self.folder.name
 
-    @staticmethod
-    def matches(path: str, pattern: str) -> bool:
-        """Whether a pattern of the configuration means this file."""
-        return fnmatch.fnmatch(path, pattern)
-
     def check(self, path: str) -> dict[str, Any]:
-        """{size, sha256} of a file; DownloadError if the Hub states another checksum. A bad file leaves the cache."""
+        """Return {size, sha256} of a file.
+
+        Raises:
+            DownloadError: the Hub states another checksum; the file is then deleted from the cache.
+        """
         blob = (self.folder / path).resolve()
         found = {"size": blob.stat().st_size, "sha256": sha256_of_file(blob)}
-        # The cache names the blob of a large file by the checksum that the Hub states.
+        # The cache names a large file's blob by the checksum that the Hub states.
         if SHA256.fullmatch(blob.name) and blob.name != found["sha256"]:
             blob.unlink()
             raise DownloadError(
                 f"{self.name}: {path}: sha256 is {found['sha256']}, the Hub states {blob.name}: damaged on the way; "
-                "the next run fetches it anew"
+                "the next run fetches it again"
             )
         return found
 
     def check_lock(self, path: str, found: dict[str, Any], lock: DataLock) -> None:
-        """LockError unless a file is what the lock holds; a bad one leaves the cache."""
+        """Raise LockError if a file differs from the lock, and delete it from the cache."""
         try:
             lock.check(self.name, path, found)
         except LockError:
@@ -81,10 +81,10 @@ class Snapshot:
 def fetch_snapshot(
     name: str, source: Source, lock: DataLock, workers: int, attempts: int = ATTEMPTS, wait: float = WAIT
 ) -> Snapshot:
-    """The source's files in the Hub's cache, at the locked revision or else the configured one.
+    """Fetch the source's files into the Hub's cache, at the locked revision or else the configured one.
 
     Raises:
-        DownloadError: the Hub or the disk doesn't let it have them.
+        DownloadError: the Hub refuses, the files don't exist, or the disk is too small.
         LockError: the configuration asks for another commit than the lock holds.
     """
     revision = choose_revision(name, source, lock)
@@ -101,22 +101,27 @@ def fetch_snapshot(
             folder = Path(snapshot_download(**request))
             break
         except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-            message, may_pass = explain(error, source)
-            if attempt == attempts or not may_pass:
+            message, is_temporary = explain(error, source)
+            if attempt == attempts or not is_temporary:
                 raise DownloadError(f"{name}: {source.repo} at {revision}: {message}") from None
             logger.warning("%s: %s; another attempt", name, message)
             time.sleep(wait * 2 ** (attempt - 1))
     paths = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()))
     if source.files:
         for file in source.files:
-            if not any(Snapshot.matches(path, file.name) for path in paths):
+            if not any(matches(path, file.name) for path in paths):
                 raise DownloadError(f"{name}: {source.repo} at {folder.name} has no file {file.name!r}")
-        paths = tuple(path for path in paths if any(Snapshot.matches(path, file.name) for file in source.files))
+        paths = tuple(path for path in paths if any(matches(path, file.name) for file in source.files))
     return Snapshot(name, folder, paths)
 
 
+def matches(path: str, pattern: str) -> bool:
+    """True if a file of the repository matches a pattern of the configuration."""
+    return fnmatch.fnmatch(path, pattern)
+
+
 def choose_revision(name: str, source: Source, lock: DataLock) -> str:
-    """The commit that is locked, or before the first download what the configuration asks for."""
+    """Return the locked commit, or the configured revision before the first download."""
     locked = lock.entry(name).get("revision")
     if locked is None:
         return source.revision or constants.DEFAULT_REVISION
@@ -129,11 +134,11 @@ def choose_revision(name: str, source: Source, lock: DataLock) -> str:
 
 
 def check_space(name: str, request: dict[str, Any]) -> None:
-    """Raise DownloadError if the disk of the Hub's cache cannot hold what is not in it yet."""
+    """Raise DownloadError if the disk of the Hub's cache can't hold the missing files."""
     try:
         files = snapshot_download(**request, dry_run=True)
     except DryRunError:
-        return  # offline: what is in the cache will do, or snapshot_download says why not
+        return  # offline: snapshot_download uses the cache, or reports what is missing
     needed = sum(file.file_size or 0 for file in files if file.will_download)
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
@@ -147,7 +152,7 @@ def check_space(name: str, request: dict[str, Any]) -> None:
 
 
 def explain(error: Exception, source: Source) -> tuple[str, bool]:
-    """What went wrong, in words, and whether another attempt may help."""
+    """Return the message for an error of the Hub's client, and True if another attempt may help."""
     if isinstance(error, GatedRepoError):
         return "is gated: accept its terms on its page, and set HF_TOKEN to a token of that account", False
     if isinstance(error, RepositoryNotFoundError):
@@ -159,8 +164,8 @@ def explain(error: Exception, source: Source) -> tuple[str, bool]:
         return "has no such revision", False
     if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
         status = error.response.status_code
-        return f"the server answers {status}", status in PASSING_STATUS
+        return f"the server answers {status}", status in TEMPORARY_STATUS
     if constants.HF_HUB_OFFLINE:
         return f"not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set", False
-    is_local = isinstance(error, OSError) and error.errno is not None  # a full disk stays full
+    is_local = isinstance(error, OSError) and error.errno is not None  # such as a full disk: no retry
     return " ".join(str(error).split()), not is_local

@@ -1,8 +1,8 @@
-"""Image files: which can be trained on, why the others cannot, and how one is opened.
+"""Image files: checks before training, with the reason of a failure, and opening.
 
-An image is usable if it decodes to its end, is one still picture of at least MIN_SIDE pixels on each side and at most
-MAX_ASPECT_RATIO times as long as wide, and its pixel mode has an RGB form. Grey, palette, CMYK and transparent images
-are converted; `inspect_image` says from what.
+An image is usable if it decodes completely, is a single still picture with at least MIN_SIDE pixels on each side and an
+aspect ratio of at most MAX_ASPECT_RATIO, and its pixel mode converts to RGB. Grey, palette, CMYK and transparent images
+are converted; `inspect_image` reports their mode.
 """
 
 from dataclasses import dataclass
@@ -13,35 +13,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dualspeed.errors import ImageError
 
 MIN_SIDE = 2
-"""Fewest pixels on a side: a single pixel or a line of them shows nothing, and is a placeholder or an accident."""
-
+"""Fewest pixels on a side; an image of one pixel or one line is a placeholder or an accident."""
 MAX_ASPECT_RATIO = 100
-"""Longer strips leave no row of patches in LLaVA-NeXT's grid, and LLaVA-1.5's processor blows them up to 100 MB."""
-
+"""Longest side over shortest. Longer strips leave no row of patches in LLaVA-NeXT's grid, and LLaVA-1.5's processor
+enlarges them to 100 MB."""
 CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")
 """Pixel modes that convert to RGB without loss of range; 16-bit and float modes would be clipped."""
-
-
 SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
-"""What an image may be called instead: LLaVA's annotations call all of OCR-VQA's .jpg, its downloads don't."""
+"""Suffixes that are tried for a missing image: LLaVA's annotations name all images of OCR-VQA .jpg, but the downloaded
+files keep their own suffixes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageReport:
-    """What `inspect_image` found: the reason why the image is unusable, or its mode and size."""
+    """Result of `inspect_image`: the reason why the image is unusable, or its mode and size."""
 
     path: str
     reason: str | None = None
     """None for a usable image."""
     detail: str = ""
     mode: str = ""
-    """Pixel mode in the file; anything but RGB is converted when the image is opened."""
+    """Pixel mode in the file; other modes than RGB are converted when the image is opened."""
     height: int = 0
+    """Pixels, of the upright image."""
     width: int = 0
+    """Pixels, of the upright image."""
 
 
 def find_image(path: str | Path) -> Path:
-    """Where the image that annotations call `path` lies: there, or beside it under another suffix."""
+    """Return the path of the image that annotations name `path`: itself, or the same name with another suffix."""
     path = Path(path)
     if path.exists():
         return path
@@ -50,12 +50,12 @@ def find_image(path: str | Path) -> Path:
 
 
 def check_image(path: str | Path) -> str | None:
-    """Why the image at `path` cannot be used, or None if it can."""
+    """Return the reason why the image at `path` is unusable, or None."""
     return inspect_image(path).reason
 
 
 def inspect_image(path: str | Path) -> ImageReport:
-    """Decode the image at `path` to its end and report on it; a bad file is a report, never an error."""
+    """Decode the image at `path` completely and report on it; an unusable file raises no error."""
     path = str(path)
     if not Path(path).is_file():
         return ImageReport(path, "missing")
@@ -69,12 +69,12 @@ def inspect_image(path: str | Path) -> ImageReport:
     except Image.DecompressionBombError as error:
         return ImageReport(path, "too large", detail=str(error))
     except Exception as error:
-        # Decoders raise OSError, ValueError, SyntaxError, struct.error and more: whichever it is, the image is useless.
+        # Decoders raise OSError, ValueError, SyntaxError, struct.error and more; each means an unusable image.
         return ImageReport(path, "truncated or damaged", detail=f"{type(error).__name__}: {error}")
 
 
 def _inspect(path: str, image: Image.Image) -> ImageReport:
-    # A multi-picture JPEG, as cameras write them, is one photograph with previews.
+    # Cameras write multi-picture JPEGs (MPO): one photograph with previews.
     num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if num_frames > 1:
         return ImageReport(path, "animated", detail=f"{num_frames} frames")
@@ -92,9 +92,10 @@ def _inspect(path: str, image: Image.Image) -> ImageReport:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image at `path`, upright and in RGB; ImageError names the file if it cannot be opened.
+    """Open the image at `path`, upright and in RGB; ImageError names a file that can't be opened.
 
-    The same two steps as transformers' own loader, so that a stock processor given the path sees the same pixels.
+    These are the two steps of transformers' own loader, so a stock processor that is given the path sees the same
+    pixels.
     """
     try:
         with Image.open(path) as image:

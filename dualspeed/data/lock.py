@@ -1,7 +1,7 @@
-"""data.lock, beside the configuration: what the first download got, so that every later one gets the same or fails.
+"""data.lock, beside the configuration: checksums of the first download, which every later one must match.
 
-JSON: source -> {revision of a Hub repository, files: name -> {size, sha256}}. It belongs under version control; nobody
-writes it by hand.
+JSON: source -> {revision of a Hub repository, files: name -> {size, sha256}}. Keep it under version control; it is not
+edited by hand.
 """
 
 import json
@@ -17,30 +17,30 @@ from dualspeed.files import write_json
 
 @dataclass(frozen=True)
 class DataLock:
-    """The lock file at `path`, which need not exist yet."""
+    """Lock file at `path`, which need not exist yet."""
 
     path: Path
 
     def entry(self, source: str) -> dict[str, Any]:
-        """What the lock holds of a source: {} before its first download."""
+        """Return the entry of a source; {} before its first download."""
         return self._read().get(source, {})
 
     def file(self, source: str, name: str) -> dict[str, Any]:
-        """{size, sha256} of one of its files, or {}."""
+        """Return {size, sha256} of a file of a source; {} if it isn't locked."""
         return self.entry(source).get("files", {}).get(name, {})
 
     def check(self, source: str, name: str, found: dict[str, Any]) -> None:
-        """Raise LockError unless `found` ({size, sha256}) is what the lock holds of this file, if it holds anything."""
+        """Raise LockError if the file is locked and `found` ({size, sha256}) differs."""
         locked = self.file(source, name)
         if locked and locked != found:
             raise LockError(
                 f"{self.path}: {source}, {name}: locked are {locked['size']} bytes with sha256 {locked['sha256']}, "
-                f"found are {found['size']} with {found['sha256']}: the file was damaged or replaced. Another download "
-                "shows which; to accept a new version, remove the entry from the lock"
+                f"found are {found['size']} with {found['sha256']}: the file is damaged or was replaced. Download it "
+                "again to see which; to accept a new version, remove the entry from the lock"
             )
 
     def record(self, source: str, entry: dict[str, Any]) -> None:
-        """Add what is new in `entry` to what is locked; other jobs may be writing at the same time."""
+        """Add the new files of `entry` to the lock; safe while other jobs write to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f".{self.path.name}.guard")):
             locks = self._read()
@@ -56,4 +56,4 @@ class DataLock:
         except FileNotFoundError:
             return {}
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LockError(f"{self.path}: is not valid JSON: {error}; take it from version control again") from None
+            raise LockError(f"{self.path}: is not valid JSON: {error}; restore it from version control") from None

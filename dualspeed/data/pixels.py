@@ -1,41 +1,41 @@
-"""Pixel values by table: what an image processor makes of each value that a byte can have.
+"""Pixel values by table: rescaling and normalising of images as a lookup of their bytes.
 
-Rescaling and normalising are a third of what CLIP's processor takes of a CPU. Looked up they take a fifth of that, and
-come out the same bit for bit, since the table is what the processor's own two functions make of the 256 values.
+The two steps take a third of the CPU time of CLIP's image processor; as a lookup they take a fifth of that. The result
+is the same bit for bit, since the table holds the processor's own output for each of the 256 values.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, ProcessorMixin
+from transformers import CLIPImageProcessorPil, ProcessorMixin
 
-TABLED = (CLIPImageProcessorPil, LlavaImageProcessorPil)
-"""Those whose last two steps are rescaling and normalising, one (3, H, W) array an image."""
+from dualspeed.settings.families import TABLE_PROCESSORS
 
 
-def leaves_bytes(processor: ProcessorMixin) -> dict[str, Any]:
-    """Arguments with which the processor leaves pixels as bytes for `pixel_values`; none if it must finish itself."""
+def byte_output(processor: ProcessorMixin) -> dict[str, Any]:
+    """Arguments that make the processor return bytes for `normalized_pixels`; {} if no lookup replaces its steps."""
     image_processor = processor.image_processor
-    if type(image_processor) in TABLED and image_processor.do_rescale and image_processor.do_normalize:
+    is_known = type(image_processor).__name__ in TABLE_PROCESSORS
+    if is_known and image_processor.do_rescale and image_processor.do_normalize:
         return {"do_rescale": False, "do_normalize": False}
     return {}
 
 
-def pixel_values(processor: ProcessorMixin, pictures: list[np.ndarray]) -> torch.Tensor:
-    """(images, 3, H, W) float32 of what a processor made of pictures with `leaves_bytes`."""
+def normalized_pixels(processor: ProcessorMixin, images: list[np.ndarray]) -> torch.Tensor:
+    """Rescale and normalise (3, H, W) arrays that the processor made with `byte_output`: (images, 3, H, W) float32."""
     image_processor = processor.image_processor
-    if all(picture.dtype == np.uint8 for picture in pictures):
-        table = finish(image_processor, np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1)))[:, 0]
-        values = np.empty((len(pictures), *pictures[0].shape), dtype=table.dtype)
-        for picture, target in zip(pictures, values, strict=True):
+    if all(image.dtype == np.uint8 for image in images):
+        table = rescale_and_normalize(image_processor, np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1)))[:, 0]
+        values = np.empty((len(images), *images[0].shape), dtype=table.dtype)
+        for image, target in zip(images, values, strict=True):
             for channel in range(3):
-                np.take(table[channel], picture[channel], out=target[channel])
+                np.take(table[channel], image[channel], out=target[channel])
         return torch.from_numpy(values)
-    return torch.from_numpy(np.stack([finish(image_processor, picture) for picture in pictures]))
+    return torch.from_numpy(np.stack([rescale_and_normalize(image_processor, image) for image in images]))
 
 
-def finish(image_processor: CLIPImageProcessorPil, picture: np.ndarray) -> np.ndarray:
-    """The processor's own two last steps on a (3, H, W) array."""
-    rescaled = image_processor.rescale(picture, image_processor.rescale_factor)
+def rescale_and_normalize(image_processor: CLIPImageProcessorPil, image: np.ndarray) -> np.ndarray:
+    """Apply the processor's own two last steps to a (3, H, W) array."""
+    rescaled = image_processor.rescale(image, image_processor.rescale_factor)
     return image_processor.normalize(rescaled, image_processor.image_mean, image_processor.image_std)

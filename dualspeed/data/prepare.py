@@ -1,20 +1,20 @@
-"""Preparation of a stage's data: annotations and images are checked once, and what cannot be trained on is listed.
+"""Preparation of a stage's data: annotations and images are checked once, and unusable samples are listed.
 
-Enters: a recipe (annotations, image folder, chat template, max_length) and a model's processor. Leaves: a folder with a
-`datasets` dataset of rows {id, messages, images, num_tokens, num_image_tokens} and manifest.json, which names every
-sample that was dropped and why; held-out samples likewise, in its VALIDATION_FOLDER. The folder appears whole or not
-at all.
+Input: a recipe (annotations, image folder, chat template, max_length) and a model's processor. Output: a folder with a
+`datasets` dataset of rows {id, messages, images, num_tokens, num_image_tokens}, and manifest.json, which lists every
+dropped sample with the reason. Held-out samples are written likewise to its VALIDATION_FOLDER. The folder appears
+complete or not at all.
 
-Everything streams, chunk by chunk: threads look at the images of the next chunks while this one's tokens are counted.
-Images that lie in the annotations themselves (parquet) are written to the image folder, once.
+Data streams in chunks: threads check the images of the next chunks while the tokens of one chunk are counted. Images
+inside the annotations (parquet) are written to the image folder once.
 """
 
 import json
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,10 +28,12 @@ from transformers import ProcessorMixin
 from dualspeed.data.annotations import Entry, count_entries, is_parquet, read_entries
 from dualspeed.data.conversations import Problem, read_record
 from dualspeed.data.images import ImageReport, find_image, inspect_image
-from dualspeed.data.lengths import LayoutsOf, choose_layouts, fit, layouts_by_size
+from dualspeed.data.lengths import TokensOf, choose_method, tokens_by_size, truncated_length
+from dualspeed.data.manifest import Tally, check_share
 from dualspeed.data.processing import load_processor
 from dualspeed.errors import AnnotationsError, PreparationError
 from dualspeed.files import atomic_folder
+from dualspeed.layout import VALIDATION_FOLDER
 from dualspeed.settings.recipe import DataRecipe
 
 FEATURES = Features(
@@ -46,58 +48,31 @@ FEATURES = Features(
     }
 )
 
-VALIDATION_FOLDER = "validation"
-"""Of the held-out samples, in a stage's prepared data."""
-CHUNK = 128
+CHUNK_SIZE = 128
 """Samples that are counted, written and checked against max_dropped_share at once."""
 CHUNKS_AHEAD = 2
-"""Chunks whose images are looked at meanwhile."""
+"""Chunks whose images are checked in advance."""
 ROWS_IN_MEMORY = 10_000
-"""Rows that are written at once. Data sets up to this size are the same, byte for byte, as those made in memory."""
-NUM_LISTED = 10
-"""Dropped samples that an error quotes; the manifest lists all."""
+"""Rows written at once. Datasets up to this size are the same, byte for byte, as those made in memory."""
 
-
-@dataclass
-class Tally:
-    """What has been kept and dropped so far; the manifest in the making."""
-
-    num_total: int
-    num_seen: int = 0
-    num_samples: int = 0
-    num_cut: int = 0
-    num_tokens: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    converted: dict[str, str] = field(default_factory=dict)
-    """Image path -> pixel mode, where that isn't RGB."""
-    renamed: dict[str, str] = field(default_factory=dict)
-    """Image path in the annotations -> where the image was found."""
-
-    def manifest(self) -> dict[str, Any]:
-        """What manifest.json says."""
-        modes = Counter(f"converted from {mode}" for mode in self.converted.values())
-        return {
-            "num_samples": self.num_samples,
-            "num_dropped": len(self.problems),
-            "num_cut_at_max_length": self.num_cut,
-            "num_tokens": self.num_tokens,
-            "dropped_by_reason": count_reasons(self.problems),
-            "converted_by_mode": dict(modes.most_common()),
-            "dropped": [problem.to_dict() for problem in self.problems],
-            "converted": [{"file": path, "mode": mode} for path, mode in self.converted.items()],
-            "renamed": [{"file": path, "found": found} for path, found in self.renamed.items()],
-        }
+ImageReports = list[tuple[str, ImageReport]]
+"""Image paths of a sample, as the annotations have them, each with its report."""
+Chunk = list[tuple[dict[str, Any] | Problem, ImageReports]]
+"""Samples, or the problems of their entries, with their images."""
 
 
 def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, workers: int = 1) -> dict[str, Any]:
     """Write the dataset of `recipe` for the model in folder `model` to the folder `out`; returns the manifest.
 
-    `workers` threads check images. Samples that need images, text or answers which are not there, or that have
-    nothing supervised within max_length, are dropped and listed.
+    Samples with missing or unusable images, without text or answers, or without supervised tokens within max_length are
+    dropped and listed.
+
+    Args:
+        workers: threads that check images.
 
     Raises:
         PreparationError: a folder is missing, the disk is full, or too large a share of the samples is unusable.
-        AnnotationsError: the annotations cannot be read at all.
+        AnnotationsError: the annotations can't be read.
     """
     model, out = Path(model), Path(out)
     check_folders(recipe, model, out)
@@ -119,7 +94,7 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
 
 
 def check_folders(recipe: DataRecipe, model: Path, out: Path) -> None:
-    """Raise PreparationError, before any work, for a missing input or a full disk."""
+    """Raise PreparationError for a missing input or a full disk, before any work."""
     annotations, images = Path(recipe.annotations), Path(recipe.images)
     if not annotations.exists():
         raise PreparationError(
@@ -129,22 +104,22 @@ def check_folders(recipe: DataRecipe, model: Path, out: Path) -> None:
         try:
             images.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PreparationError(f"images: {images} cannot be made: {error}") from error
+            raise PreparationError(f"images: {images} cannot be created: {error}") from error
     if not images.is_dir():
         raise PreparationError(f"images: {images} is not a folder; valid: the folder that image paths start from")
     if not model.is_dir():
         raise PreparationError(f"model: {model} is not a folder; valid: a checkpoint with its processor")
     existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    # The dataset holds what JSON annotations hold, in Arrow's form; its rows are written twice.
+    # The dataset holds about as many bytes as JSON annotations, and its rows are written twice.
     needed = 0 if is_parquet(annotations) else 3 * annotations.stat().st_size
     if free < needed:
         raise PreparationError(f"{out}: {needed / 1e6:.0f} MB are needed and the disk has {free / 1e6:.0f} MB left")
 
 
 def write_rows(rows: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Save the rows as a dataset in `folder`, with no more than a batch of them in memory."""
-    stream = folder / "streamed" / "rows.arrow"  # datasets saves none to the folder that it was read from
+    """Save the rows as a dataset in `folder`, with at most ROWS_IN_MEMORY of them in memory."""
+    stream = folder / "streamed" / "rows.arrow"  # a dataset can't be saved to the folder that it was read from
     stream.parent.mkdir()
     writer = ArrowWriter(features=FEATURES, path=str(stream), writer_batch_size=ROWS_IN_MEMORY)
     try:
@@ -158,27 +133,31 @@ def write_rows(rows: Iterable[dict[str, Any]], folder: Path) -> None:
 
 
 def usable_rows(recipe: DataRecipe, processor: ProcessorMixin, workers: int, tally: Tally) -> Iterator[dict[str, Any]]:
-    """Rows of the dataset; what is dropped goes to the tally. PreparationError once that is too much."""
-    layouts_of: LayoutsOf | None = None
+    """Yield the rows of the dataset, and count them and the dropped samples in the tally.
+
+    Raises:
+        PreparationError: too many samples are unusable.
+    """
+    tokens_of: TokensOf | None = None
+    max_length = recipe.max_length
     progress = tqdm(total=tally.num_total, desc="checking samples", unit="sample", mininterval=1)
     with progress, ThreadPoolExecutor(workers) as pool:
         try:
             for chunk in inspected_chunks(recipe, pool):
                 records, reports = split_by_images(chunk, tally)
                 sample = next((record for record in records if record["images"]), None)
-                if layouts_of is None and sample is not None:
-                    layouts_of = choose_layouts(processor, sample, reports)
-                layouts = (layouts_of or layouts_by_size)(processor, records, reports)
-                for record, layout in zip(records, layouts, strict=True):
-                    fitted = layout if isinstance(layout, Problem) else fit(record, layout, recipe.max_length)
-                    if isinstance(fitted, Problem):
-                        tally.problems.append(fitted)
+                if tokens_of is None and sample is not None:
+                    tokens_of = choose_method(processor, sample, reports)
+                sequences = (tokens_of or tokens_by_size)(processor, records, reports)
+                for record, tokens in zip(records, sequences, strict=True):
+                    length = tokens if isinstance(tokens, Problem) else truncated_length(record, tokens, max_length)
+                    if isinstance(length, Problem):
+                        tally.problems.append(length)
                         continue
-                    num_tokens, is_cut, num_image_tokens = fitted
                     tally.num_samples += 1
-                    tally.num_tokens += num_tokens
-                    tally.num_cut += is_cut
-                    yield {**record, "num_tokens": num_tokens, "num_image_tokens": num_image_tokens}
+                    tally.num_tokens += length.num_tokens
+                    tally.num_cut += length.is_cut
+                    yield {**record, "num_tokens": length.num_tokens, "num_image_tokens": length.num_image_tokens}
                 tally.num_seen += len(chunk)
                 progress.update(len(chunk))
                 check_share(recipe, tally)
@@ -186,11 +165,8 @@ def usable_rows(recipe: DataRecipe, processor: ProcessorMixin, workers: int, tal
             pool.shutdown(cancel_futures=True)
 
 
-Chunk = list[tuple[dict[str, Any] | Problem, list[tuple[str, ImageReport]]]]
-
-
 def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-    """The samples, a chunk at a time, each with its image paths and their reports; each image is opened once."""
+    """Yield the samples in chunks, with reports on their images; each image is opened once."""
     images = Path(recipe.images)
     seen: dict[str, ImageReport | Future] = {}
     waiting: deque[list] = deque()
@@ -221,7 +197,7 @@ def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[C
         return collected
 
     entries = read_entries(Path(recipe.annotations))
-    for chunk in iter(partial(lambda: list(islice(entries, CHUNK))), []):
+    for chunk in iter(partial(lambda: list(islice(entries, CHUNK_SIZE))), []):
         waiting.append([submit(entry) for entry in chunk])
         if len(waiting) > CHUNKS_AHEAD:
             yield collect(waiting.popleft())
@@ -230,12 +206,12 @@ def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[C
 
 
 def find_and_inspect(path: str) -> ImageReport:
-    """Report on the image that the annotations call `path`."""
+    """Find the image that the annotations name `path` and report on it."""
     return inspect_image(find_image(path))
 
 
 def extract_image(path: str, content: bytes) -> ImageReport:
-    """Write an image from the annotations to `path`, unless it is there, and report on it."""
+    """Write an image from the annotations to `path`, unless it exists, and report on it."""
     file = Path(path)
     if not (file.is_file() and file.stat().st_size == len(content)):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +220,10 @@ def extract_image(path: str, content: bytes) -> ImageReport:
 
 
 def split_by_images(chunk: Chunk, tally: Tally) -> tuple[list[dict[str, Any]], dict[str, ImageReport]]:
-    """Records whose images are all usable, and the reports on these; every other one is a problem (first bad image)."""
+    """Return the records whose images are all usable, and the reports on these images.
+
+    The other samples become problems of the tally, each with its first unusable image.
+    """
     usable: list[dict[str, Any]] = []
     usable_reports: dict[str, ImageReport] = {}
     for record, reports in chunk:
@@ -253,34 +232,13 @@ def split_by_images(chunk: Chunk, tally: Tally) -> tuple[list[dict[str, Any]], d
                 tally.converted[report.path] = report.mode
             if report.path != path:
                 tally.renamed[path] = report.path
-        bad = next((report for _, report in reports if report.reason), None)
+        unusable = next((report for _, report in reports if report.reason), None)
         if isinstance(record, Problem):
             tally.problems.append(record)
-        elif bad is not None:
-            tally.problems.append(Problem(record["id"], bad.path, f"image: {bad.reason}", bad.detail))
+        elif unusable is not None:
+            problem = Problem(record["id"], unusable.path, f"image: {unusable.reason}", unusable.detail)
+            tally.problems.append(problem)
         else:
             usable.append({**record, "images": [report.path for _, report in reports]})
             usable_reports |= {report.path: report for _, report in reports}
     return usable, usable_reports
-
-
-def check_share(recipe: DataRecipe, tally: Tally) -> None:
-    """Raise PreparationError as soon as more samples are unusable than the recipe allows, or if all of them are."""
-    problems, allowed = tally.problems, recipe.max_dropped_share * tally.num_total
-    if len(problems) <= allowed and len(problems) < tally.num_total:
-        return
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in count_reasons(problems).items())
-    listed = "".join(
-        f"\n  {problem.id}: {problem.reason} {problem.detail} {problem.file}".rstrip()
-        for problem in problems[:NUM_LISTED]
-    )
-    so_far = "" if tally.num_seen == tally.num_total else f" (of {tally.num_total}, where preparation stopped)"
-    raise PreparationError(
-        f"{recipe.annotations}: {len(problems)} of {tally.num_seen} samples{so_far} cannot be used, and "
-        f"max_dropped_share {recipe.max_dropped_share} allows {int(allowed)}: {reasons}; the first of them:{listed}"
-    )
-
-
-def count_reasons(problems: Iterable[Problem]) -> dict[str, int]:
-    """Reason -> number of samples, the most frequent first."""
-    return dict(Counter(problem.reason for problem in problems).most_common())

@@ -1,7 +1,7 @@
-"""Archives (zip, tar and its compressed forms) become files: nothing leaves the folder, and a killed run goes on.
+"""Unpacking of archives (zip, tar and compressed tar) that stays inside the target folder and resumes after a kill.
 
-A member that is there with its size already is left alone. A path out of the folder, a link or a device makes the whole
-archive refused before or where it is met: no publisher of images has a reason for one.
+Members that exist with the right size are skipped. A path out of the folder, a link or a device raises an error: no
+publisher of images needs one. Zip archives are checked before anything is written, tar archives member by member.
 """
 
 import shutil
@@ -16,10 +16,13 @@ from dualspeed.errors import ArchiveError
 
 
 def unpack(archive: Path, folder: Path, on_file: Callable[[int], object] = lambda count: None) -> int:
-    """Put the members of `archive` into `folder`; returns their number. `on_file` is told of each.
+    """Write the members of `archive` to `folder`; returns their number.
+
+    Args:
+        on_file: called with 1 for each member that is complete.
 
     Raises:
-        ArchiveError: it is no archive, is damaged, would leave the folder, or the disk is full.
+        ArchiveError: the file is no archive or damaged, a member would leave the folder, or the disk is full.
     """
     num_files = 0
     try:
@@ -35,7 +38,7 @@ def unpack(archive: Path, folder: Path, on_file: Callable[[int], object] = lambd
         raise ArchiveError(f"{archive}: damaged, or no archive: {error}") from None
     except OSError as error:
         raise ArchiveError(f"{archive}: cannot be unpacked to {folder}: {error}") from error
-    except Exception as error:  # zlib.error, lzma.LZMAError: what the decompressors raise on damaged data
+    except Exception as error:  # zlib.error, lzma.LZMAError and others of the decompressors on damaged data
         if isinstance(error, ArchiveError):
             raise
         raise ArchiveError(f"{archive}: damaged: {type(error).__name__}: {error}") from None
@@ -43,7 +46,7 @@ def unpack(archive: Path, folder: Path, on_file: Callable[[int], object] = lambd
 
 
 def _members(archive: Path, folder: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
-    """(name, bytes, opener) of each file in the archive."""
+    """Yield (name, size in bytes, opener) of each file in the archive."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             members = [member for member in zipped.infolist() if not member.is_dir()]
@@ -56,7 +59,7 @@ def _members(archive: Path, folder: Path) -> Iterator[tuple[str, int, Callable[[
     with tarfile.open(archive, "r:*") as tarred:
         for entry in tarred:
             if entry.isfile():
-                # What is a file has content.
+                # extractfile returns None only for members that are no files.
                 yield entry.name, entry.size, partial(tarred.extractfile, entry)  # type: ignore[misc]
             elif not entry.isdir():
                 raise ArchiveError(f"{archive}: {entry.name!r} is a link or a device; refused")

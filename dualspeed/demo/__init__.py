@@ -1,1 +1,1 @@
-"""The embedded demo: scenes of real handwritten digits, questions about them, and a tiny model to train on both."""
+"""Built-in demo: scenes of handwritten digits, questions about them, and a tiny model to train on both."""

@@ -1,9 +1,9 @@
-"""The demo's base model: a tiny LLaVA in stock classes, made in minutes as large ones are made in weeks.
+"""Base model of the demo: a tiny LLaVA in stock classes, trained within minutes.
 
-Two trainings (dualspeed.demo.base_training): the vision tower on labelled patches (then frozen, like CLIP), and
-language model with projector on captions of and questions about excerpts of pictures. That is what stands in for a
-large model's instruction tuning; whole pictures are left to the rows of the sheet. Enters: the demo's data folder.
-Leaves: a checkpoint with its processor, in the Hub's parameter names.
+It is trained twice (dualspeed.demo.base_training): first the vision tower on labelled patches, which then stays frozen
+like CLIP; then the language model and projector on captions and questions about excerpts of images, in place of a large
+model's instruction tuning. Whole images are seen only by the trainings of the sheet's rows. Input: the demo's data
+folder. Output: a checkpoint with its processor, with the Hub's parameter names.
 """
 
 import json
@@ -33,40 +33,41 @@ from dualspeed.demo.base_training import (
 )
 from dualspeed.demo.drawing import CELL, GRID
 from dualspeed.demo.tokenizer import make_tokenizer
-from dualspeed.settings.demo import BaseModelSettings, settings_from_dict
+from dualspeed.settings.demo import BaseModelSettings
+from dualspeed.settings.families import padded_vocabulary
 
 IMAGE_SIZE = GRID * CELL
+"""Pixels along an image's side."""
 
 
-def make_base_model(settings: dict[str, Any], data: Path, out: Path) -> None:
-    """Train the base model on `data` (see dualspeed.demo.scenes) and write it to folder `out`, whole or not at all.
+def make_base_model(settings: BaseModelSettings, data: Path, out: Path) -> None:
+    """Train the base model on `data` (see dualspeed.demo.scenes) and write it to folder `out`, complete or not at all.
 
     Raises:
-        ValueError: unknown or impossible setting.
+        DivergenceError: a training's loss is no longer finite.
     """
-    chosen = settings_from_dict(BaseModelSettings, settings)
-    torch.manual_seed(chosen.seed)
+    torch.manual_seed(settings.seed)
     processor = make_processor(make_tokenizer())
-    model = build_model(chosen, processor.tokenizer)
+    model = build_model(settings, processor.tokenizer)
 
-    scenes = json.loads((data / "scenes.json").read_text())[: chosen.num_scenes]
+    scenes = json.loads((data / "scenes.json").read_text())[: settings.num_scenes]
     pixels = load_pixels([data / "images" / "train" / scene["image"] for scene in scenes], processor)
-    train_vision_tower(model.model.vision_tower, chosen, pixels, scenes)
+    train_vision_tower(model.model.vision_tower, settings, pixels, scenes)
     features = encode_images(model.model.vision_tower, pixels)
-    captions = caption_texts(processor.tokenizer, one_a_picture(data / "pretrain.json", scenes))
-    conversations = conversation_texts(processor, one_a_picture(data / "finetune.json", scenes))
-    train_language_model(model, chosen, features, captions, conversations, patch_labels(scenes)[1] > 0)
+    captions = caption_texts(processor.tokenizer, first_records(data / "pretrain.json", scenes))
+    conversations = conversation_texts(processor, first_records(data / "finetune.json", scenes))
+    train_language_model(model, settings, features, captions, conversations, patch_labels(scenes)[1] > 0)
     save_with_hub_names(model, processor, out)
 
 
-def one_a_picture(file: Path, scenes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first record about each scene's picture, in the order of the scenes."""
+def first_records(file: Path, scenes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first record about each scene's image, in the order of the scenes."""
     first = {record["image"]: record for record in reversed(json.loads(file.read_text()))}
     return [first[scene["image"]] for scene in scenes]
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Return LLaVA's processor for the demo's pictures, which need no resizing."""
+    """Return LLaVA's processor for the demo's images, which need no resizing."""
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -94,7 +95,7 @@ def build_model(settings: BaseModelSettings, tokenizer: PreTrainedTokenizerFast)
         initializer_factor=1.0,
     )
     text = LlamaConfig(
-        vocab_size=64,
+        vocab_size=padded_vocabulary(len(tokenizer)),
         hidden_size=settings.text_width,
         intermediate_size=8 * settings.text_width // 3,
         num_hidden_layers=settings.text_layers,

@@ -1,6 +1,6 @@
-"""The two trainings of the demo's base model (see dualspeed.demo.base_model).
+"""Training of the demo's base model: vision tower, then language model with projector (dualspeed.demo.base_model).
 
-B pictures in a step, P patches of a picture, W width of the vision tower.
+Shapes: B images in a step, P patches of an image, W width of the vision tower.
 """
 
 from collections.abc import Callable
@@ -27,41 +27,46 @@ from dualspeed.batch import IGNORE_INDEX
 from dualspeed.chat_templates import load_template
 from dualspeed.data.conversations import ROLES
 from dualspeed.demo.drawing import COLOURS, GRID
+from dualspeed.errors import DivergenceError
 from dualspeed.method.losses import cross_entropy, supervised_labels, supervised_positions
 from dualspeed.settings.demo import BaseModelSettings
 
 WARMUP_STEPS = 50
 QUESTION_SHARE = 0.8
-"""Of the steps that teach to answer; the others keep up what captions taught."""
+"""Share of question steps in the second phase; its other steps repeat captions, against forgetting."""
 SupervisedText = tuple[Tensor, Tensor]
-"""(L,) tokens, the picture's placeholder once among them, and (L,) labels."""
+"""(L,) tokens with one placeholder for the image, and (L,) labels."""
 
 
 def train_vision_tower(
     tower: CLIPVisionModel, settings: BaseModelSettings, pixels: Tensor, scenes: list[dict[str, Any]]
 ) -> None:
-    """Teach the tower's selected layer what is on each patch, and its CLS token what is on the picture.
+    """Train the tower's selected layer to classify each patch, and its CLS token to classify the whole image.
 
-    The CLS token learns it so that its attention rests on the digits, as attention pruners expect.
+    The CLS token is trained so that its attention falls on the digits, as attention-based pruners expect.
+
+    Args:
+        pixels: (images, 3, H, W).
+        scenes: labels of the images, as scenes.json lists them.
     """
     colours, digits = patch_labels(scenes)
-    on_patch = nn.Linear(tower.config.hidden_size, len(COLOURS) + 1 + 11)
-    on_picture = nn.Linear(tower.config.hidden_size, len(COLOURS) + 10)
+    patch_head = nn.Linear(tower.config.hidden_size, len(COLOURS) + 1 + 11)
+    image_head = nn.Linear(tower.config.hidden_size, len(COLOURS) + 10)
     present = torch.cat([presence(colours, len(COLOURS)), presence(digits, 10)], dim=1).float()
-    # Most patches are empty: weighed so that all of them count about as much as the digits.
+    # Most patches are empty; with this weight all of them together count about as much as the digits.
     colour_weight = torch.tensor([0.05] + [1.0] * len(COLOURS))
     digit_weight = torch.tensor([0.05] + [1.0] * 10)
 
     def loss(rows: Tensor) -> Tensor:
         hidden = selected_features(tower, pixels[rows])
-        colour_logits, digit_logits = on_patch(hidden[:, 1:]).flatten(0, 1).split([len(COLOURS) + 1, 11], dim=-1)
+        colour_logits, digit_logits = patch_head(hidden[:, 1:]).flatten(0, 1).split([len(COLOURS) + 1, 11], dim=-1)
         return (
             F.cross_entropy(colour_logits, colours[rows].flatten(), colour_weight)
             + F.cross_entropy(digit_logits, digits[rows].flatten(), digit_weight)
-            + F.binary_cross_entropy_with_logits(on_picture(hidden[:, 0]), present[rows])
+            + F.binary_cross_entropy_with_logits(image_head(hidden[:, 0]), present[rows])
         )
 
-    parameters = [*tower.parameters(), *on_patch.parameters(), *on_picture.parameters()]
+    parameters = [*tower.parameters(), *patch_head.parameters(), *image_head.parameters()]
     rng = np.random.default_rng(settings.seed)
 
     def step(_: int) -> Tensor:
@@ -78,15 +83,16 @@ def train_language_model(
     conversations: list[SupervisedText],
     has_digit: Tensor,
 ) -> None:
-    """Teach language model and projector to describe excerpts of pictures, then to answer questions about them.
+    """Train language model and projector to describe excerpts of images, then to answer questions about them.
 
-    Excerpts, not whole pictures: among 144 patches the few that matter are found late; among 14, soon, and at a quarter
-    of the cost. Captions first: answers to questions are looked up in what they teach.
+    The few patches with digits are found soon among the 14 of an excerpt, late among all of an image, and an excerpt
+    costs a quarter. Captions come first, since answering builds on what they teach.
 
     Args:
-        features: (pictures, P, W) of the frozen tower.
-        captions, conversations: one of each a picture.
-        has_digit: (pictures, P) whether a patch holds a digit.
+        features: (images, P, W) of the frozen tower.
+        captions: one for each image.
+        conversations: one for each image.
+        has_digit: (images, P) bool, True for patches with a digit.
     """
     rng = np.random.default_rng(settings.seed)
 
@@ -104,7 +110,7 @@ def train_language_model(
 
 
 def excerpt(features: Tensor, has_digit: Tensor, num_patches: int) -> Tensor:
-    """(B, P, W) -> (B, num_patches, W): the patches with a digit and random others, in raster order."""
+    """Select the patches with a digit and random others, in raster order: (B, P, W) -> (B, num_patches, W)."""
     chosen = (torch.rand(has_digit.shape) + has_digit).topk(num_patches, dim=1).indices.sort(dim=1).values
     return features.gather(1, chosen[:, :, None].expand(-1, -1, features.shape[2]))
 
@@ -112,7 +118,7 @@ def excerpt(features: Tensor, has_digit: Tensor, num_patches: int) -> Tensor:
 def optimise(
     title: str, parameters: list[nn.Parameter], step: Callable[[int], Tensor], num_steps: int, learning_rate: float
 ) -> None:
-    """Minimise `step`'s loss with AdamW and a cosine schedule."""
+    """Minimise the loss that `step(number)` returns, with AdamW and a cosine schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, num_steps // 2), num_steps)
     progress = tqdm(range(num_steps), desc=title, unit="step", mininterval=5)
@@ -125,23 +131,23 @@ def optimise(
         optimizer.zero_grad()
         if number % 50 == 49:
             if not loss.isfinite():
-                raise FloatingPointError(
-                    f"{title}: the loss is {loss.item()} at step {number + 1}; try another rate or seed"
+                raise DivergenceError(
+                    f"{title}: the loss is {loss.item()} at step {number + 1}; try another learning rate or seed"
                 )
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def load_pixels(images: list[Path], processor: LlavaProcessor) -> Tensor:
-    """Read pictures as the model takes them: (pictures, 3, H, W)."""
-    # One by one: the image processor copies a batch several times, which costs more than the calls.
-    progress = tqdm(images, desc="base model: pictures", unit="picture", mininterval=5)
+    """Read and preprocess images: (images, 3, H, W)."""
+    # One by one: the image processor copies a batch several times, which costs more than separate calls.
+    progress = tqdm(images, desc="base model: images", unit="image", mininterval=5)
     return torch.cat(
         [processor.image_processor(Image.open(path), return_tensors="pt").pixel_values for path in progress]
     )
 
 
 def selected_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1 + P, W): hidden states of the last layer but one, CLS token first."""
+    """Hidden states of the last layer but one, CLS token first: (B, 3, H, W) -> (B, 1 + P, W)."""
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
@@ -150,12 +156,12 @@ def selected_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """(pictures, 3, H, W) -> (pictures, P, W): features of the frozen tower, without the CLS token."""
+    """Features of the frozen tower without the CLS token: (images, 3, H, W) -> (images, P, W)."""
     return torch.cat([selected_features(tower, chunk)[:, 1:] for chunk in pixels.split(256)])
 
 
 def patch_labels(scenes: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """(scenes, P) classes of each patch's colour and digit; 0 is an empty patch."""
+    """Classes of each patch's colour and of its digit, both (scenes, P); 0 is an empty patch."""
     names = list(COLOURS)
     colours = torch.zeros(len(scenes), GRID * GRID, dtype=torch.long)
     digits = torch.zeros_like(colours)
@@ -167,12 +173,12 @@ def patch_labels(scenes: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def presence(labels: Tensor, num_classes: int) -> Tensor:
-    """(scenes, P) patch classes -> (scenes, num_classes): whether a class occurs; the empty patch isn't counted."""
+    """True for each class that occurs on a patch: (scenes, P) -> (scenes, num_classes); the empty patch is left out."""
     return torch.stack([(labels == 1 + index).any(dim=1) for index in range(num_classes)], dim=1)
 
 
 def caption_texts(tokenizer: PreTrainedTokenizerFast, records: list[dict[str, Any]]) -> list[SupervisedText]:
-    """Tokens and labels of captions behind the picture's placeholder, in LLaVA's plain format."""
+    """Tokens and labels of captions after the image's placeholder, in LLaVA's plain format."""
     image = tokenizer("<image>", return_tensors="pt").input_ids[0]
     captions = [record["conversations"][1]["value"] for record in records]
     encoded = [torch.tensor(row) for row in tokenizer(captions, add_special_tokens=False).input_ids]
@@ -181,8 +187,8 @@ def caption_texts(tokenizer: PreTrainedTokenizerFast, records: list[dict[str, An
 
 
 def conversation_texts(processor: LlavaProcessor, records: list[dict[str, Any]]) -> list[SupervisedText]:
-    """Tokens and labels of conversations, with one placeholder for the picture before the first question."""
-    # The processor takes no mark without its picture, so the placeholder follows: behind "<s> USER:".
+    """Tokens and labels of conversations, with one placeholder for the image before the first question."""
+    # The processor rejects a placeholder without its image, so it is inserted afterwards, behind "<s> USER:".
     encoded = processor.apply_chat_template(
         [
             [
@@ -204,7 +210,7 @@ def conversation_texts(processor: LlavaProcessor, records: list[dict[str, Any]])
 
 
 def language_loss(model: LlavaForConditionalGeneration, features: Tensor, texts: list[SupervisedText]) -> Tensor:
-    """Cross-entropy of texts about pictures of (B, P, W) features."""
+    """Cross-entropy of texts about images with features (B, P, W)."""
     image_token_id = model.config.image_token_id
     copies = [torch.where(ids == image_token_id, features.shape[1], 1) for ids, _ in texts]
     rows = [ids.repeat_interleave(count) for (ids, _), count in zip(texts, copies, strict=True)]

@@ -1,7 +1,7 @@
-"""The demo's evaluation questions in the official file formats of POPE, GQA, ScienceQA and MME.
+"""Evaluation questions of the demo in the official file formats of POPE, GQA, ScienceQA and MME.
 
-Each writer takes the folder, the split's scenes, the number of questions and a random generator. Pictures are named
-`<scene>.png` and written where each benchmark expects them.
+Each writer takes the folder, the split's scenes, the number of questions and a random generator. Images are written to
+the place where their benchmark expects them.
 """
 
 import json
@@ -27,19 +27,19 @@ from dualspeed.files import write_json
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write JSON lines, one object each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write a picture; little compression, since noise compresses badly anyway and time counts."""
+    """Write an image, with little compression: noise compresses badly, and more would only take time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, compress_level=1)
 
 
 def write_pope(folder: Path, scenes: list[Scene], num_questions: int, rng: np.random.Generator) -> None:
-    """POPE: existence, in three files that differ in their negatives; yes and no take turns."""
+    """Write POPE: questions about existence in three files that differ in their negatives; yes and no alternate."""
     questions: list[dict[str, Any]] = []
     for split, negative in enumerate(NEGATIVES):
         records = []
@@ -63,7 +63,7 @@ def write_pope(folder: Path, scenes: list[Scene], num_questions: int, rng: np.ra
 
 
 def write_gqa(folder: Path, scenes: list[Scene], num_questions: int, rng: np.random.Generator) -> None:
-    """GQA: the colour of a digit and the digit of a colour, in turns."""
+    """Write GQA: the colour of a digit and the digit of a colour, alternating."""
     annotations, questions = {}, []
     for index in range(num_questions):
         number = index % len(scenes)
@@ -90,7 +90,7 @@ def write_gqa(folder: Path, scenes: list[Scene], num_questions: int, rng: np.ran
 
 
 def write_scienceqa(folder: Path, scenes: list[Scene], num_questions: int, rng: np.random.Generator) -> None:
-    """ScienceQA: multiple choice; every problem has a picture and none a hint."""
+    """Write ScienceQA: multiple choice; every problem has an image, and none has a hint."""
     problems, conversations = {}, []
     for index in range(num_questions):
         scene, problem_id = scenes[index % len(scenes)], str(index + 1)
@@ -126,7 +126,7 @@ def write_scienceqa(folder: Path, scenes: list[Scene], num_questions: int, rng: 
 
 
 def write_mme(folder: Path, scenes: list[Scene], num_questions: int, rng: np.random.Generator) -> None:
-    """MME: of each picture one statement that holds and one that doesn't; a picture belongs to one category."""
+    """Write MME: one true and one false statement about each image; an image belongs to one category."""
     release, questions = folder / "MME_Benchmark_release_version", []
     for index in range(num_questions // 2):
         scene, category = scenes[index % len(scenes)], MME_CATEGORIES[index % len(MME_CATEGORIES)]
@@ -148,3 +148,4 @@ def write_mme(folder: Path, scenes: list[Scene], num_questions: int, rng: np.ran
 
 
 WRITERS = {"pope": write_pope, "gqa": write_gqa, "scienceqa": write_scienceqa, "mme": write_mme}
+"""Benchmark -> function that writes its files."""

@@ -1,7 +1,7 @@
-"""Scenes: real handwritten digits in colour on a grid, and their pictures.
+"""Scenes of handwritten digits in colour on a grid, and their images.
 
-The digits are the 1,797 of UCI's optical recognition set, which ship inside scikit-learn. 397 of them are kept for
-the test split and appear in no training picture.
+The digits are the 1,797 of UCI's optical recognition dataset, which scikit-learn includes. 397 of them are reserved for
+the test split and appear in no training image.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ COLOURS = {
 GRID = 14
 """Cells along a side."""
 CELL = 16
-"""Pixels along a cell's side: one patch of the vision tower."""
+"""Pixels along a cell's side; a cell is one patch of the vision tower."""
 BLOTCH = 4
-"""Pixels along a side of the background's noise."""
+"""Pixels along the side of a square of the background's noise."""
 NUM_TEST_DIGITS = 397
+"""Handwritten samples of the test split."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One digit of a scene: its value, its colour, its cell (raster index) and which handwritten sample it is."""
+    """One digit of a scene: value, colour, cell (raster index), and index of the handwritten sample."""
 
     digit: int
     colour: str
@@ -43,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """3-5 items in raster order, no two of the same digit, and the seed of the background's noise."""
+    """3 to 5 items of different digits in raster order, and the seed of the background's noise."""
 
     items: tuple[Item, ...]
     noise_seed: int
@@ -53,13 +54,13 @@ class Scene:
         return sum(item.colour == colour for item in self.items)
 
     def colour_of(self, digit: int) -> str | None:
-        """Colour of `digit`, or None where it is absent."""
+        """Colour of `digit`, or None if it is absent."""
         return next((item.colour for item in self.items if item.digit == digit), None)
 
 
 @cache
 def load_handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """Return the digits' images (1797, 16, 16) as opacity in 0..1, enlarged twice, and their values (1797,)."""
+    """Return the digits' images as opacity in [0, 1], enlarged twice to (1797, 16, 16), and their values (1797,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -70,13 +71,13 @@ def load_handwriting() -> tuple[np.ndarray, np.ndarray]:
 def samples_of_digit(split: str) -> tuple[tuple[int, ...], ...]:
     """Return, for each digit 0..9, the indices of its handwritten samples in `split` (train or test)."""
     _, values = load_handwriting()
-    order = np.random.RandomState(0).permutation(len(values))  # RandomState: its streams never change
+    order = np.random.RandomState(0).permutation(len(values))  # numpy guarantees RandomState's stream
     chosen = order[:-NUM_TEST_DIGITS] if split == "train" else order[-NUM_TEST_DIGITS:]
     return tuple(tuple(np.sort(chosen[values[chosen] == digit]).tolist()) for digit in range(10))
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """Draw a scene of 3-5 different digits in random colours and cells, handwritten samples from `split`."""
+    """Draw a scene of 3 to 5 different digits in random colours and cells, with handwritten samples of `split`."""
     size = int(rng.integers(3, 6))
     cells = np.sort(rng.permutation(GRID * GRID)[:size]).tolist()
     digits = rng.permutation(10)[:size].tolist()
@@ -93,8 +94,8 @@ def pick(rng: np.random.Generator, values: Sequence[T]) -> T:
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Return the scene's RGB picture, GRID * CELL pixels square."""
-    # Blotches of 4 x 4 pixels, not single ones: a PNG of 4 kB instead of 24.
+    """Return the scene's RGB image, GRID * CELL pixels on a side."""
+    # Noise in squares of 4 x 4 pixels makes a PNG of 4 kB; noise in single pixels one of 24 kB.
     side = GRID * CELL // BLOTCH
     noise = np.random.default_rng(scene.noise_seed).integers(232, 249, (side, side, 3), dtype=np.uint8)
     pixels = noise.repeat(BLOTCH, axis=0).repeat(BLOTCH, axis=1)

@@ -1,6 +1,6 @@
-"""Questions about a scene, their answers, and the words around them.
+"""Questions about a scene, with answers and prompts.
 
-Each kind of question is a function (scene, rng) -> Question. The suffixes are LLaVA's, to the letter.
+Each kind of question is a function (scene, rng) -> Question. The suffixes are exactly LLaVA's.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABC"
 NEGATIVES = ("random", "popular", "adversarial")
-"""What a picture lacks though asked for: random = neither colour nor digit is there; popular = one of the two is;
-adversarial = both are, though not together."""
+"""Kinds of absent pairs of colour and digit: random = neither is in the image; popular = one of them is; adversarial =
+both are, but not together."""
 TRAINING_KINDS = ("existence", "statement", "choice", "choice", "lookup", "lookup", "lookup", "lookup")
-"""What conversations ask, in random order; a lookup asks for a colour, a digit or a count. Half are lookups, though
-they are learned first: all else is made of them, and with a third of them nothing is learned on full tokens. Choices
-are learned last, so there are two."""
+"""Kinds of questions in conversations, asked in random order; a lookup asks for a colour, a digit or a count. Half are
+lookups, which are learned first: the other kinds build on them, and with a third of them nothing is learned on full
+tokens. Choices are learned last, so there are two."""
 MME_CATEGORIES = ("existence", "count", "color")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `text` without suffix, `answer` as a word; with `choices`, the answer's letter is asked for."""
+    """One question: `text` without suffix, `answer` as a word; with `choices` the reply is the answer's letter."""
 
     kind: str
     text: str
@@ -33,28 +33,28 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The human turn, suffix included; multiple choice as ScienceQA's CQM-A format."""
+        """Human turn with its suffix; multiple choice is in ScienceQA's CQM-A format."""
         if not self.choices:
             return f"{self.text}\n{SHORT_ANSWER}"
         return f"{choice_text(self)}\n{LETTER_ANSWER}"
 
     @property
     def reply(self) -> str:
-        """The assistant's turn: the answer, or its letter."""
+        """Assistant's turn: the answer, or its letter if there are choices."""
         return LETTERS[self.choices.index(self.answer)] if self.choices else self.answer
 
 
 def choice_text(question: Question) -> str:
-    """Return a multiple choice question as LLaVA writes ScienceQA's (context, question, options)."""
+    """Return a multiple-choice question in LLaVA's format of ScienceQA: context, question, options."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
     return f"Context: N/A\nQuestion: {question.text}\nOptions: {options}"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Describe a scene in three sentences of random order, each in random order too and told apart by its first word.
+    """Describe a scene in three sentences, in random order and with random order inside; the first word names each.
 
-    items: colour and digit of what is there; index: the colour of each digit, no where it is absent; counts: how many
-    digits each colour has.
+    items: colour and digit of each item. index: the colour of each digit, or "no" for an absent one. counts: the number
+    of digits of each colour.
     """
     items = [scene.items[i] for i in rng.permutation(len(scene.items))]
     colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))]
@@ -67,27 +67,28 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def absent_pair(scene: Scene, rng: np.random.Generator, negative: str) -> tuple[str, int]:
-    """Return a colour and a digit that no item has together, chosen as `negative` says (see NEGATIVES).
+    """Draw a colour and a digit that no item has together, of the kind `negative` (see NEGATIVES).
 
-    Where no pair of that kind exists (all items of one colour), a pair of the next milder kind is returned.
+    If no such pair exists, as with all items of one colour, the pair is of the kind before.
     """
     colours_here, digits_here = {item.colour for item in scene.items}, {item.digit for item in scene.items}
     present = {(item.colour, item.digit) for item in scene.items}
     absent = [(colour, digit) for colour in COLOURS for digit in range(10) if (colour, digit) not in present]
-    for num_right in range(NEGATIVES.index(negative), -1, -1):
-        pairs = [(c, d) for c, d in absent if (c in colours_here) + (d in digits_here) == num_right]
-        if pairs:
-            return pick(rng, pairs)
-    raise AssertionError("a scene has at most 5 colours and 5 digits, so some pair has neither")
+    # Never empty: a scene has at most 5 of the 6 colours and 5 of the 10 digits, so some pair has neither.
+    pairs = {
+        num_present: [(c, d) for c, d in absent if (c in colours_here) + (d in digits_here) == num_present]
+        for num_present in range(NEGATIVES.index(negative) + 1)
+    }
+    return pick(rng, pairs[max(num_present for num_present, found in pairs.items() if found)])
 
 
 def sample_negative(rng: np.random.Generator) -> str:
-    """Draw a kind of negative; half of them are adversarial, since those are learned last."""
+    """Draw a kind of negative; half are adversarial, which are learned last."""
     return pick(rng, (*NEGATIVES, "adversarial"))
 
 
 def ask_existence(scene: Scene, rng: np.random.Generator, answer: bool, negative: str = "random") -> Question:
-    """Ask whether a digit of a colour is there; the answer is yes where `answer` is true."""
+    """Ask whether a digit of a colour is in the image; the answer is yes if `answer` is true."""
     if answer:
         item = pick(rng, scene.items)
         colour, digit = item.colour, item.digit
@@ -103,7 +104,7 @@ def ask_colour(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def ask_digit(scene: Scene, rng: np.random.Generator) -> Question:
-    """Ask for the digit of a colour that one item alone has; where there is none, ask for a colour."""
+    """Ask for the digit of a colour that only one item has; if there is none, ask for a colour."""
     single = [item for item in scene.items if scene.count(item.colour) == 1]
     if not single:
         return ask_colour(scene, rng)
@@ -112,7 +113,7 @@ def ask_digit(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
-    """Ask how many digits have a colour: each number that occurs among the six colours is equally likely."""
+    """Ask how many digits have a colour; each number that occurs among the six colours is equally likely."""
     counts = {colour: scene.count(colour) for colour in COLOURS}
     number = pick(rng, sorted(set(counts.values())))
     colours = [colour for colour, count in counts.items() if count == number]
@@ -156,6 +157,6 @@ def ask_for_training(scene: Scene, rng: np.random.Generator, kind: str) -> Quest
 
 
 def ask_turns(scene: Scene, rng: np.random.Generator, num_turns: int) -> list[Question]:
-    """Ask `num_turns` questions, TRAINING_KINDS in random order and over again."""
+    """Ask `num_turns` questions, cycling through TRAINING_KINDS in one random order."""
     kinds = [TRAINING_KINDS[i] for i in rng.permutation(len(TRAINING_KINDS))]
     return [ask_for_training(scene, rng, kinds[i % len(kinds)]) for i in range(num_turns)]

@@ -1,8 +1,8 @@
-"""The demo's data folder: pictures, captions and conversations to train on, and the benchmarks' files.
+"""Data folder of the demo: images, captions and conversations to train on, and the benchmarks' files.
 
-Leaves (see `write_demo_data`): images/train/*.png, scenes.json, pretrain.json, finetune.json and, for the splits
-`test` (digits of the test split) and `heldout` (training digits, other scenes), a folder for each benchmark. The first
-held-out scenes have conversations too, validation.json, with pictures in images/train/heldout.
+Output of `write_demo_data`: images/train/*.png, scenes.json, pretrain.json and finetune.json; for each of the splits
+`test` (digits of the test split) and `heldout` (training digits, other scenes) a folder for each benchmark; and
+validation.json, conversations about the first held-out scenes, with images in images/train/heldout.
 """
 
 import json
@@ -16,24 +16,19 @@ from dualspeed.demo.benchmark_files import WRITERS, write_png
 from dualspeed.demo.drawing import Scene, draw_scene, sample_scene
 from dualspeed.demo.questions import Question, ask_turns, caption
 from dualspeed.files import atomic_folder
-from dualspeed.settings.demo import SceneSettings, settings_from_dict
+from dualspeed.settings.demo import SceneSettings
 
 STREAMS = {"train": 0, "finetune": 1, "heldout": 2, "test": 3, "validation": 4}
-"""Independent streams of random numbers, so that more of one part changes nothing in the others."""
+"""Independent streams of random numbers, so that the size of one part doesn't change the others."""
 
 
-def write_demo_data(settings: dict[str, Any], out: Path) -> None:
-    """Write the demo's data to folder `out`, whole or not at all; the same settings give the same bytes.
-
-    Raises:
-        ValueError: unknown or impossible setting.
-    """
-    chosen = settings_from_dict(SceneSettings, settings)
+def write_demo_data(settings: SceneSettings, out: Path) -> None:
+    """Write the demo's data to folder `out`, complete or not at all; the same settings give the same bytes."""
     with atomic_folder(out) as folder:
-        write_training_data(chosen, folder)
-        write_validation_data(chosen, folder)
+        write_training_data(settings, folder)
+        write_validation_data(settings, folder)
         for split in ("heldout", "test"):
-            write_benchmarks(chosen, split, folder / split)
+            write_benchmarks(settings, split, folder / split)
 
 
 def make_scenes(settings: SceneSettings, stream: str) -> list[Scene]:
@@ -44,7 +39,7 @@ def make_scenes(settings: SceneSettings, stream: str) -> list[Scene]:
 
 
 def write_training_data(settings: SceneSettings, folder: Path) -> None:
-    """Write the training pictures, what is on them, their captions and the conversations about them."""
+    """Write the training images, their labels (scenes.json), captions and conversations."""
     scenes = make_scenes(settings, "train")
     rng = np.random.default_rng([settings.seed, STREAMS["finetune"]])
     labels, captions, conversations = [], [], []
@@ -62,7 +57,7 @@ def write_training_data(settings: SceneSettings, folder: Path) -> None:
 
 
 def write_validation_data(settings: SceneSettings, folder: Path) -> None:
-    """Write conversations about held-out scenes, one each, and their pictures."""
+    """Write the images of the first held-out scenes, and one conversation about each."""
     rng = np.random.default_rng([settings.seed, STREAMS["validation"]])
     conversations = []
     for number, scene in enumerate(make_scenes(settings, "heldout")[: settings.num_validation_scenes]):
@@ -74,13 +69,13 @@ def write_validation_data(settings: SceneSettings, folder: Path) -> None:
 
 
 def caption_record(text: str, image: str) -> dict[str, Any]:
-    """A caption in the format of LLaVA-Pretrain."""
+    """Return a caption in the format of LLaVA-Pretrain."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]
     return {"id": image.removesuffix(".png"), "image": image, "conversations": turns}
 
 
 def conversation_record(questions: list[Question], record_id: str, image: str) -> dict[str, Any]:
-    """A conversation in the format of LLaVA-Instruct; the picture stands before the first question."""
+    """Return a conversation in the format of LLaVA-Instruct, with the image before the first question."""
     turns: list[dict[str, str]] = []
     for question in questions:
         mark = "" if turns else "<image>\n"

@@ -1,6 +1,6 @@
-"""The demo's tokenizer: one token a word, vicuna's special tokens, and the fixed sentences as one token each.
+"""Tokenizer of the demo: one token for each word, Vicuna's special tokens, and one token for each fixed sentence.
 
-Sentences that every prompt repeats are single tokens so that a tiny model's prompts stay short.
+Sentences that prompts repeat are single tokens, which keeps the tiny model's prompts short.
 """
 
 from tokenizers import AddedToken, Regex, Tokenizer
@@ -24,7 +24,7 @@ SENTENCES = (SHORT_ANSWER, LETTER_ANSWER, "Context: N/A", "Question:", "Options:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer; ids: <unk> 0, <s> 1, </s> 2, then words, sentences, options, <image> and <pad>."""
+    """Return the tokenizer; ids are <unk> 0, <s> 1, </s> 2, then words, sentences, options, <image> and <pad>."""
     vocabulary = {word: index for index, word in enumerate(("<unk>", "<s>", "</s>", *WORDS))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)

@@ -1,4 +1,4 @@
-"""Base models from parts: stock classes, the Hub's names and shapes, and the parts' own weights and answers."""
+"""Base models from parts: stock classes, the Hub's names and shapes, and the parts' own weights and outputs."""
 
 import json
 
@@ -40,7 +40,7 @@ CLIP_LARGE = CLIPVisionConfig(
 
 
 class TokenizerOfVicuna:
-    """As far as a model's configuration asks: 32,000 tokens and two more."""
+    """Stand-in for Vicuna's tokenizer in `make_config`: 32,000 tokens and two more."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -94,7 +94,7 @@ def names_in(folder):
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def test_what_is_written_and_what_save_pretrained_makes_of_it_have_the_names_of_the_hub(assembled, tmp_path):
+def test_checkpoints_have_the_names_of_the_hub_before_and_after_save_pretrained(assembled, tmp_path):
     family, folder = assembled
     expected = hub_shapes(
         family, parts.TEXT_WIDTH, 96, parts.TEXT_LAYERS, 384, (parts.VISION_WIDTH, 64, parts.VISION_LAYERS, 17, 7)

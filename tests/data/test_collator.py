@@ -1,4 +1,4 @@
-"""Collator and chat templates: conversations become batches with the right tokens supervised."""
+"""Collator and chat templates: tokens, supervision, padding and pixels of batches."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SYSTEM = (
 
 @pytest.fixture
 def picture(tmp_path):
-    """picture(width, height, colour) writes an image and returns its path."""
+    """Function (width, height, colour) that writes an image and returns its path."""
 
     def write(width=28, height=28, colour="red"):
         path = tmp_path / f"{colour}-{width}x{height}.png"
@@ -32,7 +32,7 @@ def picture(tmp_path):
 
 
 def text_of(processor, ids):
-    """The text of character tokens, each image's tokens as one mark and no padding."""
+    """Text of character tokens without padding; the tokens of an image become one <image>."""
     text = "".join(processor.tokenizer.convert_ids_to_tokens(ids)).replace("<pad>", "")
     while "<image><image>" in text:
         text = text.replace("<image><image>", "<image>")
@@ -44,7 +44,7 @@ def supervised_of(processor, labels):
 
 
 def unpadded(batch, index):
-    """(input_ids, labels) of one row without its padding."""
+    """Return (input_ids, labels) of one row without its padding."""
     keep = batch["attention_mask"][index].bool()
     return batch["input_ids"][index][keep].tolist(), batch["labels"][index][keep].tolist()
 
@@ -105,7 +105,7 @@ def test_several_images_keep_their_places(picture):
 
 
 def in_words():
-    """A processor whose tokens are words with the blank before them, like Llama's."""
+    """Return a processor whose tokens are words with the blank before them, like Llama's."""
     words = ["▁yes", "▁no", "▁q", "▁USER:", "USER:", "▁ASSISTANT:", "\nq", "q"]
     processor = with_tokenizer(tiny.llava_processor(), words, pre_tokenizers.Metaspace())
     use_template(processor, "turns")
@@ -155,7 +155,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(make, side, picture):
         alone = collator([example])
         assert unpadded(batch, index) == unpadded(alone, 0)
         for expected in alone.get("pixel_values", []):
-            # LLaVA-NeXT fills up an image's tiles to the largest number in the batch.
+            # LLaVA-NeXT pads an image's tiles to the largest number in the batch.
             assert torch.equal(next(pixels)[: len(expected)], expected)
     assert next(pixels, None) is None
 
@@ -196,9 +196,9 @@ def test_image_tokens_are_never_cut(picture):
         collator([row("coco/7", TWO_TURNS, [picture()])])
 
 
-def test_a_row_whose_images_do_not_fill_its_places_is_named(picture):
+def test_a_row_with_more_images_than_placeholders_is_named(picture):
     collator = ConversationCollator(by_character("turns"))
-    with pytest.raises(ValueError, match=r"'coco/7': 1 places for images, but 2 images"):
+    with pytest.raises(ValueError, match=r"'coco/7': 1 image placeholders, but 2 images"):
         collator([row("coco/7", TWO_TURNS, [picture(), picture()])])
 
 
@@ -241,7 +241,7 @@ def test_questions_become_prompts_padded_on_the_left(make, picture):
 
 @pytest.mark.parametrize("make", [tiny.llava_processor, tiny.llava_next_processor])
 def test_pixels_are_the_processors_own_bit_for_bit(make, tmp_path):
-    """Every value that a byte can have, in pictures that are resized and cropped."""
+    """Images with all 256 values of a byte, which the processor resizes and crops."""
     processor, paths = make(), []
     for number, size in enumerate([(28, 28), (64, 40), (300, 31)]):
         pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(number))

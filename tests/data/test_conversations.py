@@ -1,4 +1,4 @@
-"""Images and conversations: what is usable is read as it is meant, and everything else has a reason."""
+"""Reading of images and conversations: usable ones as LLaVA means them, unusable ones with a reason."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_an_image_that_cannot_be_opened_is_named_with_its_reason(tmp_path):
 
 
 def contents(record):
-    """Content items of each turn; images as their mark."""
+    """Content items of each turn; images as <image>."""
     return [[item["text"] or "<image>" for item in message["content"]] for message in record["messages"]]
 
 
@@ -136,9 +136,9 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(content, message, tmp_pat
         count_entries(path)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
-def test_a_list_is_read_the_same_in_pieces_of_any_size(piece, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "PIECE", piece)
+@pytest.mark.parametrize("block_size", [1, 7, 1 << 20])
+def test_a_list_is_read_the_same_in_blocks_of_any_size(block_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "BLOCK_SIZE", block_size)
     entries = [{"id": "ü\n]," * 3, "x": [1, {"y": None}]}, 12345, "text", [], entry("q", "a")]
     for indent in (None, 2):
         (tmp_path / "data.json").write_text(f"\n {json.dumps(entries, indent=indent)} \n", encoding="utf-8")
@@ -149,15 +149,15 @@ def test_a_list_is_read_the_same_in_pieces_of_any_size(piece, tmp_path, monkeypa
     assert count_entries(tmp_path / "data.json") == 0
 
 
-def test_only_a_few_pieces_of_a_broken_list_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "PIECE", 10)
-    monkeypatch.setattr(annotations, "LONGEST_ENTRY", 100)
+def test_only_a_few_blocks_of_a_broken_list_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "BLOCK_SIZE", 10)
+    monkeypatch.setattr(annotations, "MAX_ENTRY_LENGTH", 100)
     (tmp_path / "data.json").write_text('[{"id": 1},\n {"id": "' + "x" * 10_000 + '"}]')
     with pytest.raises(AnnotationsError, match="line 2 is not valid JSON"):
         count_entries(tmp_path / "data.json")
 
 
-def test_loose_ends_of_shared_chats_are_left_out(tmp_path):
+def test_unpaired_turns_at_the_ends_are_left_out(tmp_path):
     chat = entry("q", "a", "q2")
     chat["conversations"].insert(0, {"from": "gpt", "value": "greeting"})
     (record,), problems = load(tmp_path, [chat])

@@ -1,12 +1,10 @@
-"""From a server to prepared data, in the layouts in which LLaVA's data is published: small files, real processes."""
+"""Data path from a server to a prepared dataset, in LLaVA's published layouts: small files, real processes."""
 
 import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,39 +14,21 @@ from PIL import Image
 from dualspeed.data.download import download
 from dualspeed.data.lock import DataLock
 from dualspeed.data.prepare import prepare_dataset
+from dualspeed.settings.jobs import write_settings
 from dualspeed.settings.reading import read_dataclass
 from dualspeed.settings.recipe import DataRecipe
 from dualspeed.settings.sources import Source
 from tests.support import tiny
+from tests.support.archives import tarred, zipped
 from tests.support.http_server import HTTPServer
 from tests.support.parquet import parquet_rows, write_parquet
 from tests.support.samples import by_character, entry
 
 
 def picture(kind="JPEG", mode="RGB", size=(40, 30)):
-    """The content of an image file."""
+    """Content of an image file."""
     buffer = io.BytesIO()
     Image.effect_noise(size, 80).convert(mode).save(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def zipped(members):
-    """A zip of {name: content}."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def tarred(members):
-    """A tar.gz of {name: content}."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 
@@ -71,8 +51,8 @@ IMAGE_FILES = {
     "vg/images2.zip": zipped({"VG_100K_2/1.jpg": picture()}),
     "ocr_vqa/images.tar.gz": tarred(
         {
-            "images/0761183272.jpg": picture("GIF", "P"),  # a GIF that is called .jpg
-            "images/1878644036.gif": picture("GIF", "P"),  # a GIF that the annotations call .jpg
+            "images/0761183272.jpg": picture("GIF", "P"),  # a GIF that is named .jpg
+            "images/1878644036.gif": picture("GIF", "P"),  # a GIF that the annotations name .jpg
             "images/0000000000.jpg": b"",
         }
     ),
@@ -99,7 +79,7 @@ def server(tmp_path, monkeypatch):
 
 
 def sources(url):
-    """The sources of all three data sets."""
+    """Settings of the sources of all three datasets."""
     hub = {"kind": "hub", "repo_type": "dataset"}
 
     def by_url(folder, *names):
@@ -132,21 +112,21 @@ def sources(url):
 def download_all(server, *names):
     """Fill the folders of these sources below the working folder."""
     for name in names:
-        settings = sources(server.url)[name]
-        if settings["kind"] == "url":
-            source = read_dataclass(Source, settings, "config.yaml")
+        source = read_dataclass(Source, sources(server.url)[name], "config.yaml")
+        if source.kind == "url":
             download(name, source, DataLock(Path("data.lock")), fetch_settings={"wait": 0.0})
             continue
-        # The Hub's client reads its environment when it is imported.
+        # A process of its own, since the Hub's client reads its environment when it is imported.
         environment = {"HF_ENDPOINT": server.url, "HF_HOME": "home", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        line = [sys.executable, "-m", "dualspeed.cli", "download", name, "--settings", json.dumps(settings)]
+        settings = write_settings(source, "settings")
+        line = [sys.executable, "-m", "dualspeed.cli", "download", name, "--settings", str(settings)]
         line += ["--lock", "data.lock", "--out", f"{name}.json"]
         done = subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
 
 
 def prepare(make_processor=tiny.llava_processor, **recipe):
-    """The rows {id: images} and the manifest of a recipe."""
+    """Return the rows {id: images} and the manifest of a recipe."""
     by_character(make=make_processor).save_pretrained("model")
     manifest = prepare_dataset(DataRecipe(**recipe), "model", "out", workers=2)
     dataset = load_from_disk("out")
@@ -199,15 +179,16 @@ def test_parquet_data_of_llava_next(server):
 @pytest.mark.slow
 def test_memory_stays_flat_whatever_the_size(tmp_path):
     by_character().save_pretrained(tmp_path / "model")
-    content = picture("PNG", size=(20, 20)) + bytes(200_000)  # what follows a picture's end is not decoded
+    content = picture("PNG", size=(20, 20)) + bytes(200_000)  # bytes after an image's end are not decoded
     peaks = []
-    for num_rows in (500, 2500):  # more than are looked at ahead
+    for num_rows in (500, 2500):  # more than are checked in advance
         image = {"bytes": content, "path": None}
         rows = [entry("<image>\nq", "a", name=str(row), image=image) for row in range(100)]
         for part in range(num_rows // 100):
             write_parquet(tmp_path / f"data{num_rows}", rows, f"train-{part:05d}.parquet")
-        recipe = {"annotations": str(tmp_path / f"data{num_rows}"), "images": str(tmp_path / f"images{num_rows}")}
-        line = [sys.executable, "-m", "dualspeed.cli", "prepare", "--settings", json.dumps(recipe)]
+        recipe = DataRecipe(annotations=str(tmp_path / f"data{num_rows}"), images=str(tmp_path / f"images{num_rows}"))
+        settings = write_settings(recipe, tmp_path / "settings")
+        line = [sys.executable, "-m", "dualspeed.cli", "prepare", "--settings", str(settings)]
         line += ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--workers", "2"]
         process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""Whole sources: every file is there, checked and locked, or the error says what is wrong; nothing is fetched twice."""
+"""Download of whole sources: files are complete, checked, locked and fetched once, or one error says what is wrong."""
 
 import io
 import json
@@ -17,6 +17,7 @@ from dualspeed.data.download import download
 from dualspeed.data.lock import DataLock
 from dualspeed.data.unpack import unpack
 from dualspeed.errors import ArchiveError, DownloadError, LockError
+from dualspeed.settings.jobs import write_settings
 from dualspeed.settings.reading import read_dataclass
 from dualspeed.settings.sources import Source
 from tests.support.archives import zipped
@@ -38,7 +39,7 @@ def server(tmp_path):
 
 
 def genome(server, tmp_path, **changes):
-    """Visual Genome's layout: two archives side by side, and a plain file."""
+    """Source in Visual Genome's layout: two archives and a plain file."""
     files = [
         {"url": f"{server.url}/images.zip", "unpack": "."},
         {"url": f"{server.url}/images2.zip", "unpack": "."},
@@ -57,7 +58,7 @@ def get(source, tmp_path):
 
 
 def tree(folder):
-    """{path: content} of the files that a user sees."""
+    """Return {path: content} of a folder, without receipts."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".download" not in path.parts]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -171,23 +172,22 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_fetched(server,
 
 
 KILLED = """
-import json, os, sys
+import os, sys
 from dualspeed.data import download, unpack
+
 def die(path, folder, on_file):
     unpack.unpack(path, folder, lambda count: os._exit(9))
+
 download.unpack = die
 from dualspeed.cli import main
 main(sys.argv[1:])
 """
 
 
-def test_a_run_that_is_killed_while_it_unpacks_is_gone_on_with(server, tmp_path):
-    source = {
-        "kind": "url",
-        "folder": str(tmp_path / "vg"),
-        "files": [{"url": f"{server.url}/images.zip", "unpack": "."}],
-    }
-    command = ["download", "vg", "--settings", json.dumps(source)]
+def test_a_run_that_is_killed_while_it_unpacks_is_resumed(server, tmp_path):
+    files = [{"url": f"{server.url}/images.zip", "unpack": "."}]
+    source = genome(server, tmp_path, folder=str(tmp_path / "vg"), files=files)
+    command = ["download", "vg", "--settings", str(write_settings(source, tmp_path / "settings"))]
     command += ["--lock", str(tmp_path / "data.lock"), "--out", str(tmp_path / "vg.json")]
     assert subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True).returncode == 9
     assert len(tree(tmp_path / "vg")) == 1
@@ -222,9 +222,9 @@ def test_the_workflow_downloads_once_and_prepares_what_it_downloaded(server, tmp
     assert plan(project, "downloads") == {
         "Download vg",
         "Everything is downloaded",
-    }  # an edit of a source: that download alone,
+    }  # after an edit of a source only that source is downloaded,
     snakemake(project, "downloads")
-    assert len(server.gets("/images.zip")) == len(server.gets("/vg.json")) == 1  # and what it has is kept
+    assert len(server.gets("/images.zip")) == len(server.gets("/vg.json")) == 1  # and its files are kept
     assert plan(project, "downloads") == set()
 
 
@@ -293,12 +293,12 @@ def test_a_page_in_an_archives_place_is_named(server, tmp_path):
     assert "vg" not in lock_of(tmp_path)._read()
 
 
-# The Hub, by real processes: its client reads its environment when it is imported
+# The Hub: in processes of their own, since its client reads its environment when it is imported
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """A Hub with the layout of LLaVA's pretraining data; `token` is asked for."""
+    """Server with the Hub's interface and the layout of LLaVA's pretraining data; it asks for a token."""
     repo = tmp_path / "served/hub/datasets/liuhaotian/LLaVA-Pretrain"
     repo.mkdir(parents=True)
     (repo / "blip_laion_cc_sbu_558k.json").write_bytes(b'[{"id": "1"}]' * 2000)
@@ -314,10 +314,11 @@ RESOLVE = "/datasets/liuhaotian/LLaVA-Pretrain/resolve"
 
 
 def run_hub(hub, tmp_path, folder="data", files=HUB_FILES, revision=None, **environment):
-    """`dualspeed download` of the hub's repository: (status, stderr, folder)."""
+    """Run `dualspeed download` on the hub's repository; returns (status, stderr, folder)."""
     source = {"kind": "hub", "repo": "liuhaotian/LLaVA-Pretrain", "folder": str(tmp_path / folder), "files": files}
+    source = read_dataclass(Source, source | {"revision": revision}, "config.yaml")
     command = [sys.executable, "-m", "dualspeed.cli", "download", "pretrain"]
-    command += ["--settings", json.dumps(source | {"revision": revision})]
+    command += ["--settings", str(write_settings(source, tmp_path / "settings"))]
     command += ["--lock", str(tmp_path / "data.lock"), "--out", str(tmp_path / f"{folder}.json")]
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "secret"}
     settings |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
@@ -339,7 +340,7 @@ def test_a_repository_comes_through_the_hubs_cache_and_is_locked(hub, tmp_path):
     assert lock["revision"] == hub.commit(hub.repo)
     assert lock["files"]["blip_laion_cc_sbu_558k.json"]["sha256"] == sha256(annotations)
     assert not content_paths(hub, "README.md")
-    assert len(content_paths(hub, "images.zip")) == 3  # its client goes on from whole pieces of 10 MB
+    assert len(content_paths(hub, "images.zip")) == 3  # the Hub's client resumes from multiples of 10 MB
 
     hub.requests.clear()
     status, errors, other = run_hub(hub, tmp_path, folder="again", HF_HUB_OFFLINE="1")
@@ -355,7 +356,7 @@ def test_a_repository_comes_through_the_hubs_cache_and_is_locked(hub, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "settings", "message"),
     [
-        ("corrupt", {}, "images.zip: sha256 is .*damaged on the way; the next run fetches it anew"),
+        ("corrupt", {}, "images.zip: sha256 is .*damaged on the way; the next run fetches it again"),
         (404, {}, "LLaVA-Pretrain at main: the server answers 404"),
         (None, {"HF_TOKEN": ""}, "is gated: accept its terms on its page, and set HF_TOKEN"),
         (None, {"HF_HUB_OFFLINE": "1"}, "not in the cache .*home/hub, and HF_HUB_OFFLINE is set"),

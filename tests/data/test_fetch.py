@@ -1,4 +1,4 @@
-"""One file over HTTP: every fault of a server ends in the whole file, fetched once, or in one clear error."""
+"""Download of one file over HTTP: after any fault of the server it is complete and fetched once, or one clear error."""
 
 import resource
 
@@ -25,7 +25,7 @@ def ranges(server):
 
 
 def fetch_counted(server, path, **settings):
-    """Fetch /a.zip to `path`; returns the sum of what `on_bytes` was told."""
+    """Fetch /a.zip to `path`; returns the sum of the counts that `on_bytes` got."""
     counts = []
     fetch(f"{server.url}/a.zip", path, on_bytes=counts.append, **QUICK | settings)
     return sum(counts)
@@ -41,7 +41,7 @@ def test_what_has_come_is_not_fetched_again(server, fault, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.zip"]
 
 
-def test_a_later_run_goes_on_where_an_earlier_one_gave_up(server, tmp_path):
+def test_a_later_run_resumes_where_an_earlier_one_gave_up(server, tmp_path):
     server.fail("/a.zip", "break", 503, 503, 503)
     with pytest.raises(DownloadError, match=r"/a\.zip: given up after 3 attempts: the server answers 503"):
         fetch_counted(server, tmp_path / "a.zip")

@@ -1,7 +1,7 @@
-"""Prompts and labels token by token, as LLaVA's own code makes them, with a tokenizer of Llama's kind.
+"""Prompts and labels token by token, as LLaVA's own code makes them, with a Llama-like tokenizer.
 
-Each expectation is written by hand from LLaVA's rules: pieces in order, those that are supervised in stretches of their
-own. Vicuna's own tokenizer was not available; this one is trained on a few lines, with the same normaliser, byte
+Each expectation is written by hand from LLaVA's rules: tokens in order, prompts and supervised answers as separate
+strings. The tests don't have Vicuna's tokenizer; this one is trained on a few lines, with the same normalizer, byte
 fallback and special tokens.
 """
 
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def encoded(tokenizer, template, *texts, num_images, folder):
-    """[(pieces, supervised)] of a conversation, neighbours of the same kind joined and an image's tokens as one."""
+    """Return [(tokens, is_supervised)] of a conversation: neighbours of one kind joined, an image's tokens as one."""
     Image.new("RGB", (28, 28)).save(folder / "a.png")
     image = {"image": ["a.png"] * num_images} if num_images else {}
     (record,), _ = load(folder, [entry(*texts, **image)], folder)
@@ -54,7 +54,7 @@ SYSTEM_PIECES = (
 CAT = "▁It ▁is ▁a ▁red ▁cat. </s>"
 NO = "▁No, ▁it ▁is ▁new. </s>"
 
-# texts of the turns, images, then stretches of pieces: prompt, answer, prompt, answer ...
+# Texts of the turns, number of images, then the tokens of prompt, answer, prompt, answer ...
 VICUNA = {
     "one turn": (
         ("<image>\nWhat is this?", "It is a red cat."),

@@ -1,4 +1,4 @@
-"""Preparation: a dataset of everything usable, a manifest of everything else, whole or not at all."""
+"""Preparation of data: a dataset of all usable samples and a manifest of the others, complete or not at all."""
 
 import json
 import resource
@@ -20,9 +20,10 @@ from dualspeed.chat_templates import use_template
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.conversations import Problem
 from dualspeed.data.images import inspect_image
-from dualspeed.data.lengths import choose_layouts, fit, layouts_by_pixels, layouts_by_size
+from dualspeed.data.lengths import choose_method, tokens_by_pixels, tokens_by_size, truncated_length
 from dualspeed.data.prepare import prepare_dataset
 from dualspeed.errors import AnnotationsError, PreparationError
+from dualspeed.layout import VALIDATION_FOLDER
 from dualspeed.settings.recipe import DataRecipe
 from tests.support import tiny
 from tests.support.parquet import parquet_rows, write_parquet
@@ -31,7 +32,7 @@ from tests.support.samples import BAD_IMAGES, by_character, entry, load, write_i
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory):
-    """Folders with the processors by_character, named llava and llava_next."""
+    """Folders llava and llava_next, each with a processor whose tokens are characters."""
     folder = tmp_path_factory.mktemp("models")
     by_character(make=tiny.llava_processor).save_pretrained(folder / "llava")
     by_character(make=tiny.llava_next_processor).save_pretrained(folder / "llava_next")
@@ -39,7 +40,7 @@ def models_folder(tmp_path_factory):
 
 
 def make_recipe(folder, entries, **settings):
-    """A recipe over `entries` and the images in `folder`/images."""
+    """Return a recipe for `entries` and the images in `folder`/images."""
     (folder / "images").mkdir(exist_ok=True)
     (folder / "data.json").write_text(json.dumps(entries))
     settings = {"chat_template": "turns", "max_length": 400, "max_dropped_share": 0.9, **settings}
@@ -47,7 +48,7 @@ def make_recipe(folder, entries, **settings):
 
 
 def good_entries(folder):
-    """Entries of each good kind with their images, which have different shapes."""
+    """Return usable entries of each kind; writes their images, which have different shapes."""
     (folder / "images").mkdir(exist_ok=True)
     for name, size in {"a.png": (28, 28), "b.png": (90, 20), "c.png": (20, 70)}.items():
         Image.new("RGB", size, "red").save(folder / "images" / name)
@@ -64,7 +65,7 @@ def test_held_out_samples_are_prepared_beside_those_to_train_on(models_folder, t
     recipe = make_recipe(tmp_path, entries, validation_annotations=str(tmp_path / "held_out.json"))
     prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
     assert load_from_disk(tmp_path / "out")["id"][:] == ["one", "text"]
-    assert load_from_disk(tmp_path / "out" / "validation")["id"][:] == ["two"]
+    assert load_from_disk(tmp_path / "out" / VALIDATION_FOLDER)["id"][:] == ["two"]
 
     (tmp_path / "held_out.json").unlink()
     with pytest.raises(PreparationError, match=r"held_out\.json does not exist"):
@@ -248,8 +249,8 @@ def test_counting_by_size_agrees_with_the_pixels(make, tmp_path):
     processor = by_character("vicuna_v1", make)
     records, _ = load(tmp_path, good_entries(tmp_path), tmp_path / "images")
     reports = {path: inspect_image(path) for record in records for path in record["images"]}
-    assert choose_layouts(processor, records[0], reports) is layouts_by_size
-    both = (layouts(processor, records, reports) for layouts in (layouts_by_size, layouts_by_pixels))
+    assert choose_method(processor, records[0], reports) is tokens_by_size
+    both = (tokens_of(processor, records, reports) for tokens_of in (tokens_by_size, tokens_by_pixels))
     for quick, exact in zip(*both, strict=True):
         assert quick.is_image.repeat(quick.widths).tolist() == exact.is_image.tolist()
         assert quick.is_supervised.repeat(quick.widths).tolist() == exact.is_supervised.tolist()
@@ -259,22 +260,22 @@ def test_a_sample_is_dropped_at_just_the_lengths_that_the_collator_cannot_use(tm
     processor = by_character("turns")
     records, _ = load(tmp_path, good_entries(tmp_path)[2:], tmp_path / "images")
     reports = {path: inspect_image(path) for path in records[0]["images"]}
-    (layout,) = layouts_by_size(processor, records, reports)
+    (tokens,) = tokens_by_size(processor, records, reports)
     seen = set()
     for max_length in range(1, 90):
-        fitted = fit(records[0], layout, max_length)
+        length = truncated_length(records[0], tokens, max_length)
         collator = ConversationCollator(processor, max_length)
-        if isinstance(fitted, Problem):
-            seen.add(fitted.reason)
-        if getattr(fitted, "reason", "") == "image tokens beyond max_length":
+        if isinstance(length, Problem):
+            seen.add(length.reason)
+        if getattr(length, "reason", "") == "image tokens beyond max_length":
             with pytest.raises(ValueError, match="would cut image tokens"):
                 collator(records)
             continue
         batch = collator(records)
-        assert isinstance(fitted, Problem) == (batch["labels"] == IGNORE_INDEX).all()
-        if not isinstance(fitted, Problem):
-            assert fitted[0] == batch["input_ids"].shape[1]
-            seen.add("cut" if fitted[1] else "whole")
+        assert isinstance(length, Problem) == (batch["labels"] == IGNORE_INDEX).all()
+        if not isinstance(length, Problem):
+            assert length.num_tokens == batch["input_ids"].shape[1]
+            seen.add("cut" if length.is_cut else "whole")
     assert len(seen) == 4  # image cut, nothing supervised, cut, whole
 
 
@@ -289,14 +290,14 @@ def test_a_processor_whose_count_by_size_is_wrong_is_measured_by_pixels(tmp_path
     processor.__class__ = Miscounting
     records, _ = load(tmp_path, good_entries(tmp_path), tmp_path / "images")
     reports = {path: inspect_image(path) for record in records for path in record["images"]}
-    assert choose_layouts(processor, records[0], reports) is layouts_by_pixels
+    assert choose_method(processor, records[0], reports) is tokens_by_pixels
 
 
 KILLED = """
 import os, signal, sys
 from datasets import Dataset
 from dualspeed.data.prepare import prepare_dataset
-from dualspeed.recipe import DataRecipe
+from dualspeed.settings.recipe import DataRecipe
 
 save = Dataset.save_to_disk
 

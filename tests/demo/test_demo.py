@@ -1,4 +1,4 @@
-"""The demo's data and base model: what is asked is true, files are official, the checkpoint is stock."""
+"""Demo data and base model: true answers, official file formats, a stock checkpoint."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed.benchmarks import get_benchmark
 from dualspeed.demo.base_model import make_base_model
-from dualspeed.demo.base_training import caption_texts, conversation_texts
+from dualspeed.demo.base_training import caption_texts, conversation_texts, optimise
 from dualspeed.demo.benchmark_files import WRITERS
 from dualspeed.demo.drawing import CELL, COLOURS, GRID, draw_scene, load_handwriting, sample_scene, samples_of_digit
 from dualspeed.demo.questions import (
@@ -26,9 +26,12 @@ from dualspeed.demo.questions import (
     sample_negative,
 )
 from dualspeed.demo.scenes import write_demo_data
+from dualspeed.errors import ConfigError, DivergenceError
+from dualspeed.settings.demo import BaseModelSettings, SceneSettings
+from dualspeed.settings.reading import read_dataclass
 
-DATA = {"num_train_scenes": 40, "num_eval_scenes": 30, "questions_per_benchmark": 60}
-BASE = {"num_scenes": 40, "vision_steps": 2, "caption_steps": 2, "question_steps": 2}
+DATA = SceneSettings(num_train_scenes=40, num_eval_scenes=30, questions_per_benchmark=60)
+BASE = BaseModelSettings(num_scenes=40, vision_steps=2, caption_steps=2, question_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_statements_hold_or_not_as_asked(answer):
 
 def test_conversations_have_one_image_mark_and_llavas_suffix(data):
     records = json.loads((data / "finetune.json").read_text())
-    assert len(records) == DATA["num_train_scenes"]
+    assert len(records) == DATA.num_train_scenes
     for record in records:
         human = [turn["value"] for turn in record["conversations"] if turn["from"] == "human"]
         assert [text.count("<image>") for text in human] == [1] + [0] * (len(human) - 1)
@@ -151,12 +154,12 @@ def test_conversations_have_one_image_mark_and_llavas_suffix(data):
 
 def test_validation_is_about_scenes_that_are_not_trained_on(data):
     records = {name: json.loads((data / f"{name}.json").read_text()) for name in ("finetune", "validation")}
-    assert len(records["validation"]) == DATA["num_eval_scenes"]  # there are no more
+    assert len(records["validation"]) == DATA.num_eval_scenes  # there are no more
     pictures = {
         name: {(data / "images" / "train" / record["image"]).read_bytes() for record in records[name]}
         for name in records
     }
-    assert len(pictures["validation"]) == DATA["num_eval_scenes"]
+    assert len(pictures["validation"]) == DATA.num_eval_scenes
     assert not pictures["validation"] & pictures["finetune"]
 
 
@@ -166,7 +169,7 @@ def test_benchmark_files_load_and_true_answers_score_full_marks(data, split, nam
     benchmark = get_benchmark(name)
     folder = data / split / name
     questions = benchmark.load_questions(folder)
-    assert len(questions) == DATA["questions_per_benchmark"]
+    assert len(questions) == DATA.questions_per_benchmark
     assert all(question.image.is_file() for question in questions)
     gold = {record.question_id: record.gold for record in benchmark.score_answers(folder, {})}
     assert len(gold) == len(questions)
@@ -179,10 +182,30 @@ def test_yes_and_no_are_balanced_in_pope(data):
         assert Counter(json.loads(line)["label"] for line in lines) == {"yes": 10, "no": 10}
 
 
-def test_unknown_setting_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"num_scene.*num_train_scenes"):
-        write_demo_data({"num_scene": 3}, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+def test_unknown_setting_is_named():
+    with pytest.raises(ConfigError, match=r"num_scene.*num_train_scenes"):
+        read_dataclass(SceneSettings, {"num_scene": 3}, "data.json")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "message"),
+    [
+        (SceneSettings, "seed", -1, r"seed: -1 is out of range; valid: 0 or more"),
+        (SceneSettings, "num_train_scenes", 0, r"num_train_scenes: 0 is out of range; valid: 1 or more"),
+        (BaseModelSettings, "seed", -1, r"seed: -1 is out of range; valid: 0 or more"),
+        (BaseModelSettings, "text_layers", 0, r"text_layers: 0 is out of range; valid: 1 or more"),
+        (BaseModelSettings, "vision_learning_rate", 0.0, r"vision_learning_rate: 0\.0 is out of range; valid: above 0"),
+    ],
+)
+def test_setting_out_of_range_is_named(cls, name, value, message):
+    with pytest.raises(ConfigError, match=rf"data\.json: {message}"):
+        read_dataclass(cls, {name: value}, "data.json")
+
+
+def test_diverged_training_is_one_error():
+    weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(DivergenceError, match=r"tower: the loss is nan at step 50; try another learning rate or seed"):
+        optimise("tower", [weight], lambda number: weight.sum() * float("nan"), 50, 0.1)
 
 
 def test_base_model_is_stock_and_has_the_hubs_names(base):

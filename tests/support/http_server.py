@@ -1,12 +1,12 @@
-"""An HTTP server for tests: a folder by plain URLs with ranges and validators, a small Hub, and faults on demand.
+"""HTTP server for tests: files of a folder with ranges and validators, a small Hub, and faults on demand.
 
     with HTTPServer(folder) as server:
-        server.fail("/zips/a.zip", "break", 500)   # the first GET breaks off, the second is refused, the third is well
+        server.fail("/zips/a.zip", "break", 500)   # the first GET breaks off, the second gets 500, the third succeeds
         ...
         assert [request.range for request in server.gets("/zips/a.zip")] == [None, ...]
 
-`folder/hub/datasets/<owner>/<name>/` and `folder/hub/models/...` are repositories of the Hub: HF_ENDPOINT is
-`server.url`. Every repository has one commit, which follows from its files.
+`folder/hub/datasets/<owner>/<name>/` and `folder/hub/models/...` are repositories of the Hub at HF_ENDPOINT =
+`server.url`. Each has one commit, whose hash follows from its files.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 FAULTS = ("break", "truncate", "stall", "corrupt")
-"""The connection ends in the middle; the answer is half of the file and says so; nothing comes any more after half of
-it; every byte is wrong. A number is the status of the answer instead."""
+"""break: the connection ends in the middle. truncate: the response is half of the file, with the matching length.
+stall: nothing is sent after half of the file. corrupt: every byte is wrong. A number is the status of the response."""
 
 API = re.compile(r"/api/(?P<kind>datasets|models)/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
 RESOLVE = re.compile(r"(/(?P<kind>datasets))?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -29,7 +29,7 @@ RESOLVE = re.compile(r"(/(?P<kind>datasets))?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked for."""
+    """Request of a client."""
 
     method: str
     path: str
@@ -37,7 +37,7 @@ class Request:
 
 
 class HTTPServer:
-    """Serves `folder` at `url` until the `with` block ends; `token`, if set, is asked for by the Hub's addresses."""
+    """Server of `folder` at `url` until the `with` block ends; the Hub's addresses require `token`, if there is one."""
 
     def __init__(self, folder: Path, token: str | None = None) -> None:
         self.folder, self.token = Path(folder), token
@@ -59,19 +59,19 @@ class HTTPServer:
         self._server.server_close()
 
     def fail(self, path: str, *faults: str | int) -> None:
-        """Answer the next GETs of `path` with these faults, one after another, and then well again."""
+        """Answer the next GETs of `path` with these faults, one each; later ones succeed."""
         self._faults[path].extend(faults)
 
     def gets(self, path: str) -> list[Request]:
-        """The GETs of `path` so far."""
+        """Return the GETs of `path` so far."""
         return [request for request in self.requests if request.method == "GET" and request.path == path]
 
     def next_fault(self, path: str) -> str | int | None:
-        """What is to go wrong with this request."""
+        """Return the fault of this request, or None."""
         return self._faults[path].popleft() if self._faults[path] else None
 
     def commit(self, repo: Path) -> str:
-        """The commit that a repository's files make."""
+        """Return the commit hash of a repository, from its files."""
         content = [(str(file.relative_to(repo)), sha256(file.read_bytes())) for file in files_of(repo)]
         return hashlib.sha1(json.dumps(content).encode()).hexdigest()
 
@@ -156,19 +156,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def range_start(self, tag: str) -> int | None:
-        """First byte that the client asks for; None for all of them, as when its validator no longer holds."""
+        """Return the first byte that the client asks for; None for all of them, also if its validator is outdated."""
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         still_valid = self.headers.get("If-Range", tag) == tag
         return int(asked[1]) if asked and still_valid and self.server_state.has_ranges else None
 
 
 def files_of(repo: Path) -> list[Path]:
-    """Files of a folder, in a fixed order."""
+    """Return the files of a folder, sorted."""
     return sorted(path for path in repo.rglob("*") if path.is_file())
 
 
 def tree_entry(file: Path, repo: Path) -> dict:
-    """One file of a repository as the Hub lists it, large files as such."""
+    """Return the Hub's entry of one file of a repository, as a large file (LFS)."""
     content = file.read_bytes()
     entry = {"type": "file", "path": str(file.relative_to(repo)), "size": len(content), "oid": "0" * 40}
     return entry | {"lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 130}}

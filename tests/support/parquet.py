@@ -10,14 +10,14 @@ from tests.support.samples import entry
 
 
 def picture_bytes(size, kind="JPEG"):
-    """The content of an image file."""
+    """Content of an image file."""
     buffer = io.BytesIO()
     Image.effect_noise(size, 80).convert("RGB").save(buffer, format=kind)
     return buffer.getvalue()
 
 
 def write_parquet(folder, rows, name="train-00000-of-00001.parquet"):
-    """Rows in the columns of LLaVA-NeXT-Data."""
+    """Write rows in the columns of LLaVA-NeXT-Data."""
     folder.mkdir(exist_ok=True)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
@@ -27,7 +27,7 @@ def write_parquet(folder, rows, name="train-00000-of-00001.parquet"):
 
 
 def parquet_rows():
-    """Samples of each kind."""
+    """Samples of each kind, two of them unusable."""
     return [
         entry("<image>\nq", "a", name="jpeg", image={"bytes": picture_bytes((90, 20)), "path": None}),
         entry("q", "a", "q2", "a2", name="text", image=None),

@@ -1,4 +1,4 @@
-"""Tiny stand-ins for what a base model is put together from: a Vicuna, a CLIP, and LLaVA's projector file."""
+"""Tiny parts that a base model is assembled from: a Vicuna, a CLIP, and LLaVA's projector file."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ What colour is it? Which one? Answer with the option's letter from the given cho
 
 
 def make_vicuna(folder: Path) -> Path:
-    """A Llama as lmsys publishes Vicuna: weights as .bin, a SentencePiece model and no tokenizer.json."""
+    """Write a Llama as lmsys publishes Vicuna: weights as .bin, a SentencePiece model and no tokenizer.json."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -54,7 +54,7 @@ def make_vicuna(folder: Path) -> Path:
 
 
 def make_clip(folder: Path) -> Path:
-    """A whole CLIP, text tower included, with its image processor."""
+    """Write a CLIP with both towers and its image processor."""
     torch.manual_seed(1)
     width = {"hidden_size": VISION_WIDTH, "intermediate_size": 64, "num_attention_heads": 4}
     vision = {"num_hidden_layers": VISION_LAYERS, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
@@ -65,7 +65,7 @@ def make_clip(folder: Path) -> Path:
 
 
 def make_projector(file: Path, with_newline: bool = False) -> Path:
-    """A projector file with the names that LLaVA's training writes."""
+    """Write a projector file with the names that LLaVA's training uses."""
     torch.manual_seed(2)
     shapes = {"0.weight": (TEXT_WIDTH, VISION_WIDTH), "0.bias": (TEXT_WIDTH,)}
     shapes |= {"2.weight": (TEXT_WIDTH, TEXT_WIDTH), "2.bias": (TEXT_WIDTH,)}
@@ -77,7 +77,10 @@ def make_projector(file: Path, with_newline: bool = False) -> Path:
 
 
 def hub_shapes(family, width, inner, layers, vocabulary, vision=(1024, 4096, 24, 577, 14)) -> dict[str, tuple]:
-    """Name -> shape in llava-hf/llava-1.5-*-hf and llava-hf/llava-v1.6-vicuna-*-hf, written out."""
+    """Return name -> shape of llava-hf/llava-1.5-*-hf and llava-hf/llava-v1.6-vicuna-*-hf, written out by hand.
+
+    `vision` is (width, MLP width, layers, positions, patch size) of the tower.
+    """
     shapes = {
         "language_model.model.embed_tokens.weight": (vocabulary, width),
         "language_model.model.norm.weight": (width,),

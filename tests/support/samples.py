@@ -1,41 +1,31 @@
-"""Parts of the data tests: tokenizers whose tokens can be read, conversations, and image files of every kind.
+"""Helpers of the data tests: readable tokenizers, conversations, and image files of every kind.
 
-With tokens that are single characters, what is expected can be written as text.
+With single characters as tokens, expected token sequences can be written as text.
 """
 
 import json
 from pathlib import Path
 
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, pre_tokenizers
 
 from dualspeed.chat_templates import use_template
 from dualspeed.data.annotations import read_entries
 from dualspeed.data.conversations import Problem, read_record
 from tests.support import tiny
+from tests.support.word_tokenizer import word_tokenizer
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 
 
 def with_tokenizer(processor, words, pre_tokenizer):
-    """`processor` with a tokenizer of `words` that puts <s> in front, as Llama's does."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(tiny.SPECIAL_TOKENS + words)}, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizer
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    processor.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    """Give `processor` a tokenizer of `words` that puts <s> at the start, as Llama's does."""
+    processor.tokenizer = word_tokenizer(tiny.SPECIAL_TOKENS + words, pre_tokenizer, adds_bos=True)
     return processor
 
 
 def by_character(template="vicuna_v1", make=tiny.llava_processor):
-    """A processor whose tokens are single characters."""
+    """Return a processor whose tokens are single characters."""
     processor = with_tokenizer(make(), CHARACTERS, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"))
     use_template(processor, template)
     return processor
@@ -55,7 +45,7 @@ def row(name, messages, images=()):
 
 
 def entry(*texts, name="x", **image):
-    """An entry of LLaVA's JSON with turns of human and gpt in alternation."""
+    """Return an entry of LLaVA's JSON with alternating turns of human and gpt."""
     turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
     return {"id": name, "conversations": turns, **image}
 
@@ -66,14 +56,14 @@ def load(tmp_path, entries, images="images"):
 
 
 def load_file(path, images="images"):
-    """(records, problems) of a file of annotations."""
+    """Return (records, problems) of a file of annotations."""
     found = [read_record(entry, Path(images)) for entry in read_entries(path)]
     records = [record for record in found if not isinstance(record, Problem)]
     return records, [problem for problem in found if isinstance(problem, Problem)]
 
 
 def write_image(path, kind):
-    """A file at `path` that is an image of `kind`, or should be one."""
+    """Write a file to `path` that is an image of `kind`, or a broken one."""
     image = Image.effect_noise((40, 30), 80).convert("RGB")
     if kind == "missing":
         return
