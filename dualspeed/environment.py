@@ -1,4 +1,4 @@
-"""What a run ran on: the commit of this checkout and the versions of the packages that matter."""
+"""Software of a run: the git commit of this checkout and the versions of the main packages."""
 
 import subprocess
 from importlib import metadata
@@ -9,20 +9,20 @@ PACKAGES = ("dualspeed", "torch", "transformers", "accelerate", "datasets", "mlf
 
 
 def environment() -> dict[str, Any]:
-    """{"git_commit": see `git_commit`, "versions": {package: version of those that are installed}}."""
+    """Software of this process: {"git_commit": str or None, "versions": {package: version}}."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # the library alone needs neither datasets nor snakemake
+            continue  # not installed: the library alone needs neither datasets nor snakemake
     return {"git_commit": git_commit(), "versions": versions}
 
 
 def git_commit() -> str | None:
-    """Hash of the checkout's commit, `-dirty` behind it where tracked files differ; None outside a checkout."""
+    """Hash of the checkout's commit, with `-dirty` if tracked files are modified; None outside a checkout."""
     repository = Path(__file__).resolve().parent.parent
-    if not (repository / ".git").exists():  # an installed package may lie inside another project's checkout
+    if not (repository / ".git").exists():  # git would find another project's checkout around an installed package
         return None
     command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

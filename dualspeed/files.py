@@ -1,4 +1,4 @@
-"""Files that are valid or absent, never half: everything is written under a temporary name and moved into place."""
+"""Atomic writes: files and folders are written under a temporary name and then moved into place."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write `content` to `path` in one step, creating its folder; a kill leaves what was there before."""
+    """Write `content` to `path` atomically, creating its folder; after a kill the old file is still there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -33,7 +33,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it takes the place of `path` when the block ends without an error."""
+    """Yield a temporary folder beside `path`, which replaces `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -49,11 +49,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Hex digest of a file's content."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_json(value: Any) -> str:
-    """Hex digest of a JSON value, the same for any order of its keys."""
+    """SHA-256 of a JSON value, in hexadecimal; independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

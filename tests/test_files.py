@@ -1,4 +1,4 @@
-"""What is written is valid or absent, never half: through errors, kills and a full disk."""
+"""Atomic writes leave no partial file, whatever stops them: an error, a kill or a full disk."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def test_write_replaces_the_whole_file(tmp_path):
 
 
 def test_full_disk_leaves_the_old_file(tmp_path):
-    """A limit on file size is what a full disk is to the writer: an OSError in the middle of a write."""
+    """A limit on file size fails like a full disk: with an OSError in the middle of a write."""
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
     code = (

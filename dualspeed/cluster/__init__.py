@@ -1,1 +1,1 @@
-"""Processes, GPUs, locks and scheduler jobs."""
+"""Processes on machines: launching training, sharing GPUs, locking runs, ending orphaned Slurm jobs."""

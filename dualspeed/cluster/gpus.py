@@ -1,4 +1,4 @@
-"""Hands out the GPUs of a workstation: Snakemake counts how many are taken, this says which."""
+"""Assignment of a workstation's GPUs to jobs: Snakemake limits how many are in use, this chooses which."""
 
 import fcntl
 import logging
@@ -9,16 +9,19 @@ from pathlib import Path
 
 from dualspeed.errors import GpuError
 
-NUM_GPUS = "DUALSPEED_NUM_GPUS"  # GPUs that a profile shares out among jobs; unset where a scheduler does that
+NUM_GPUS = "DUALSPEED_NUM_GPUS"  # number of GPUs that a profile lets jobs share; unset where a scheduler assigns them
 POLL_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
 def take_gpus(count: int) -> None:
-    """Let this process see `count` GPUs that no other job sees, waiting for them if need be.
+    """Reserve `count` GPUs for this process, waiting until they are free, and set CUDA_VISIBLE_DEVICES to them.
 
-    They are this process's until it ends, and stay so through `exec`. Where CUDA_VISIBLE_DEVICES is set already, it
-    is taken from those. Does nothing for a count of 0, or where DUALSPEED_NUM_GPUS is not set.
+    The reservation ends with the process; `exec` keeps it. If CUDA_VISIBLE_DEVICES is set already, the GPUs are chosen
+    from that list. Does nothing for a count of 0, or if DUALSPEED_NUM_GPUS isn't set.
+
+    Raises:
+        GpuError: `count` is more than all GPUs that there are.
     """
     if not count or NUM_GPUS not in os.environ:
         return
@@ -26,7 +29,7 @@ def take_gpus(count: int) -> None:
     if devices == [""]:
         devices = [str(device) for device in range(int(os.environ[NUM_GPUS]))]
     if count > len(devices):
-        raise GpuError(f"this job needs {count} GPUs, and there are {len(devices)} to share out")
+        raise GpuError(f"this job needs {count} GPUs, and all jobs here share {len(devices)}")
     taken: list[str] = []
     while len(taken) < count:
         device = next((device for device in devices if device not in taken and _take(device)), None)
@@ -49,5 +52,5 @@ def _take(device: str) -> bool:
     except OSError:
         os.close(descriptor)
         return False
-    os.set_inheritable(descriptor, True)  # an exec keeps the lock if it keeps the file
+    os.set_inheritable(descriptor, True)  # so that the lock outlives an exec
     return True

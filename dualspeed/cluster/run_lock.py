@@ -1,4 +1,4 @@
-"""One job at a time in a state folder: a job that was submitted twice must not write into the run of the first."""
+"""Lock of a state folder: a job that is submitted twice must not write to the same run at the same time."""
 
 import errno
 import fcntl
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a state folder for as long as the block runs.
+    """Hold the lock of a state folder while the block runs.
 
-    It is a POSIX lock: the system lets go of it when the process ends, however it ends, and data loading workers
-    that outlive a killed process don't inherit it.
+    The lock is a POSIX lock: the system releases it when the process ends, even by a kill, and data loading workers
+    that outlive the process don't inherit it.
 
     Raises:
-        RunIsLiveError: another process holds it; the message says which, where and since when.
+        RunIsLiveError: another process holds the lock; the message names the process, its machine and start time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
@@ -35,7 +35,9 @@ def run_lock(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = path.read_text().strip() or "another job"
                 raise RunIsLiveError(f"{folder}: {holder} trains this run; wait for it, or end it first") from None
-            logger.warning("%s: no locks on this file system (%s): see that no run is submitted twice", folder, error)
+            logger.warning(
+                "%s: this file system has no locks (%s): make sure that no run is submitted twice", folder, error
+            )
         file.truncate(0)
         file.write(_describe_this_process())
         file.flush()

@@ -1,5 +1,5 @@
-"""What a sheet of experiments would cost, by arithmetic, before any of it runs.
+"""Cost of a sheet of experiments before any of it runs, by arithmetic.
 
-Enters: a configuration. Leaves: samples, tokens, FLOPs, memory, hours and disk of each row's stages. No torch: sizes
-come from the models' configuration files, lengths from prepared data where it is there.
+Input: a configuration. Output: samples, tokens, FLOPs, memory, hours and disk of each row's stages. Without torch:
+sizes come from the models' configuration files, lengths from prepared data if there is any.
 """

@@ -8,11 +8,12 @@ from pathlib import Path
 import yaml
 
 from dualspeed.errors import ConfigError
+from dualspeed.layout import Layout
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
 from dualspeed.plan.memory import RESERVED, Peak, peak_memory
 from dualspeed.plan.shapes import ModelShape, shape_of
 from dualspeed.settings.plan import DatasetEstimate, Gpu
-from dualspeed.settings.project import ProjectConfig
+from dualspeed.settings.project import Project
 from dualspeed.settings.recipe import Recipe, batch_plan
 from dualspeed.settings.resources import JobResources
 from dualspeed.settings.stage import StageSettings
@@ -20,21 +21,26 @@ from dualspeed.settings.stage import StageSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """How many processes train, and how they share the model."""
+    """Training processes, one on each GPU."""
 
     num_gpus: int
+    """GPUs over all nodes."""
     sharding: str
+    """One of SHARDINGS: ddp, zero2, zero3, fsdp2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """A dataset as its steps see it: (share of the samples, sample) of each kind, and the longest sample."""
+    """Lengths of a dataset's samples."""
 
     samples: int
+    """Number of samples."""
     kinds: tuple[tuple[float, Sample], ...]
+    """(share of the samples, mean sample) of each kind: with an image, without."""
     longest: Sample
+    """Longest sample, which decides the peak memory."""
     is_counted: bool
-    """Whether samples and tokens were counted by preparation, rather than assumed."""
+    """True if preparation has counted samples and tokens, False if they are assumed."""
 
     def mean(self, name: str) -> float:
         """Mean of a field over the samples."""
@@ -43,31 +49,35 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What a stage costs."""
+    """Cost of one stage of training."""
 
     lengths: Lengths
+    """Samples that it trains on."""
     processes: Processes
+    """Processes that it trains in."""
     flops: float
+    """FLOPs of all its steps."""
     baseline_flops: float
-    """Of the same stage on full tokens throughout."""
+    """FLOPs of the same stage with full tokens in every step."""
     peak: Peak
+    """Peak memory of a process."""
     checkpoint_bytes: float
-    """What stays."""
+    """Disk space of the trained model."""
     state_bytes: float
-    """What resuming needs while it trains."""
+    """Disk space of the checkpoints to resume from, while it trains."""
 
     @property
     def memory(self) -> float:
-        """Bytes that a GPU needs."""
+        """Bytes of memory that each GPU needs."""
         return self.peak.total + RESERVED
 
     def hours(self, gpu: Gpu, utilisation: float) -> float:
-        """Wall clock."""
+        """Wall-clock hours."""
         return self.flops / (self.processes.num_gpus * gpu.flops * utilisation) / 3600
 
 
 def processes_of(recipe: Recipe, wanted: JobResources) -> Processes:
-    """How the processes that a job asks for share the model, by its recipe's launcher file."""
+    """Number of processes from a job's resources, and their sharding from the recipe's file for accelerate."""
     num_gpus = wanted.num_processes
     if recipe.accelerate_config is None:
         return Processes(num_gpus=num_gpus, sharding="ddp")
@@ -83,12 +93,12 @@ def processes_of(recipe: Recipe, wanted: JobResources) -> Processes:
     else:
         sharding = {"FSDP": "fsdp2"}.get(kind, "ddp")
     if sharding not in ("ddp", "zero2", "zero3", "fsdp2"):
-        raise ConfigError(f"{file}: {sharding} isn't planned for; valid: DDP, ZeRO-2, ZeRO-3, FSDP2")
+        raise ConfigError(f"{file}: the plan doesn't know {sharding}; valid: DDP, ZeRO-2, ZeRO-3, FSDP2")
     return Processes(num_gpus=num_gpus, sharding=sharding)
 
 
 def trained_by(settings: StageSettings) -> Trained:
-    """What a stage trains."""
+    """Trained parts of the model in a stage."""
     recipe, arguments = settings.recipe, settings.recipe.training_arguments
     return Trained(
         language=settings.stage == "finetune",
@@ -99,12 +109,14 @@ def trained_by(settings: StageSettings) -> Trained:
     )
 
 
-def lengths_of(project: ProjectConfig, settings: StageSettings, shape: ModelShape, prepared: Path) -> Lengths:
-    """Samples and tokens of a stage: counted where its data is prepared, else as `plan.datasets` says."""
+def lengths_of(project: Project, settings: StageSettings, shape: ModelShape, prepared: Path) -> Lengths:
+    """Samples and tokens of a stage: as counted if its data is prepared, else as assumed in `plan.datasets`."""
     annotations = settings.recipe.annotations
     if annotations not in project.plan.datasets:
         known = ", ".join(project.plan.datasets) or "none"
-        raise ConfigError(f"plan.datasets: no entry for {annotations!r}, whose lengths decide the cost; there: {known}")
+        raise ConfigError(
+            f"plan.datasets: no entry for {annotations!r}, whose lengths the cost follows from; there are: {known}"
+        )
     estimate = project.plan.datasets[annotations]
     manifest = prepared / "manifest.json"
     if manifest.is_file():
@@ -122,7 +134,7 @@ def lengths_of(project: ProjectConfig, settings: StageSettings, shape: ModelShap
 
 
 def counted(estimate: DatasetEstimate, manifest: dict, shape: ModelShape) -> DatasetEstimate:
-    """The estimate with what preparation counted; text is what its tokens leave beside the pictures'."""
+    """Replace the estimate's lengths by those that preparation counted; text tokens are all but the images' tokens."""
     mean = manifest["num_tokens"] / manifest["num_samples"]
     text = max(1, round(mean - estimate.image_share * shape.visual_tokens(*estimate.image_size)))
     supervised = max(1, round(estimate.supervised_tokens * text / estimate.text_tokens))
@@ -138,7 +150,7 @@ def counted(estimate: DatasetEstimate, manifest: dict, shape: ModelShape) -> Dat
 def sample_of(
     settings: StageSettings, shape: ModelShape, estimate: DatasetEstimate, text: int, has_image: bool = True
 ) -> Sample:
-    """A sample with `text` tokens beside its picture, cut at max_length."""
+    """Sample with `text` tokens and, if `has_image`, an image; cut at max_length."""
     method, size = settings.dualspeed, estimate.image_size
     visual = shape.visual_tokens(*size) if has_image else 0
     text = min(text, settings.recipe.max_length - visual)
@@ -153,7 +165,10 @@ def sample_of(
 
 
 def longest_sample(settings: StageSettings, shape: ModelShape, estimate: DatasetEstimate) -> Sample:
-    """The sample that memory has to hold: the longest text, in full mode with the largest picture."""
+    """Longest sample in each mode: the longest text with the largest image.
+
+    If some samples have no image, its length in fast mode is that of the longest text alone, which no pruning shortens.
+    """
     grids = shape.grids or ((1, 1),)
     largest = dataclasses.replace(estimate, image_size=max(grids, key=lambda grid: shape.visual_tokens(*grid)))
     text = estimate.longest_text_tokens or settings.recipe.max_length
@@ -164,10 +179,10 @@ def longest_sample(settings: StageSettings, shape: ModelShape, estimate: Dataset
     return dataclasses.replace(with_image, fast_tokens=alone.fast_tokens, supervised_tokens=alone.supervised_tokens)
 
 
-def stage_cost(project: ProjectConfig, settings: StageSettings, model: str) -> StageCost:
-    """Cost of a stage of the training of `model`."""
+def stage_cost(project: Project, settings: StageSettings, model: str) -> StageCost:
+    """Cost of a stage that trains `model`, a key of the project's models."""
     shape = shape_of(project.models[model], project.downloads)
-    lengths = lengths_of(project, settings, shape, Path(project.results) / "prepared" / model / settings.stage)
+    lengths = lengths_of(project, settings, shape, Path(Layout(project.results).prepared(model, settings.stage)))
     wanted = project.models[model].resources_of(settings.stage)
     recipe, trained, processes = settings.recipe, trained_by(settings), processes_of(settings.recipe, wanted)
     batch = recipe.per_device_batch_size or recipe.global_batch_size // processes.num_gpus
@@ -202,13 +217,14 @@ def stage_cost(project: ProjectConfig, settings: StageSettings, model: str) -> S
         baseline_flops=flops({"baseline": 1.0}),
         peak=peak,
         checkpoint_bytes=2 * num_parameters,
-        # Two checkpoints are kept and a third is written: weights, and two float32 moments of what is trained.
+        # Two checkpoints are kept while a third is written. Each has bfloat16 weights; those that are trained are
+        # float32 (2 bytes more) with two float32 moments.
         state_bytes=3 * (2 * num_parameters + 10 * trained_parameters(shape, trained)),
     )
 
 
 def modes_of(settings: StageSettings) -> dict[str, float]:
-    """Mode -> share of a stage's steps."""
+    """Share of a stage's steps in each mode."""
     ratio, distills = settings.dualspeed.slow_mode_ratio, settings.dualspeed.distillation_weight > 0
     shares = {"fast": 1 - ratio, "slow" if distills else "baseline": ratio}
     return {mode: share for mode, share in shares.items() if share > 0}

@@ -1,7 +1,7 @@
-"""FLOPs of training steps, as torch's counter counts them: two a multiply-add, attention over all pairs of tokens.
+"""FLOPs of training steps, as torch's counter counts them: 2 for a multiply-add, attention over all pairs of tokens.
 
-A forward pass costs one unit of a linear layer; its backward pass one for the gradient of its input, and one for the
-gradient of its weights where they are trained. L tokens of a sequence, S of them supervised, N visual ones.
+The backward pass of a linear layer costs as much as its forward pass for the gradient of its input, and as much again
+for the gradient of its weights if they are trained.
 """
 
 import dataclasses
@@ -15,33 +15,39 @@ class Sample:
     """Lengths of one training sample."""
 
     full_tokens: int
+    """Tokens on full tokens."""
     fast_tokens: int
+    """Tokens in fast mode, isolators included."""
     supervised_tokens: int
+    """Tokens with a label."""
     visual_tokens: int
-    """0 for a text alone."""
+    """Visual tokens before pruning; 0 without an image."""
     tiles: int
-    """Squares that the vision tower encodes."""
+    """Tiles that the vision tower encodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a stage trains, and how."""
+    """Trained parts of the model beside the projector, which every stage trains."""
 
     language: bool
+    """True if the language model is trained, or its adapters."""
     vision: bool = False
+    """True if the vision tower is trained."""
     lora_rank: int = 0
-    """0: no adapters; else the language model itself is frozen."""
+    """Rank of the adapters, with which the language model itself is frozen; 0: no adapters."""
     lora_dropout: bool = False
+    """True if the adapters have dropout."""
     checkpointing: bool = False
-    """Whether blocks of the language model run twice in steps on full tokens, and needn't keep their activations."""
+    """True for activation checkpointing: in steps on full tokens each block of the language model runs twice."""
 
     def in_mode(self, mode: str) -> "Trained":
-        """As a step of this mode has it: fast ones keep what they compute."""
+        """Settings of a step in this mode: fast steps have no activation checkpointing."""
         return dataclasses.replace(self, checkpointing=self.checkpointing and mode != "fast")
 
 
 def language_flops(shape: ModelShape, tokens: int, supervised: int, trained: Trained, backward: bool = True) -> float:
-    """Language model and head on one sequence."""
+    """FLOPs of the language model and its head on one sequence."""
     linear = 2 * tokens * shape.layer_parameters * shape.text_layers
     attention = 4 * tokens**2 * shape.text_width * shape.text_layers
     head = 2 * supervised * shape.vocabulary * shape.text_width
@@ -51,14 +57,14 @@ def language_flops(shape: ModelShape, tokens: int, supervised: int, trained: Tra
         return blocks + head
     trains_weights = trained.language and not trained.lora_rank
     linear_passes = 3 if trains_weights else 2
-    # A block runs again up to its last product, whose result nothing asks for.
+    # Recomputing a block leaves out its last product, whose result the backward pass doesn't need.
     last = 2 * tokens * shape.text_inner * shape.text_width * shape.text_layers
     recomputed = blocks - last if trained.checkpointing else 0
     return linear_passes * (linear + head) + 3 * (attention + adapters) + recomputed
 
 
 def vision_flops(shape: ModelShape, tiles: int, trained: Trained) -> float:
-    """The vision tower up to the layer that features come from, on a sample's squares."""
+    """FLOPs of the vision tower on a sample's tiles, without its last layer, which comes after the selected one."""
     positions = shape.side**2 + 1
     block = 4 * shape.vision_width**2 + 2 * shape.vision_width * shape.vision_inner
     blocks = (shape.vision_layers - 1) * (2 * positions * block + 4 * positions**2 * shape.vision_width)
@@ -67,21 +73,22 @@ def vision_flops(shape: ModelShape, tiles: int, trained: Trained) -> float:
 
 
 def projector_flops(shape: ModelShape, tiles: int, trained: Trained) -> float:
-    """The projector, which is trained in both stages."""
+    """FLOPs of the projector, which is trained in both stages, on a sample's tiles."""
     tokens = tiles * shape.side**2
     first, second = 2 * shape.vision_width * shape.text_width, 2 * shape.text_width**2
     return tokens * ((3 if trained.vision else 2) * first + 3 * second)
 
 
 def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, distill: bool = True) -> float:
-    """One sample's share of a training step.
+    """FLOPs of a training step for one sample.
 
     Args:
-        mode: `baseline`, `fast`, or `slow`, whose teacher runs in fast mode unless `distill` is False.
+        mode: `baseline` (full tokens), `fast` or `slow` (full tokens with distillation).
+        distill: False leaves out the teacher of a slow step, a forward pass in fast mode.
     """
     trained = trained.in_mode(mode)
     visual = vision_flops(shape, sample.tiles, trained) + projector_flops(shape, sample.tiles, trained)
-    # Similarities of all pairs of visual tokens, which DivPrune and its like select by.
+    # Similarities of all pairs of visual tokens, which DivPrune and similar pruners compute.
     pruner = 2 * sample.visual_tokens**2 * shape.text_width
     fast, full, supervised = sample.fast_tokens, sample.full_tokens, sample.supervised_tokens
     if mode == "fast":
@@ -93,7 +100,7 @@ def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, d
 
 
 def trained_parameters(shape: ModelShape, trained: Trained) -> int:
-    """Parameters that a stage trains."""
+    """Number of parameters that a stage trains."""
     parts = shape.parameters
     number = parts["projector"] + (parts["vision"] if trained.vision else 0)
     if trained.lora_rank:

@@ -1,7 +1,6 @@
-"""Peak memory of a training process on one GPU, by what autograd keeps of each layer.
+"""Peak memory of a training process on one GPU, from the tensors that autograd saves in each layer.
 
-T tokens of a micro-batch, D and I width and inner width of the language model, K width of its keys, V vocabulary.
-Arithmetic in bfloat16; what is trained is held in float32, with two moments of AdamW in float32.
+Arithmetic is in bfloat16; trained parameters are float32, with two float32 moments of AdamW.
 """
 
 from dataclasses import dataclass
@@ -11,43 +10,47 @@ from dualspeed.plan.shapes import ModelShape
 
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
 RESERVED = 1.5e9
-"""CUDA's context, communication buffers and what the allocator loses to fragments: a rule of thumb, not measured."""
+"""Bytes of CUDA's context, communication buffers and fragmentation: a rule of thumb, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Bytes at the fullest moment of a step: as its backward pass begins, or as it ends."""
+    """Peak bytes of a step, which are reached when its backward pass begins or when it ends."""
 
     weights: float
+    """Weights, and their copies for arithmetic."""
     optimizer: float
+    """Moments of AdamW, and its own weights with ZeRO."""
     gradients: float
+    """Gradients of all trained parameters."""
     activations: float
-    """When the backward pass begins."""
+    """Activations when the backward pass begins."""
     last_block: float
-    """What is left of them when it ends, less the gradients that are still to come."""
+    """Activations when the backward pass ends, less the gradients that are not computed yet."""
     accumulates: bool
-    """Whether gradients of an earlier micro-batch are there when it begins."""
+    """True if gradients of an earlier micro-batch exist when the backward pass begins."""
 
     @property
     def total(self) -> float:
-        """Of everything."""
+        """Peak bytes over all parts."""
         begins = self.activations + (self.gradients if self.accumulates else 0)
         return self.weights + self.optimizer + max(begins, self.gradients + self.last_block)
 
 
 def layer_bytes(shape: ModelShape, trained: Trained, in_float32: bool = False) -> float:
-    """What one block of the language model keeps of a token for the backward pass.
+    """Bytes that one block of the language model saves for the backward pass, for each token.
 
     Args:
-        in_float32: whether the block's weights are float32 ones under autocast, as in DDP, so that the residual stream
-            is float32 and each product has a copy of its input; else they are bfloat16 ones.
+        in_float32: True for float32 weights under autocast, as in DDP: the residual stream is float32, and each
+            product has a bfloat16 copy of its input. False for bfloat16 weights.
     """
     width, inner = shape.text_width, shape.text_inner
     attention = 4 * width + 4 * shape.key_width
-    # The gate, its activation and what it multiplies; the last product's input too if its weights are trained.
+    # The gate, its activation and the factor that it multiplies. If the last product's weights are trained, its input
+    # is saved too (2 * inner below).
     gated = 6 * inner
     if trained.lora_rank:
-        # Of each adapter: its input and its dropout's mask (a byte); of two norms: their float32 input.
+        # Each adapter saves its input and its dropout's mask (1 byte); each of the two norms its float32 input.
         adapters = (2 + trained.lora_dropout) * (6 * width + inner) + 2 * 7 * trained.lora_rank
         return 8 * width + attention + gated + adapters
     if not trained.language:
@@ -60,14 +63,18 @@ def layer_bytes(shape: ModelShape, trained: Trained, in_float32: bool = False) -
 def activation_bytes(
     shape: ModelShape, sample: Sample, trained: Trained, mode: str, batch: int, in_float32: bool = False
 ) -> tuple[float, float]:
-    """What a micro-batch of `batch` samples holds when the backward pass begins, and when it ends."""
+    """Bytes of activations of a micro-batch when the backward pass begins, and when it ends.
+
+    Args:
+        batch: samples of the micro-batch.
+    """
     trained = trained.in_mode(mode)
     tokens = batch * (sample.fast_tokens if mode == "fast" else sample.full_tokens)
     width, stream = shape.text_width, 4 if in_float32 else 2
     block = tokens * layer_bytes(shape, trained, in_float32)
     kept = shape.text_layers * (tokens * stream * width if trained.checkpointing else block)
-    # Gradients on their way through a block: of both factors of the gated product, whose own takes the place of what
-    # it frees, and of the stream.
+    # Gradients inside a block: of both factors of the gated product and of the residual stream. The gradient of the
+    # product itself takes the memory that the product frees.
     passing = tokens * (4 * shape.text_inner + 2 * stream * width)
     visual = batch * sample.tiles * shape.side**2 * (2 * shape.vision_width + 6 * width)
     ends = tokens * (2 * stream * width + 4 * width)
@@ -85,37 +92,37 @@ def peak_memory(
     num_gpus: int,
     accumulates: bool,
 ) -> Peak:
-    """Peak of the fullest of the modes that a run's steps have.
+    """Peak over the modes of a run's steps.
 
     Args:
         batches: mode -> samples of a micro-batch.
         sharding: one of SHARDINGS.
-        accumulates: whether a step has several micro-batches.
+        accumulates: True if a step has several micro-batches.
     """
     parts = shape.parameters
     num_trained = trained_parameters(shape, trained)
     added = shape.adapter_parameters(trained.lora_rank)
     num_frozen = sum(parts.values()) + added - num_trained
-    of_block = parts["layers"] / shape.text_layers
+    block_parameters = parts["layers"] / shape.text_layers
     outside = sum(parts.values()) - parts["layers"]
     shared = 1 / num_gpus
     weights, optimizer, gradients = {
         "ddp": (2 * num_frozen + 4 * num_trained, 8 * num_trained, 4 * num_trained),
-        # bfloat16 weights for arithmetic; the optimizer has float32 ones and two moments.
+        # Weights are bfloat16; the optimizer has float32 weights and two moments.
         "zero2": (2 * (num_frozen + num_trained), 12 * num_trained * shared, 2 * num_trained * shared),
         "zero3": (2 * (num_frozen + num_trained) * shared, 12 * num_trained * shared, 2 * num_trained * shared),
         "fsdp2": ((2 * num_frozen + 4 * num_trained) * shared, 8 * num_trained * shared, 4 * num_trained * shared),
     }[sharding]
     if sharding in ("zero3", "fsdp2"):
-        # Gathered: two blocks, and what isn't in blocks.
-        weights += 2 * (2 * of_block + outside)
-        gradients += 2 * of_block if trained.language else 0
+        # Gathered weights: two blocks, and all parameters outside blocks.
+        weights += 2 * (2 * block_parameters + outside)
+        gradients += 2 * block_parameters if trained.language else 0
     in_float32 = sharding == "ddp" and trained.language and not trained.lora_rank
     if in_float32:
-        # Autocast's copies: all at once, or block by block.
-        weights += 2 * (of_block + parts["embeddings"] / 2 if trained.checkpointing else num_trained)
+        # Autocast's bfloat16 copies: of all weights at once, or with checkpointing of one block at a time.
+        weights += 2 * (block_parameters + parts["embeddings"] / 2 if trained.checkpointing else num_trained)
     trains_blocks = trained.language and not trained.lora_rank
-    gradients_to_come = gradients * (of_block + parts["embeddings"] / 2) / num_trained if trains_blocks else 0
+    gradients_to_come = gradients * (block_parameters + parts["embeddings"] / 2) / num_trained if trains_blocks else 0
     fullest = [activation_bytes(shape, sample, trained, mode, batch, in_float32) for mode, batch in batches.items()]
     return Peak(
         weights=weights,

@@ -1,4 +1,4 @@
-"""What would make a stage fit its GPUs: one change, or as few as it takes."""
+"""Changes that make a stage fit its GPUs: the smallest set of them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from itertools import combinations
 from dualspeed.errors import ConfigError
 from dualspeed.plan.costs import StageCost, stage_cost
 from dualspeed.settings.plan import GPUS
-from dualspeed.settings.project import ProjectConfig
+from dualspeed.settings.project import Project
 from dualspeed.settings.recipe import LoraRecipe, Recipe
 from dualspeed.settings.stage import StageSettings
 
@@ -15,8 +15,8 @@ Change = Callable[[Recipe], Recipe]
 FSDP2 = "config/accelerate/fsdp2.yaml"
 
 
-def remedies(project: ProjectConfig, settings: StageSettings, model: str) -> str:
-    """The first set of changes that fits, in words; the mildest are tried first."""
+def remedies(project: Project, settings: StageSettings, model: str) -> str:
+    """Text that names the first set of changes that fits; small sets and mild changes are tried first."""
     capacity = GPUS[project.plan.gpu].memory
     changes = list(possible_changes(settings, stage_cost(project, settings, model).processes.num_gpus))
     for count in range(1, len(changes) + 1):
@@ -31,8 +31,8 @@ def remedies(project: ProjectConfig, settings: StageSettings, model: str) -> str
     return "none of the changes tried would fit: more GPUs, or larger ones"
 
 
-def try_cost(project: ProjectConfig, settings: StageSettings, model: str) -> StageCost | None:
-    """Cost of a changed stage; None where the change makes no valid recipe."""
+def try_cost(project: Project, settings: StageSettings, model: str) -> StageCost | None:
+    """Cost of a changed stage; None if the changed recipe is invalid."""
     try:
         return stage_cost(project, settings, model)
     except ConfigError:
@@ -40,7 +40,7 @@ def try_cost(project: ProjectConfig, settings: StageSettings, model: str) -> Sta
 
 
 def possible_changes(settings: StageSettings, num_gpus: int) -> Iterator[tuple[str, Change]]:
-    """Name and change of a recipe, the ones that change least first."""
+    """Name and function of each change of the recipe, the mildest first."""
     recipe = settings.recipe
     arguments = recipe.training_arguments
     if not (arguments.get("activation_checkpointing") or arguments.get("gradient_checkpointing")):
@@ -60,7 +60,7 @@ def possible_changes(settings: StageSettings, num_gpus: int) -> Iterator[tuple[s
 
 
 def with_batch(batch: int) -> Change:
-    """The change to micro-batches of `batch` samples."""
+    """Change to micro-batches of at most `batch` samples."""
     return lambda recipe: dataclasses.replace(
         recipe,
         per_device_batch_size=batch,

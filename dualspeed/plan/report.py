@@ -1,6 +1,6 @@
-"""`dualspeed plan`: a sheet's costs as one table, and an error for each stage that can't fit."""
+"""Text of `dualspeed plan`: the costs of a sheet as one table, and an error for each stage that doesn't fit."""
 
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from dualspeed.errors import ConfigError, PlanError
 from dualspeed.plan.costs import StageCost, stage_cost
 from dualspeed.plan.remedies import remedies
 from dualspeed.settings.plan import GPUS
-from dualspeed.settings.project import Experiment, ProjectConfig, load_project
-from dualspeed.settings.stage import StageSettings, finetune_settings, pretrain_key, pretrain_settings
+from dualspeed.settings.project import Project, load_project
+from dualspeed.settings.sheet import Row
+from dualspeed.settings.stage import StageSettings
 
 CONFIG_FILE = "config.yaml"
 HEADERS = (
@@ -33,20 +34,24 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of one row, or of several rows that share it."""
+    """Line of the table: one stage of one row, or of several rows that share a pretraining."""
 
     name: str
+    """Id of the first row, with the number of further rows."""
     model: str
+    """Key of the project's models."""
     settings: StageSettings
+    """Settings of the stage."""
     cost: StageCost
+    """Cost of the stage."""
 
 
 def plan(config: Path, sheet: Path | None = None) -> str:
-    """The table of a project and what it assumes.
+    """Table of a project's costs, with its assumptions.
 
     Args:
         config: folder of a configuration, or its file.
-        sheet: another sheet of experiments than the configuration's.
+        sheet: sheet of experiments to use instead of the configuration's.
 
     Raises:
         PlanError: a stage needs more memory than its GPU has; the table is part of the message.
@@ -60,32 +65,29 @@ def plan(config: Path, sheet: Path | None = None) -> str:
     return text
 
 
-def lines_of(project: ProjectConfig) -> list[Line]:
-    """Each finetuning, after the pretraining that it is the first to need."""
-    sharing: dict[str, list[Experiment]] = defaultdict(list)
-    for experiment in project.experiments:
-        sharing[pretrain_key(project, experiment)].append(experiment)
+def lines_of(project: Project) -> list[Line]:
+    """Lines of all stages: each finetuning, and before the first one that needs it, its pretraining."""
+    num_sharing = Counter(row.pretrain_key for row in project.rows)
     lines = []
-    for experiment in project.experiments:
-        rows = sharing.pop(pretrain_key(project, experiment), None)
-        if rows is not None:
-            also = f" (+{len(rows) - 1} rows)" if len(rows) > 1 else ""
-            lines.append(line_of(project, experiment, pretrain_settings(project, experiment), also))
-        lines.append(line_of(project, experiment, finetune_settings(project, experiment), ""))
+    for row in project.rows:
+        if (num_rows := num_sharing.pop(row.pretrain_key, 0)) > 0:
+            also = f" (+{num_rows - 1} rows)" if num_rows > 1 else ""
+            lines.append(line_of(project, row, project.pretrain_settings(row), also))
+        lines.append(line_of(project, row, project.finetune_settings(row), ""))
     return lines
 
 
-def line_of(project: ProjectConfig, experiment: Experiment, settings: StageSettings, also: str) -> Line:
-    """The line of one stage; ConfigError names row and stage."""
+def line_of(project: Project, row: Row, settings: StageSettings, also: str) -> Line:
+    """Line of one stage; a ConfigError names row and stage."""
     try:
-        cost = stage_cost(project, settings, experiment.model)
+        cost = stage_cost(project, settings, row.model)
     except ConfigError as error:
-        raise ConfigError(f"row {experiment.id}: {settings.stage}: {error}") from None
-    return Line(experiment.id + also, experiment.model, settings, cost)
+        raise ConfigError(f"row {row.id}: {settings.stage}: {error}") from None
+    return Line(row.id + also, row.model, settings, cost)
 
 
-def table(project: ProjectConfig, lines: list[Line]) -> str:
-    """One line a stage, and the sum."""
+def table(project: Project, lines: list[Line]) -> str:
+    """Table with one line for each stage, and the sum."""
     cells = [cells_of(project, line) for line in lines]
     hours = [
         sum(line.cost.hours(gpu, project.plan.utilisation) * line.cost.processes.num_gpus for line in lines)
@@ -99,8 +101,8 @@ def table(project: ProjectConfig, lines: list[Line]) -> str:
     return tabulate([*cells, total], HEADERS, floatfmt=formats, intfmt=",", tablefmt="github")
 
 
-def cells_of(project: ProjectConfig, line: Line) -> list[str | float]:
-    """The cells of one stage."""
+def cells_of(project: Project, line: Line) -> list[str | float]:
+    """Cells of one stage's line."""
     cost = line.cost
     hours = [cost.hours(gpu, project.plan.utilisation) for gpu in GPUS.values()]
     fits = cost.memory <= GPUS[project.plan.gpu].memory
@@ -121,8 +123,8 @@ def cells_of(project: ProjectConfig, line: Line) -> list[str | float]:
     ]
 
 
-def notes(project: ProjectConfig, lines: list[Line]) -> str:
-    """What the table assumes."""
+def notes(project: Project, lines: list[Line]) -> str:
+    """Assumptions of the table."""
     assumed = sorted({line.settings.recipe.annotations for line in lines if not line.cost.lengths.is_counted})
     sizes = [file.size for source in project.downloads.values() for file in source.files]
     known = sum(size for size in sizes if size is not None) / 1e9
@@ -141,8 +143,8 @@ def notes(project: ProjectConfig, lines: list[Line]) -> str:
     )  # fmt: skip
 
 
-def refusal(project: ProjectConfig, line: Line) -> str:
-    """Why a stage can't run, and what would."""
+def refusal(project: Project, line: Line) -> str:
+    """Reason why a stage can't run, and the changes with which it would."""
     cost, gpu = line.cost, GPUS[project.plan.gpu]
     return (
         f"{line.name}: {line.settings.stage}: needs {cost.memory / 1e9:.0f} GB on each of {cost.processes.num_gpus} "

@@ -1,13 +1,15 @@
-"""Sizes of a LLaVA, and how many visual tokens it makes of a picture; all by arithmetic, without the model."""
+"""Sizes of a LLaVA model and the number of visual tokens of an image, by arithmetic, without the model."""
 
 import json
 from dataclasses import dataclass
-from math import floor, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.model import LLAVA_NEXT_GRIDS, ModelConfig
+from dualspeed.settings.budget import num_tokens_to_keep
+from dualspeed.settings.families import BASE_FAMILIES, LLAVA_NEXT_GRIDS, padded_vocabulary
+from dualspeed.settings.model import ModelConfig
 from dualspeed.settings.sources import Source, sources_of
 
 LLAMA_7B = {
@@ -36,46 +38,56 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": LLAVA_NEXT_GRIDS,
     },
 }
-"""Sizes of what isn't downloaded yet, by its name on the Hub."""
-VOCABULARY_MULTIPLE = 64
+"""Sizes of checkpoints by their name on the Hub, for those that aren't downloaded yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes that costs follow from. D width of the language model, C of the vision tower."""
+    """Sizes of a model that its costs follow from."""
 
     text_width: int
+    """Hidden size of the language model."""
     text_inner: int
+    """Intermediate size of its MLPs."""
     text_layers: int
+    """Number of its blocks."""
     text_heads: int
+    """Number of its attention heads."""
     text_kv_heads: int
+    """Number of its key and value heads."""
     vocabulary: int
+    """Rows of its embeddings."""
     vision_width: int
+    """Hidden size of the vision tower."""
     vision_inner: int
+    """Intermediate size of its MLPs."""
     vision_layers: int
+    """Number of its blocks."""
     image_size: int
+    """Pixels on a side of its input."""
     patch_size: int
+    """Pixels on a side of a patch."""
     grids: tuple[tuple[int, int], ...] | None = None
-    """Heights and widths that LLaVA-NeXT fits pictures into; None: one square a picture."""
+    """Heights and widths, in pixels, that any-resolution images are fitted into; None: one tile an image."""
 
     @property
     def key_width(self) -> int:
-        """Width of keys and values, narrower than D with grouped queries."""
+        """Width of keys and values, less than `text_width` with grouped queries."""
         return self.text_width * self.text_kv_heads // self.text_heads
 
     @property
     def side(self) -> int:
-        """Patches on a side of the tower's square."""
+        """Patches on a side of a tile."""
         return self.image_size // self.patch_size
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of the linear layers of one block of the language model."""
+        """Number of parameters in the linear layers of one block of the language model."""
         return 2 * self.text_width * (self.text_width + self.key_width) + 3 * self.text_width * self.text_inner
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Parameters of each part of the model."""
+        """Number of parameters of each part of the model: layers, embeddings, projector, vision."""
         width, vision = self.text_width, self.vision_width
         block = 4 * vision * (vision + 1) + 2 * vision * self.vision_inner + self.vision_inner + vision + 4 * vision
         embeddings = vision * (1 + 3 * self.patch_size**2 + self.side**2 + 1)
@@ -87,13 +99,13 @@ class ModelShape:
         }
 
     def adapter_parameters(self, rank: int) -> int:
-        """Parameters of LoRA's adapters on the seven linear layers of each block."""
+        """Number of parameters of LoRA adapters on the seven linear layers of each block."""
         inputs = 6 * self.text_width + self.text_inner
         outputs = 2 * (self.text_width + self.key_width) + 2 * self.text_inner + self.text_width
         return rank * (inputs + outputs) * self.text_layers
 
     def tiles(self, height: int, width: int) -> list[int]:
-        """Tokens of each of a picture's tiles, without what LLaVA-NeXT takes off as padding; the whole view first."""
+        """Tokens of each tile of an image, without the padding that LLaVA-NeXT removes; the base view comes first."""
         whole = self.side**2
         if self.grids is None:
             return [whole]
@@ -107,30 +119,36 @@ class ModelShape:
         return [whole, *(a * b for a in kept_rows for b in kept_columns)]
 
     def newlines(self, height: int, width: int) -> int:
-        """Tokens that end the rows of a picture's tiles."""
+        """Newline tokens of an image, one at the end of each row of patches."""
         if self.grids is None:
             return 0
         rows, columns = (size // self.image_size for size in best_grid((height, width), self.grids))
         return rows * self.side - 2 * unpadded_margins(height, width, rows * self.side, columns * self.side)[0]
 
     def num_tiles(self, height: int, width: int) -> int:
-        """Squares that the vision tower encodes of a picture, padding or not."""
+        """Tiles of an image that the vision tower encodes, the base view and padded tiles included."""
         if self.grids is None:
             return 1
         return 1 + prod(size // self.image_size for size in best_grid((height, width), self.grids))
 
     def visual_tokens(self, height: int, width: int) -> int:
-        """Tokens of a picture in full mode."""
+        """Visual tokens of an image before pruning."""
         return sum(self.tiles(height, width)) + self.newlines(height, width)
 
     def kept_tokens(self, height: int, width: int, ratio: float, num_virtual_tokens: int, budget: str) -> int:
-        """Tokens of a picture in fast mode, isolators included."""
+        """Tokens of an image in fast mode, isolators included.
+
+        Args:
+            ratio: pruning ratio.
+            num_virtual_tokens: isolator tokens of each pruned unit.
+            budget: `tile` prunes each tile, `image` all tokens of the image at once.
+        """
         units = self.tiles(height, width) if budget == "tile" else [self.visual_tokens(height, width)]
-        return sum(max(1, floor((1 - ratio) * unit + 1e-6)) + num_virtual_tokens for unit in units if unit)
+        return sum(num_tokens_to_keep(unit, ratio) + num_virtual_tokens for unit in units if unit)
 
 
 def best_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The grid that shows most of a picture of (height, width), and of those the one that wastes least."""
+    """Grid that shows most pixels of an image of `size`, (height, width); among equals, the one with least padding."""
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         scale = min(grid[1] / size[1], grid[0] / size[0])
@@ -141,27 +159,27 @@ def best_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> tupl
 
 
 def unpadded_margins(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
-    """Rows at top and bottom, and columns at either side, that hold nothing of the picture."""
+    """Padding of an image in a grid of rows x columns patches: rows at the top, and columns on the left."""
     if width / height > columns / rows:
         return (rows - int(round(height * (columns / width), 7))) // 2, 0
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
 def shape_of(model: ModelConfig, downloads: dict[str, Source]) -> ModelShape:
-    """Sizes of a model of the configuration: from its files, or of what will be downloaded by its name."""
+    """Sizes of a model of the configuration: from its files, or, before they are downloaded, by its name."""
     if model.parts is None:
         config = read_config(model.source, downloads)
         text, vision = config["text_config"], config["vision_config"]
         return make_shape(text, vision, text.get("vocab_size", 32_064), config.get("image_grid_pinpoints"))
     text = read_config(model.parts.language_model, downloads)
     vision = read_config(model.parts.vision_tower, downloads)
-    vocabulary = -(-(text["vocab_size"] + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    grids = (model.parts.image_grid_pinpoints or LLAVA_NEXT_GRIDS) if model.parts.family == "llava_next" else None
+    vocabulary = padded_vocabulary(text["vocab_size"] + 2)
+    grids = model.parts.image_grid_pinpoints or BASE_FAMILIES[model.parts.family].grids
     return make_shape(text, vision.get("vision_config", vision), vocabulary, grids)
 
 
 def read_config(folder: str, downloads: dict[str, Source]) -> dict[str, Any]:
-    """config.json of a checkpoint, or the sizes that are known by the name of what is downloaded there."""
+    """Content of a checkpoint's config.json; before it is downloaded, the sizes in PUBLISHED."""
     file = Path(folder) / "config.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -170,13 +188,13 @@ def read_config(folder: str, downloads: dict[str, Source]) -> dict[str, Any]:
         if repo in PUBLISHED:
             return PUBLISHED[repo]
     raise ConfigError(
-        f"{file}: not there yet, and the sizes of {', '.join(map(str, repos)) or 'what belongs there'} aren't known; "
+        f"{file}: missing, and the sizes of {', '.join(map(str, repos)) or 'its model'} are not known; "
         f"valid: download it first, or one of {', '.join(PUBLISHED)}"
     )
 
 
 def make_shape(text: dict, vision: dict, vocabulary: int, grids: Any) -> ModelShape:
-    """Sizes from configurations; what they leave out is as transformers takes it: Llama-7B's and CLIP-L-336's."""
+    """Sizes from configurations; missing keys have transformers' defaults, those of Llama-7B and CLIP-L-336."""
     text, vision = LLAMA_7B | text, CLIP_LARGE_336 | vision
     return ModelShape(
         text_width=text["hidden_size"],

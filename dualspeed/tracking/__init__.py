@@ -1,1 +1,1 @@
-"""Metrics: a local file first, MLflow second."""
+"""Metrics of jobs: written to a local file, then delivered to MLflow."""

@@ -1,8 +1,9 @@
-"""What the state folders hold, brought to MLflow: once, with the original times, by one process at a time.
+"""Delivery of the metrics in state folders to MLflow: each point once, with its original time.
 
-A state folder has `metrics.jsonl` and `run_spec.json` (metric_log.py writes them) and `run.json`: the folder's
-MLflow run, and how far the lines have been delivered. MLflow's metric key (key, timestamp, step, run, value) absorbs
-what arrives twice because a process died between sending and noting it.
+A state folder has `metrics.jsonl` and `run_spec.json`, which metric_log.py writes, and `run.json`: the id of the
+folder's MLflow run, and the byte offset up to which `metrics.jsonl` has been delivered. A process that dies after it
+has sent points and before it has written the offset sends them again; MLflow ignores them, since its metric key is
+(key, timestamp, step, run, value). One process at a time delivers a folder.
 """
 
 import json
@@ -14,9 +15,12 @@ from typing import Any
 
 from dualspeed.errors import TrackingError
 from dualspeed.files import write_json
+from dualspeed.layout import METRICS_FILE
+from dualspeed.tracking.metrics_file import read_metrics
 from dualspeed.tracking.store import (
     LOCK_SECONDS,
     MAX_METRICS,
+    OpenStore,
     Point,
     Store,
     drop_twins,
@@ -29,53 +33,55 @@ from dualspeed.tracking.store import (
     redact,
 )
 
-METRICS_FILE, SPEC_FILE, RUN_FILE = "metrics.jsonl", "run_spec.json", "run.json"
+SPEC_FILE, RUN_FILE = "run_spec.json", "run.json"
 LOCK_FILE, DELIVERY_LOCK_FILE = "tracking.lock", "delivery.lock"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ParentRun:
-    """The run of an experiment's row: one for each (row, hash of its settings), however often its jobs run."""
+    """Identity of a row's MLflow run, which the runs of all its jobs are children of."""
 
     row: str
+    """Id of the row in the sheet of experiments."""
     settings_hash: str
+    """Key of the settings that train it: a row with other settings has another run."""
 
 
-def sync_state(state: Path, tracking: dict[str, str]) -> int:
-    """Deliver what MLflow lacks of every stage under `state`; returns the number of metrics sent.
+def sync_state(state: Path, tracking: Store) -> int:
+    """Deliver what MLflow lacks of every folder under `state`; returns the number of metrics sent.
 
     Raises:
-        TrackingError: some folders could not be delivered; all the others were.
+        TrackingError: MLflow refused some of the folders; the others were delivered.
     """
     num_sent = 0
     failed: dict[Path, Exception] = {}
     for spec in sorted(Path(state).glob(f"*/{SPEC_FILE}")):
-        open_store(tracking["uri"], tracking["experiment"])  # raises, as nothing can be delivered
+        open_store(tracking)  # raises if the store is away: no folder can be delivered
         try:
             num_sent += deliver(spec.parent, tracking)
-        except Exception as error:  # whatever MLflow raises, the other folders are tried
+        except Exception as error:  # an error of any kind in one folder must not stop the others
             failed[spec.parent] = error
             open_store.cache_clear()
     if failed:
         folder, reason = next(iter(failed.items()))
         raise TrackingError(
-            f"{len(failed)} of the folders in {state} were not delivered to {redact(tracking['uri'])}; the first, "
+            f"{len(failed)} of the folders in {state} were not delivered to {redact(tracking.uri)}; the first, "
             f"{folder.name}: {redact(str(reason))}"
         )
     return num_sent
 
 
-def deliver(folder: Path, tracking: dict[str, str]) -> int:
-    """Bring what a state folder holds and its MLflow run lacks to MLflow; returns the number of metrics sent.
+def deliver(folder: Path, tracking: Store) -> int:
+    """Send to MLflow what a state folder's run lacks; returns the number of metrics sent.
 
-    Finds or creates the run, and its parent, in this store. A run that a person deleted there stays deleted. Raises
-    where the store can't be reached.
+    Finds or creates the run and its parent in the store. A run that a person deleted in MLflow stays deleted. Raises
+    MLflow's own error if the store can't be reached.
     """
     from filelock import FileLock
 
-    store = open_store(tracking["uri"], tracking["experiment"])
-    # SQLite takes one writer and turns others away, so all folders share a lock there.
+    store = open_store(tracking)
+    # SQLite allows one writer and refuses others, so all folders share one lock there.
     lock = (folder.parent if store.is_local else folder) / DELIVERY_LOCK_FILE
     with FileLock(lock, timeout=LOCK_SECONDS):
         spec = json.loads((folder / SPEC_FILE).read_text())
@@ -94,32 +100,23 @@ def deliver(folder: Path, tracking: dict[str, str]) -> int:
     return num_sent
 
 
-def find_parent_run(store: Store, lock: Path, parent: ParentRun, started_ms: int | None = None) -> str:
-    """Id of a row's run, created if need be."""
+def find_parent_run(store: OpenStore, lock: Path, parent: ParentRun, started_ms: int | None = None) -> str:
+    """Find or create a row's run; returns its id."""
     tags = {"kind": "experiment", "row": parent.row, "settings_hash": parent.settings_hash}
     return find_or_create_run(store, lock, parent.row, tags, started_ms=started_ms)
 
 
 def read_points(path: Path, offset: int = 0) -> Iterator[tuple[list[Point], int]]:
-    """The metrics of the whole lines after byte `offset`, some MAX_METRICS at a time, with the byte where they end."""
-    if not path.exists():
-        return
-    points, end = [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # still being written, or torn
-            end += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # torn by a kill or a full disk, then closed
-            points += [(key, value, record["time"], record["step"]) for key, value in record["metrics"].items()]
-            if len(points) >= MAX_METRICS:
-                yield points, end
-                points = []
-    if end > offset:
+    """Yield the points behind byte `offset` in parts of about MAX_METRICS, each with the byte offset of its end."""
+    points: list[Point] = []
+    end = offset
+    for line in read_metrics(path, offset):
+        points += [(name, value, line.time, line.step) for name, value in line.metrics.items()]
+        end = line.end
+        if len(points) >= MAX_METRICS:
+            yield points, end
+            points = []
+    if points:
         yield points, end
 
 
@@ -127,17 +124,17 @@ def _identity(folder: Path) -> dict[str, str]:
     return {"kind": "stage", "state": folder.name}
 
 
-def _find_run(store: Store, folder: Path, spec: dict[str, Any], tracking: dict[str, str]) -> dict[str, Any] | None:
-    """run.json of this store's run, which is created if need be; None where someone has deleted it."""
+def _find_run(store: OpenStore, folder: Path, spec: dict[str, Any], tracking: Store) -> dict[str, Any] | None:
+    """Find or create the folder's run in this store; returns its run.json, or None if a person deleted the run."""
     path = folder / RUN_FILE
-    target = {"uri": redact(tracking["uri"]), "experiment": tracking["experiment"]}
+    target = {"uri": redact(tracking.uri), "experiment": tracking.experiment}
     sent = json.loads(path.read_text()) if path.exists() else {}
     if all(sent.get(key) == value for key, value in target.items()):
         stage = lifecycle(store, sent["run_id"])
         if stage == "active":
             return sent
         if stage == "deleted":
-            logger.info("the run of %s was deleted in MLflow: its metrics stay in the folder", folder)
+            logger.info("the MLflow run of %s was deleted there, so its metrics are not delivered", folder)
             return None
     lock, tags = folder.parent / LOCK_FILE, _identity(folder)
     if spec["parent"]:
@@ -148,7 +145,7 @@ def _find_run(store: Store, folder: Path, spec: dict[str, Any], tracking: dict[s
     return sent
 
 
-def _describe_run(store: Store, run_id: str, spec: dict[str, Any], identity: dict[str, str]) -> None:
+def _describe_run(store: OpenStore, run_id: str, spec: dict[str, Any], identity: dict[str, str]) -> None:
     drop_twins(store, identity, keep=run_id)
     log_params(store, run_id, spec["params"])
     log_tags(store, run_id, spec["tags"])

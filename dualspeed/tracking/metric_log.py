@@ -1,8 +1,8 @@
-"""Metrics, written to a local file first and to MLflow second, so that training never waits for a store.
+"""Log of a job's metrics: written to a local file first, so that training never waits for MLflow.
 
-A stage's state folder holds `metrics.jsonl` (one line a step: {"step", "time" in ms, "metrics"}) and `run_spec.json`
-(what the run is called and set to). A thread delivers them while the job runs (delivery.py); what it could not
-deliver, `sync` brings later.
+A job's state folder holds `metrics.jsonl` (see metrics_file.py) and `run_spec.json` (name, parameters, tags and status
+of its MLflow run). A thread delivers both to MLflow while the job runs (delivery.py); `dualspeed track sync` delivers
+later what the thread could not.
 """
 
 import json
@@ -15,38 +15,44 @@ from typing import Any
 
 from dualspeed.environment import environment
 from dualspeed.files import write_json
-from dualspeed.tracking.delivery import METRICS_FILE, SPEC_FILE, ParentRun, deliver, read_points
-from dualspeed.tracking.store import flatten, open_store, warn_undelivered
+from dualspeed.layout import METRICS_FILE
+from dualspeed.tracking.delivery import SPEC_FILE, ParentRun, deliver
+from dualspeed.tracking.metrics_file import read_metrics
+from dualspeed.tracking.store import Store, flatten, open_store, warn_undelivered
 
 DELIVERY_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 CLOSE_SECONDS = 30.0
 
-# A process forked in the middle of a delivery would inherit what the delivering thread has locked, Python's import
-# locks among it, and wait for ever: data loading workers start by fork. So a fork waits for the delivery.
+# Data loading workers start by fork. A process that is forked during a delivery inherits the locks that the delivering
+# thread holds, Python's import locks among them, and would wait for them forever. So a fork waits for the delivery.
 _delivering = threading.RLock()
 os.register_at_fork(before=_delivering.acquire, after_in_parent=_delivering.release, after_in_child=_delivering.release)
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a stage's run is: its name, the row it belongs to (None where rows share it), settings and tags."""
+    """Description of a job's MLflow run."""
 
     name: str
+    """Name that MLflow shows."""
     parent: ParentRun | None = None
+    """Run of the row that the job belongs to; None for a job that rows share."""
     params: dict[str, Any] = field(default_factory=dict)
+    """Settings, which may be nested."""
     tags: dict[str, str] = field(default_factory=dict)
+    """Tags beside the versions and the git commit, which every run has."""
 
 
 class MetricLog:
-    """Metrics of one stage, kept in its state folder and delivered to MLflow by a thread.
+    """Metrics of one job, written to its state folder and delivered to MLflow by a thread.
 
-    `tracking` is {"uri", "experiment"}, or None for the local file alone. A resumed job continues its run: a metric
-    that an earlier job of this folder wrote for a step is not written again. Usable as a context manager, which ends
-    the run as FAILED on an exception. Safe for threads.
+    With `tracking` None they are written to the folder only. A resumed job continues its run: a metric that an
+    earlier job in this folder wrote for a step is not written again. As a context manager it ends the run as FAILED
+    after an exception. Threads may share it.
     """
 
-    def __init__(self, folder: Path, tracking: dict[str, str] | None, run: RunSpec) -> None:
+    def __init__(self, folder: Path, tracking: Store | None, run: RunSpec) -> None:
         self.folder, self.tracking = Path(folder), tracking
         self.folder.mkdir(parents=True, exist_ok=True)
         self._spec = _write_spec(self.folder, run)
@@ -61,7 +67,7 @@ class MetricLog:
             self._thread.start()
 
     def log(self, step: int, metrics: dict[str, float], timestamp_ms: int | None = None) -> None:
-        """Write `metrics` of `step`; the time is now unless given, in milliseconds since 1970."""
+        """Write `metrics` of `step`; `timestamp_ms`, in milliseconds since 1970, is now by default."""
         new = {key: float(value) for key, value in metrics.items() if (key, step) not in self._written}
         if not new:
             return
@@ -71,7 +77,7 @@ class MetricLog:
             self._file.flush()
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run with an MLflow status, after a last delivery that is given up after CLOSE_SECONDS."""
+        """End the run with an MLflow status; waits up to CLOSE_SECONDS for a last delivery."""
         if self._closing.is_set():
             return
         self._file.close()
@@ -80,7 +86,7 @@ class MetricLog:
         if self.tracking and self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():
-                warn_undelivered(self.tracking["uri"], TimeoutError(f"no answer within {CLOSE_SECONDS:g} s"))
+                warn_undelivered(self.tracking.uri, TimeoutError(f"no answer within {CLOSE_SECONDS:g} s"))
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -88,7 +94,7 @@ class MetricLog:
     def __exit__(self, error_type: type | None, *_: object) -> None:
         self.close("FINISHED" if error_type is None else "FAILED")
 
-    def _deliver_until_closed(self, tracking: dict[str, str]) -> None:
+    def _deliver_until_closed(self, tracking: Store) -> None:
         wait, is_last, has_warned = 0.0, False, False
         while not is_last:
             is_last = self._closing.wait(wait)
@@ -96,29 +102,29 @@ class MetricLog:
                 with _delivering:
                     deliver(self.folder, tracking)
                 wait = DELIVERY_SECONDS
-            except Exception as error:  # whatever MLflow raises, training goes on
+            except Exception as error:  # no error of MLflow may stop training
                 wait = RETRY_SECONDS
                 if not has_warned:
-                    warn_undelivered(tracking["uri"], error)
+                    warn_undelivered(tracking.uri, error)
                 has_warned = True
 
 
-def init(tracking: dict[str, str]) -> None:
-    """Create the store's database and the experiment if they are not there yet; a server that is away costs a warning.
+def init(tracking: Store) -> None:
+    """Create the store's database and the experiment if absent; warn if a server can't be reached.
 
     Raises:
-        Exception: what MLflow says of a local database that can't be made.
+        Exception: MLflow's own error if a local database can't be created.
     """
     try:
-        open_store(tracking["uri"], tracking["experiment"])
+        open_store(tracking)
     except Exception as error:
-        if not tracking["uri"].startswith("http"):
+        if not tracking.uri.startswith("http"):
             raise
-        warn_undelivered(tracking["uri"], error)
+        warn_undelivered(tracking.uri, error)
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970, as MLflow counts time."""
+    """Current time in milliseconds since 1970, MLflow's unit."""
     return time.time_ns() // 1_000_000
 
 
@@ -141,10 +147,10 @@ def _write_spec(folder: Path, run: RunSpec) -> dict[str, Any]:
 
 
 def _end_torn_line(path: Path) -> set[tuple[str, int]]:
-    """(metric, step) pairs that the file has; a last line cut off by a kill or a full disk is closed, to be skipped."""
+    """End a torn last line, so that the next line is readable; returns the (metric, step) pairs in the file."""
     if not path.exists():
         return set()
     if not path.read_bytes().endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")
-    return {(key, step) for points, _ in read_points(path) for key, _, _, step in points}
+    return {(name, line.step) for line in read_metrics(path) for name in line.metrics}

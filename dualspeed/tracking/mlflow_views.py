@@ -1,37 +1,42 @@
-"""What MLflow's page of an experiment shows first: which run is best, and what did it cost?
+"""Views of MLflow's page of an experiment: which run is best, and what did it cost?
 
-MLflow shows names and times of every run, newest first. Views of its own format, kept as tags of the experiment, show
-one line and one bar for each row of the sheet instead, best first, with its settings, scores, speed and cost, and the
-curves of each finetuning; the page's note links to them. A reader's own choice of columns is not touched.
+By default the page lists names and times of all runs, newest first. Our views, in MLflow's own format and stored as
+tags of the experiment, list one line for each row of the sheet instead, best first, with its settings, scores, speed
+and cost; they also draw a bar for each row, and the curves of each finetuning. The experiment's note links to them.
+Columns that a reader has chosen stay as they are.
 """
 
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from dualspeed.tracking.store import Store
+from dualspeed.tracking.store import OpenStore
 
 VIEW, CURVES = "best", "curves"
 TITLE = "Which run is best, and what did it cost?"
 CHARTS_TITLE, CURVES_TITLE = "The same as charts", "Learning curves"
-# Parameters, and how wide their columns are in pixels.
+# Parameter -> width of its column in pixels.
 SETTINGS = {"method": 110, "pruner": 110, "p": 60, "r": 60, "seed": 70}
-# In the order of importance; those that no run has are left out, as GPU hours of the demo.
+# By importance; a metric that no run has is left out, such as GPU hours in the demo.
 METRICS = ("score/mean", "rel", "speedup_measured", "train_hours", "gpu_hours", "peak_memory_bytes")
 CURVE_METRICS = ("loss", "validation/answer_accuracy", "fast/ce_loss", "slow/ce_loss", "samples_per_second")
 NAME = "attributes.`Run Name`"
-# What MLflow draws of all other metrics comes below, in sections that start closed.
+# MLflow draws all other metrics too: below ours, in sections that start closed.
 OTHER_SECTIONS = ("score", "score_pruned", "fast", "slow", "validation", "learning_rate", "Model metrics")
 
 
 def view_path(experiment_id: str, view: str = VIEW, as_charts: bool = False) -> str:
-    """Where a view is, behind the address of the server."""
+    """Path of a view, relative to the server's address."""
     charts = "&compareRunsMode=CHART" if as_charts else ""
     return f"#/experiments/{experiment_id}/runs?viewStateShareKey={view}{charts}"
 
 
-def arrange(store: Store, metrics: Iterable[str]) -> None:
-    """Give the experiment its views, with those of METRICS that are among the `metrics` of its rows, and its note."""
+def arrange(store: OpenStore, metrics: Iterable[str]) -> None:
+    """Set the experiment's views and its note.
+
+    Args:
+        metrics: names of the metrics that its rows have; the views show those that METRICS names.
+    """
     shown = [name for name in METRICS if name in set(metrics)]
     widths = {NAME: 270} | {f"metrics.`{name}`": 20 + 8 * max(len(name), 9) for name in shown}
     widths |= {f"params.`{name}`": width for name, width in SETTINGS.items()}
@@ -46,7 +51,7 @@ def arrange(store: Store, metrics: Iterable[str]) -> None:
     }
     curves = {
         "searchFilter": "tags.stage = 'finetune'",
-        # In another order than by time MLflow shows children without their parents, which have no curves.
+        # Sorted by time, MLflow would show the parents too, which have no curves.
         "orderByKey": "metrics.`loss`",
         "orderByAsc": True,
         **charts("LINE", CURVES_TITLE, CURVE_METRICS, xAxisKey="time-relative", useGlobalXaxisKey=False),
@@ -76,7 +81,12 @@ def arrange(store: Store, metrics: Iterable[str]) -> None:
 
 
 def charts(kind: str, title: str, metrics: Iterable[str], **options: Any) -> dict[str, Any]:
-    """A view's charts as MLflow's page keeps them: a section with one of each metric, BAR or LINE, on top."""
+    """Charts of a view in MLflow's format: a first section with one chart for each metric.
+
+    Args:
+        kind: BAR or LINE.
+        options: further keys of each chart.
+    """
     cards = [
         {
             "uuid": f"dualspeed-{name}",

@@ -1,60 +1,78 @@
-"""The MLflow store: opened with short timeouts, and runs that are found by their tags before they are created.
+"""The MLflow store: opening it with short timeouts, finding or creating runs by their tags, logging to them.
 
-MLflow costs seconds to import, so each function that needs it imports it.
+Importing MLflow takes seconds, so each function that needs it imports it.
 """
 
 import functools
 import logging
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 LOCK_SECONDS, CREATE_SECONDS = 30.0, 120.0
 PATIENT_SECONDS = 60
-MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000  # what MLflow takes in one call, and in one value
+MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000  # limits of MLflow: per call, and per value
 Point = tuple[str, float, int, int]
-"""Metric, value, timestamp in ms, step."""
+"""Metric, value, time in ms since 1970, step."""
 logger = logging.getLogger(__name__)
 
 
-class Store(NamedTuple):
-    """An open MLflow store: its client, the experiment that everything goes to, and whether it is a file of ours."""
+@dataclass(frozen=True)
+class Store:
+    """Address of an MLflow store, and the experiment in it that all runs belong to."""
+
+    uri: str
+    """`sqlite:///<path>` or `http(s)://<host>:<port>`."""
+    experiment: str
+    """Name of the experiment."""
+
+
+@dataclass(frozen=True)
+class OpenStore:
+    """An MLflow store with a client and its experiment created."""
 
     client: Any
+    """`MlflowClient`."""
     experiment_id: str
+    """MLflow's id of the experiment."""
     is_local: bool
+    """True for an SQLite file, False for a server."""
 
 
 def be_patient() -> None:
-    """Give a server a minute for each call instead of 5 s: where somebody waits for delivery, and not for training."""
+    """Set the timeout of calls to a server to a minute instead of 5 s, for a command whose purpose is delivery."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(PATIENT_SECONDS))
 
 
 @functools.cache
-def open_store(uri: str, experiment: str) -> Store:
-    """The store at `uri`, made if it is a local database; calls to a server time out after 5 s and are tried twice."""
-    # MLflow's own defaults (120 s, 7 retries with growing pauses) hold a call for many minutes.
+def open_store(store: Store) -> OpenStore:
+    """Open a store; create a local database and the experiment if absent.
+
+    Calls to a server time out after 5 s and are tried twice.
+    """
+    # With MLflow's own defaults (120 s, 7 retries with growing pauses) a call may take many minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # An absent store costs our one warning, not one of each layer below.
+    # A store that is away gives our one warning, without those of the layers below.
     for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from filelock import FileLock
     from mlflow import MlflowClient
 
-    if not uri.startswith("sqlite:///"):
-        client = MlflowClient(tracking_uri=uri)
-        return Store(client, _open_experiment(client, experiment, None), is_local=False)
-    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if not store.uri.startswith("sqlite:///"):
+        client = MlflowClient(tracking_uri=store.uri)
+        return OpenStore(client, _open_experiment(client, store.experiment, None), is_local=False)
+    database = Path(store.uri.removeprefix("sqlite:///").partition("?")[0])
     database.parent.mkdir(parents=True, exist_ok=True)
     artifacts = str(database.resolve().parent / "mlartifacts")
-    with FileLock(f"{database}.lock", timeout=CREATE_SECONDS):  # jobs that create its tables together break them
-        client = MlflowClient(tracking_uri=uri)
-        return Store(client, _open_experiment(client, experiment, artifacts), is_local=True)
+    with FileLock(f"{database}.lock", timeout=CREATE_SECONDS):  # two jobs that create its tables at once break them
+        client = MlflowClient(tracking_uri=store.uri)
+        return OpenStore(client, _open_experiment(client, store.experiment, artifacts), is_local=True)
 
 
 def _open_experiment(client: Any, name: str, artifacts: str | None) -> str:
@@ -71,21 +89,24 @@ def _open_experiment(client: Any, name: str, artifacts: str | None) -> str:
     return found.experiment_id
 
 
-def find_runs(store: Store, tags: dict[str, str]) -> list[Any]:
+def find_runs(store: OpenStore, tags: dict[str, str]) -> list[Any]:
     """The MLflow runs that have all these tags, newest first."""
     condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     return list(store.client.search_runs([store.experiment_id], filter_string=condition))
 
 
 def find_or_create_run(
-    store: Store,
+    store: OpenStore,
     lock: Path,
     name: str,
     identity: dict[str, str],
     tags: dict[str, str] | None = None,
     started_ms: int | None = None,
 ) -> str:
-    """Id of the run that the tags `identity` find, created once, with `tags`, even if several jobs ask together."""
+    """Find the run with the tags `identity`, or create it with `tags` too; returns its id.
+
+    Several jobs may call this at once: the file `lock` lets one of them create the run.
+    """
     from filelock import FileLock
 
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +117,11 @@ def find_or_create_run(
         return run.info.run_id
 
 
-def drop_twins(store: Store, identity: dict[str, str], keep: str | None = None) -> str | None:
-    """Id of the one run with these tags, None if there is none; others are deleted.
+def drop_twins(store: OpenStore, identity: dict[str, str], keep: str | None = None) -> str | None:
+    """Delete all runs with these tags but one; returns the id of that one, None if there is no run.
 
-    A server that hangs may create a run after its caller has given up and asked again. `keep` is the one that stays;
-    without it, the one that has children or most metrics, which a twin has not.
+    Twins come from a server that hangs and creates a run after its caller has given up and asked again. `keep` is the
+    run to keep; without it, the one with children, or with most metrics, since a twin has neither.
     """
     runs = find_runs(store, identity)
     if len(runs) > 1:
@@ -115,8 +136,8 @@ def drop_twins(store: Store, identity: dict[str, str], keep: str | None = None) 
     return runs[0].info.run_id if runs else None
 
 
-def lifecycle(store: Store, run_id: str) -> str | None:
-    """active or deleted; None if the store does not know this run."""
+def lifecycle(store: OpenStore, run_id: str) -> str | None:
+    """Lifecycle stage of a run, "active" or "deleted"; None if it isn't in the store."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -127,8 +148,8 @@ def lifecycle(store: Store, run_id: str) -> str | None:
         raise
 
 
-def log_params(store: Store, run_id: str, params: dict[str, Any]) -> None:
-    """Log the nested `params` that the run does not have yet: MLflow takes no second value for one."""
+def log_params(store: OpenStore, run_id: str, params: dict[str, Any]) -> None:
+    """Log those of the nested `params` that the run lacks: MLflow refuses a second value of a parameter."""
     from mlflow.entities import Param
 
     known = store.client.get_run(run_id).data.params
@@ -138,15 +159,15 @@ def log_params(store: Store, run_id: str, params: dict[str, Any]) -> None:
         store.client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
 
 
-def log_tags(store: Store, run_id: str, tags: dict[str, str]) -> None:
-    """Set tags; one that is there gets the new value."""
+def log_tags(store: OpenStore, run_id: str, tags: dict[str, str]) -> None:
+    """Set tags; an existing tag gets the new value."""
     from mlflow.entities import RunTag
 
     store.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
-def log_points(store: Store, run_id: str, points: list[Point]) -> None:
-    """Log points; those that the run has already are absorbed. A character that MLflow refuses in a name becomes _."""
+def log_points(store: OpenStore, run_id: str, points: list[Point]) -> None:
+    """Log points; MLflow ignores those that the run has already."""
     from mlflow.entities import Metric
 
     metrics = [Metric(metric_name(key), value, timestamp, step) for key, value, timestamp, step in points]
@@ -155,12 +176,12 @@ def log_points(store: Store, run_id: str, points: list[Point]) -> None:
 
 
 def metric_name(text: str) -> str:
-    """`text` with what MLflow takes in a name."""
+    """Name of a metric in MLflow: `text` with _ for each character that MLflow refuses."""
     return re.sub(r"[^\w\-./ :]", "_", text)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested dictionaries: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -168,16 +189,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def redact(text: str) -> str:
-    """`text` with user name and password taken out of the URIs in it."""
+    """Remove user name and password from the URIs in `text`."""
     return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def warn_undelivered(uri: str, error: Exception) -> None:
-    """Say that MLflow is away and how what it lacks gets there."""
+    """Warn that MLflow can't be reached, and say how the metrics will be delivered."""
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     logger.warning(
-        "MLflow at %s took nothing (%s). Everything is kept in files and delivered later: by itself once MLflow is "
-        "back, or by `dualspeed track sync`.",
+        "MLflow at %s took nothing (%s). All metrics are kept in files and delivered later: automatically once MLflow "
+        "is back, or by `dualspeed track sync`.",
         redact(uri),
         redact(reason),
     )

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder."""
+"""Fixture of this folder: one Slurm for all tests."""
 
 import shutil
 import tempfile
@@ -11,10 +11,12 @@ from tests.support.slurm_cluster import Cluster, why_not
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A running Slurm of two nodes with a GPU each."""
+    """Running Slurm of two nodes with one GPU each."""
     if reason := why_not():
         pytest.skip(f"no Slurm can be started here: {reason}")
-    folder = Path(tempfile.mkdtemp(prefix="dualspeed-slurm-"))  # munge wants every folder above open to all
+    folder = Path(
+        tempfile.mkdtemp(prefix="dualspeed-slurm-")
+    )  # munge requires every folder above its own to be readable by all
     folder.chmod(0o755)
     cluster = Cluster(folder / "lab")
     try:

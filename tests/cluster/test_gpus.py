@@ -1,4 +1,4 @@
-"""profiles/gpu: each job sees GPUs of its own."""
+"""profiles/gpu: no two jobs share a GPU."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 
 from dualspeed.cluster.gpus import take_gpus
 
-# Takes GPUs, then becomes another program, as training does under `accelerate launch`.
+# Reserves GPUs, then replaces itself by another program, as training does by `accelerate launch`.
 JOB = """
 import os, sys
-from dualspeed.gpus import take_gpus
+from dualspeed.cluster.gpus import take_gpus
 take_gpus(int(sys.argv[1]))
 program = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
 os.execv(sys.executable, [sys.executable, "-c", program])
@@ -47,8 +47,21 @@ def test_gpus_of_cuda_visible_devices_are_the_ones_to_share(tmp_path):
 def test_more_gpus_than_there_are_is_an_error(monkeypatch):
     monkeypatch.setenv("DUALSPEED_NUM_GPUS", "2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ValueError, match="needs 4 GPUs, and there are 2"):
+    with pytest.raises(ValueError, match="needs 4 GPUs, and all jobs here share 2"):
         take_gpus(4)
+
+
+def test_too_many_gpus_end_a_command_in_one_sentence(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    folders = [f"--{name}={tmp_path / name}" for name in ("settings", "model", "data", "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "dualspeed.cli", "speed", "--gpus", "2", *folders],
+        env=environment | {"DUALSPEED_NUM_GPUS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "dualspeed speed: this job needs 2 GPUs, and all jobs here share 1\n"
 
 
 def test_where_nothing_is_shared_out_nothing_is_taken(monkeypatch):

@@ -1,4 +1,4 @@
-"""Several processes train one model: how they are started, that they train it, and that one of them dying ends all."""
+"""Training in several processes: their start, their training, and the end of all when one of them dies."""
 
 import os
 import signal
@@ -76,7 +76,7 @@ def test_other_resources_run_nothing_again_and_reach_the_job(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """A run of the workflow whose finetuning had two processes."""
+    """Project that the workflow has run in, with two processes for its finetuning."""
     project = shrunk_project(tmp_path_factory.mktemp("two"))
     set_resources(project, processes=2, cpus=2)
     output = snakemake(project, "--cores", "2", TARGET)
@@ -112,7 +112,7 @@ def test_a_killed_process_ends_the_job_and_its_log_is_named(two_processes):
 
 
 def process_of_rank(rank: int, project: Path) -> int | None:
-    """Process that trains as this rank in a project's folder."""
+    """Id of the process that trains as this rank in a project's folder; None if there is none."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = (process / "environ").read_bytes().split(b"\0")

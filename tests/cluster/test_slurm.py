@@ -1,7 +1,7 @@
-"""The demo's workflow, shrunk, on a real Slurm, through all that befalls jobs there: nothing is lost or done twice.
+"""The demo's workflow, shrunk, on a real Slurm, with every interruption: nothing is lost or done twice.
 
-One finetuning is told to end (scancel) and requeued, another is killed and runs out of time, and both lose their
-snakemake; then `make resume`. What is left is compared with a run of profiles/default that nothing happened to.
+One finetuning is cancelled (scancel) and requeued, another is killed and runs out of time, and the snakemake of both
+is killed; then comes `make resume`. The results are compared with an uninterrupted run of profiles/default.
 """
 
 import json
@@ -45,7 +45,7 @@ RESOURCES = {
 
 
 class Monitor(threading.Thread):
-    """Watches the queue: (rule, allocated GPUs) of running jobs, and each job's exit."""
+    """Thread that watches the queue: rules of running jobs, and the most GPUs allocated at once."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -59,7 +59,7 @@ class Monitor(threading.Thread):
 
 
 def job_of(row: str) -> str | None:
-    """Id of the Slurm job that finetunes a row now."""
+    """Id of the running Slurm job that finetunes a row; None if there is none."""
     for line in slurm("squeue", "--noheader", "--states=R", "--format=%A %k").splitlines():
         job, _, comment = line.partition(" ")
         if comment == f"rule_finetune_wildcards_{row}":
@@ -68,7 +68,7 @@ def job_of(row: str) -> str | None:
 
 
 def paused_trainer(project: Path, row: str, before: int | None = None) -> int:
-    """Process that trains a row now, not `before`, stopped after some steps, so that it can't end by itself."""
+    """Wait for a process other than `before` that trains a row, and pause it after some steps; returns its id."""
 
     def found():
         process = live_trainer(project, row)
@@ -86,16 +86,16 @@ def is_gone(process: int) -> bool:
 
 
 def start(project: Path, *targets: str) -> subprocess.Popen:
-    """A snakemake of the profile, in the background."""
+    """Start a snakemake with profiles/slurm in the background."""
     with (project / "snakemake.log").open("a") as log:
         command = [BIN / "snakemake", "--profile", "profiles/slurm", *OPTIONS, "--", *targets]
         return subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
 
 
 def interrupt(project: Path, events: dict[str, object]) -> None:
-    """All that happens to the run while its snakemake lives."""
+    """Interrupt the two finetunings in every way while their snakemake lives; notes in `events` what is seen."""
     mild, strong = paused_trainer(project, MILD), paused_trainer(project, STRONG)
-    slurm("scancel", job_of(MILD))  # Slurm lets a stopped process go on, to hear SIGTERM
+    slurm("scancel", job_of(MILD))  # Slurm continues a paused process so that it gets SIGTERM
     os.kill(strong, signal.SIGKILL)
     wait_for(lambda: is_gone(mild), 60, "end after scancel")
     events["after_scancel"] = [path.name for path in (state_of(project, MILD) / "checkpoints").iterdir()]
@@ -104,7 +104,7 @@ def interrupt(project: Path, events: dict[str, object]) -> None:
     began = time.monotonic()
     events["requeued"] = job_of(MILD)
     slurm("scontrol", "requeue", job_of(MILD))
-    # Meanwhile a second job of a live run, as if it had been submitted twice.
+    # Meanwhile the command of the live job runs a second time, as if it had been submitted twice.
     again = [word for word in Path(f"/proc/{strong}/cmdline").read_bytes().decode().split("\0") if word]
     double = subprocess.run(again, cwd=project, capture_output=True, text=True, timeout=300)
     events["double_submission"] = (double.returncode, double.stderr.strip().splitlines()[-1])
@@ -119,7 +119,7 @@ def interrupt(project: Path, events: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A project whose data and base model are made."""
+    """Project with its data prepared and its base model made."""
     project = make_project(tmp_path_factory.mktemp("prepared"), RESOURCES)
     output = snakemake(project, *(f"results/prepared/tiny/{stage}" for stage in ("pretrain", "finetune")))
     assert (project / "results/prepared/tiny/finetune").exists(), output[-5000:]
@@ -128,7 +128,7 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def disturbed(cluster, prepared, tmp_path_factory) -> tuple[Path, Monitor, dict[str, object]]:
-    """The rest of the run on Slurm, what was seen of it, and what happened to it."""
+    """Project whose rows ran on Slurm with interruptions, the queue's monitor, and the noted events."""
     project = shutil.copytree(prepared, tmp_path_factory.mktemp("disturbed") / "project")
     monitor, events = Monitor(), {}
     monitor.start()
@@ -149,7 +149,7 @@ def disturbed(cluster, prepared, tmp_path_factory) -> tuple[Path, Monitor, dict[
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared) -> Path:
-    """The same rest on this machine, without Slurm."""
+    """Project whose rows ran on this machine without Slurm or interruptions."""
     output = snakemake(prepared, "--set-resources", "finetune:runtime=60")
     assert (prepared / "results/tables/demo/table1.csv").exists(), output[-5000:]
     return prepared
@@ -215,7 +215,7 @@ def test_resume_ends_what_a_killed_snakemake_left_over(disturbed):
 
 
 def test_two_nodes_train_one_model_by_the_settings_of_their_dag(disturbed, tmp_path):
-    """The sheet is edited while the job waits for its nodes."""
+    """The sheet is edited while the job waits in the queue; the job keeps the settings that it was submitted with."""
     project = shutil.copytree(disturbed[0], tmp_path / "project")
 
     def use_two_nodes(config: dict) -> None:

@@ -1,4 +1,4 @@
-"""Planning: each part of the arithmetic against what the real thing measures."""
+"""The plan's arithmetic against measurements: parameters, tokens, FLOPs and memory of real models."""
 
 import copy
 import dataclasses
@@ -13,6 +13,7 @@ from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.cli import main
 from dualspeed.errors import PlanError
 from dualspeed.method.adapters import add_adapters
+from dualspeed.method.fast_mode import encode_batch
 from dualspeed.plan.costs import Processes, stage_cost
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
 from dualspeed.plan.memory import activation_bytes, peak_memory
@@ -20,7 +21,6 @@ from dualspeed.plan.report import lines_of, plan
 from dualspeed.plan.shapes import make_shape
 from dualspeed.settings.project import load_project
 from dualspeed.settings.recipe import LoraRecipe
-from dualspeed.settings.stage import finetune_settings
 from dualspeed.training.step_times import count_flops, training_steps
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 from tests.support import tiny
@@ -92,7 +92,7 @@ def test_visual_tokens_and_tiles_are_those_of_the_processor_and_the_model(size):
     assert shape.visual_tokens(*size) == found.num_image_tokens[0]
     model = DualSpeedModel(tiny.llava_next(), DualSpeedConfig(pruning_ratio=0.7, prune_budget="tile"))
     pixels = torch.randn(1, shape.num_tiles(*size), 3, 28, 28)
-    images = model._encode({"pixel_values": pixels, "image_sizes": torch.tensor([size])})
+    images = encode_batch(model, {"pixel_values": pixels, "image_sizes": torch.tensor([size])})
     assert [int((images.tiles == tile).sum()) for tile in range(shape.num_tiles(*size))] == shape.tiles(*size)
 
 
@@ -113,7 +113,7 @@ TRAININGS = {
 
 
 def stage_of(model: DualSpeedModel, trained: Trained) -> None:
-    """Prepare a model as the stage that `trained` describes does."""
+    """Prepare a model for the stage that `trained` describes."""
     if trained.lora_rank:
         add_adapters(model.vlm, LoraRecipe(rank=trained.lora_rank, dropout=0.0))
     set_trainable(model, "finetune" if trained.language else "pretrain", with_vision=trained.vision)
@@ -139,7 +139,7 @@ def test_trained_parameters_are_counted_exactly(name):
     model = DualSpeedModel(model_of("llava_next"), DualSpeedConfig(num_virtual_tokens=0))
     stage_of(model, TRAININGS[name])
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # The tower's last block and norm never run, so they aren't trained.
+    # The tower's last block and its final norm never run, so they aren't trained.
     idle = model.vlm.model.vision_tower.encoder.layers[-1], model.vlm.model.vision_tower.post_layernorm
     unused = sum(p.numel() for module in idle for p in module.parameters()) if TRAININGS[name].vision else 0
     assert trained_parameters(shape_of("llava_next"), TRAININGS[name]) == counted + unused
@@ -149,7 +149,7 @@ MEMORY_BATCH, MEMORY_TEXT = 8, 300
 
 
 def measured_peak(run) -> int:
-    """Most bytes that `run` has allocated at once, by torch's profiler."""
+    """Peak bytes allocated by `run`, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -161,7 +161,7 @@ def measured_peak(run) -> int:
 
 
 def memory_case(trained: Trained):
-    """A model in bfloat16 and a batch long enough for activations to fill most of its memory."""
+    """Model in bfloat16, a batch whose activations take most of the memory, and the lengths of its samples."""
     config = DualSpeedConfig(pruning_ratio=0.75)
     model = DualSpeedModel(model_of("llava").to(torch.bfloat16), config).train()
     stage_of(model, trained)
@@ -173,7 +173,7 @@ def memory_case(trained: Trained):
 @pytest.mark.parametrize("mode", ["baseline", "fast"])
 @pytest.mark.parametrize("name", ["finetune", "finetune with checkpointing"])
 def test_memory_of_bfloat16_weights_is_within_a_tenth_of_what_is_measured(name, mode):
-    # What a process of FSDP2 or ZeRO computes with, whose weights and optimizer are elsewhere.
+    # A process of FSDP2 or ZeRO computes like this; its weights and optimizer are counted elsewhere.
     trained = TRAININGS[name]
     model, batch, sample = memory_case(trained)
 
@@ -190,7 +190,7 @@ def test_memory_of_bfloat16_weights_is_within_a_tenth_of_what_is_measured(name, 
 @pytest.mark.parametrize("mode", ["baseline", "fast"])
 @pytest.mark.parametrize("name", ["pretrain", "lora", "finetune"])
 def test_memory_of_a_whole_training_is_within_a_tenth_of_what_is_measured(name, mode):
-    # Weights, optimizer, gradients and activations of a process that shares nothing.
+    # Weights, optimizer, gradients and activations of a process without sharding.
     trained = TRAININGS[name]
     template, batch, sample = memory_case(trained)
 
@@ -236,7 +236,7 @@ def test_the_papers_rows_fit_and_cost_what_llava_says(in_repository, capsys):
     assert main(["plan", "--config", "config/paper"]) == 0
     table = capsys.readouterr().out
     assert main(["plan", "--config", "config/paper", "--experiments", "config/paper/experiments-lora.tsv"]) == 0
-    assert table.count("| finetune ") == len(load_project("config/paper/config.yaml").experiments)
+    assert table.count("| finetune ") == len(load_project("config/paper/config.yaml").rows)
     lines = {(line.name, line.settings.stage): line.cost for line in lines_of(load_project("config/paper/config.yaml"))}
     baseline = lines["llava-1.5-7b-baseline", "pretrain"]
     assert baseline.processes == Processes(num_gpus=8, sharding="ddp")
@@ -259,12 +259,12 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(in_repository, tmp_pat
 
 def test_lengths_are_counted_once_data_is_prepared(in_repository, tmp_path):
     project = dataclasses.replace(load_project("config/paper/config.yaml"), results=str(tmp_path))
-    experiment = project.experiments[0]
-    assert not stage_cost(project, finetune_settings(project, experiment), experiment.model).lengths.is_counted
-    folder = tmp_path / "prepared" / experiment.model / "finetune"
+    row = project.rows[0]
+    assert not stage_cost(project, project.finetune_settings(row), row.model).lengths.is_counted
+    folder = tmp_path / "prepared" / row.model / "finetune"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"num_samples": 1000, "num_tokens": 700000}')
-    lengths = stage_cost(project, finetune_settings(project, experiment), experiment.model).lengths
+    lengths = stage_cost(project, project.finetune_settings(row), row.model).lengths
     assert lengths.is_counted and lengths.samples == 1000
     assert lengths.mean("full_tokens") == pytest.approx(700, abs=1)
 

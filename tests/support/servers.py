@@ -1,4 +1,4 @@
-"""Servers that tests start, kill, pause and start again: an MLflow tracking server, and PostgreSQL for it to use."""
+"""Servers that tests start, kill, pause and restart: an MLflow tracking server, and PostgreSQL as its database."""
 
 import os
 import pwd
@@ -20,14 +20,14 @@ START_SECONDS = 300
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class MlflowServer:
-    """`mlflow server` on a database, at the same address whenever it is started."""
+    """`mlflow server` on a database, with the same address after every start."""
 
     def __init__(self, database: str, folder: Path) -> None:
         self.database, self.folder, self.port = database, folder, free_port()
@@ -35,7 +35,7 @@ class MlflowServer:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> "MlflowServer":
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         command = [
             "server",
             "--backend-store-uri",
@@ -61,7 +61,7 @@ class MlflowServer:
         return self
 
     def answers(self) -> bool:
-        """Whether it says that it is well."""
+        """True if the server reports that it is healthy."""
         try:
             with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
                 return response.status == 200
@@ -69,11 +69,11 @@ class MlflowServer:
             return False
 
     def signal(self, number: int) -> None:
-        """Send it and the workers that it started a signal: SIGSTOP makes it hang, SIGCONT go on."""
+        """Send a signal to the server and its workers: SIGSTOP makes them hang, SIGCONT continues them."""
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill the server, as a crash would."""
         if self.process and self.process.poll() is None:
             self.signal(signal.SIGKILL)
             self.process.wait(30)
@@ -81,7 +81,7 @@ class MlflowServer:
 
 @contextmanager
 def mlflow_server(database: str, folder: Path) -> Iterator[MlflowServer]:
-    """A tracking server that is killed at the end."""
+    """Run a tracking server until the block ends."""
     server = MlflowServer(database, folder)
     try:
         yield server.start()
@@ -90,14 +90,14 @@ def mlflow_server(database: str, folder: Path) -> Iterator[MlflowServer]:
 
 
 class Postgres:
-    """A PostgreSQL cluster of its own in a temporary folder, with everything in the database `postgres`."""
+    """PostgreSQL cluster in a temporary folder; its only database is `postgres`."""
 
     def __init__(self, folder: Path, programs: Path) -> None:
         self.folder, self.programs, self.port = folder, programs, free_port()
         self.uri = f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run one of its programs, as the user that owns the folder: it refuses root."""
+        """Run one of PostgreSQL's programs, as the user that owns the folder: the programs refuse root."""
         user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
         command = [self.programs / program, "--pgdata", self.folder / "data", *arguments]
         log = self.folder / "setup.log"
@@ -107,28 +107,28 @@ class Postgres:
             pytest.fail(f"{program} failed:\n{log.read_text()[-3000:]}")
 
     def create(self) -> None:
-        """Make an empty cluster that trusts local users."""
+        """Create an empty cluster that trusts local users."""
         self.run("initdb", "--username", "postgres", "--auth", "trust", "--no-sync")
 
     def start(self) -> None:
-        """Start it and wait until it takes connections."""
+        """Start PostgreSQL and wait until it accepts connections."""
         options = f"-c port={self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
         self.run("pg_ctl", "start", "--wait", "--log", str(self.folder / "postgres.log"), "--options", options)
 
     def stop(self) -> None:
-        """End it as a crash would."""
+        """Stop PostgreSQL without a clean shutdown, as a crash would."""
         self.run("pg_ctl", "stop", "--mode", "immediate")
 
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A running PostgreSQL; the test is skipped, with the reason, where it is not installed."""
+    """Run a PostgreSQL until the block ends; skips the test if none is installed."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'dualspeed[postgresql]'")
     installed = [shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)]
     programs = next((Path(path).resolve().parent for path in installed if path), None)
     if programs is None:
         pytest.skip("no PostgreSQL: apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to other users
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # other users can't read pytest's own folders
     if os.geteuid() == 0:
         owner = pwd.getpwnam("postgres")
         os.chown(folder, owner.pw_uid, owner.pw_gid)

@@ -1,7 +1,7 @@
-"""A real Slurm on one machine for the tests: munge, slurmctld and two nodes, from Debian's packages.
+"""A real Slurm on one machine for tests: munge, slurmctld and two nodes, from Debian's packages.
 
-No systemd, no accounting database, no cgroups, and two "GPUs" that are null devices, one on each node: Slurm counts
-them and hands them out like real ones. Needs root, which the device nodes and /etc/slurm/slurm.conf do.
+It has no systemd, no accounting database and no cgroups. Each node has one "GPU", a null device that Slurm counts and
+assigns like a real one. Needs root, to make the devices and to write /etc/slurm/slurm.conf.
 """
 
 import os
@@ -57,7 +57,7 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP
 
 
 class Cluster:
-    """A running Slurm, in a folder of its own."""
+    """Slurm daemons whose files are all in the folder `lab`."""
 
     def __init__(self, lab: Path) -> None:
         self.lab, self.config = lab, lab / "slurm.conf"
@@ -126,7 +126,7 @@ class Cluster:
 
 
 def why_not() -> str | None:
-    """Why no Slurm can be started here, after trying to install it; None where it can."""
+    """Install Slurm if it is missing; returns the reason why none can be started here, or None."""
     if os.getuid() != 0:
         return "only root can start it (device nodes, /etc/slurm/slurm.conf)"
     if SYSTEM_CONFIG.exists() and not SYSTEM_CONFIG.is_symlink():
@@ -144,7 +144,7 @@ def _missing() -> list[str]:
 
 
 def _install() -> str | None:
-    """Install the packages; returns why that failed."""
+    """Install the packages; returns the reason if that failed."""
     if shutil.which("apt-get") is None:
         return f"{', '.join(PACKAGES)} are not installed, and there is no apt-get"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
@@ -159,7 +159,7 @@ def slurm(*command: str) -> str:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> object:
-    """What `condition` returns once it is true; AssertionError after so many seconds."""
+    """Wait until `condition` returns a true value, and return it; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"no {what} within {seconds} s"

@@ -1,4 +1,4 @@
-"""The demo's workflow, shrunk to minutes, and how the tests run it and look into it."""
+"""The demo's workflow shrunk to minutes, with functions to edit it, run it and inspect its state."""
 
 import json
 import shutil
@@ -9,18 +9,20 @@ from pathlib import Path
 
 import yaml
 
+from dualspeed.layout import METRICS_FILE
+from dualspeed.tracking.metrics_file import read_metrics
 from tests.support.paths import REPOSITORY
 
 BIN = Path(sys.executable).parent
 MILD, STRONG = ROWS = ("dualspeed-divprune-p0.75-seed0", "dualspeed-divprune-p0.9-seed0")
 NUM_STEPS = 300
-# Without an accounting database the plugin has to ask squeue; and tests don't wait half a minute to look.
+# Without an accounting database the plugin must ask squeue. It first waits for half a minute by default.
 OPTIONS = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
 OPTIONS += ["--seconds-between-status-checks", "1", "--latency-wait", "10", "--slurm-no-account"]
 
 
 def make_project(folder: Path, resources: dict | None = None) -> Path:
-    """The demo with two rows and one benchmark, few pictures and few steps; finetuning takes half a minute."""
+    """Copy the demo with two rows, one benchmark, few pictures and few steps; finetuning takes half a minute."""
     for name in ("config", "workflow", "profiles"):
         shutil.copytree(REPOSITORY / name, folder / name)
     for name in ("Snakefile", "Makefile"):
@@ -42,7 +44,7 @@ def make_project(folder: Path, resources: dict | None = None) -> Path:
     header, *rows = sheet.read_text().splitlines()
     sheet.write_text("\n".join([header, *(row for row in rows if row.partition("\t")[0] in ROWS)]) + "\n")
     for row in ROWS:
-        # Half of the steps on all tokens: slow enough to be interrupted.
+        # Half of the steps are on full tokens, so that training is slow enough to be interrupted.
         edit_row(folder, row, tables="table1", slow_mode_ratio="0.5")
     return folder
 
@@ -73,7 +75,7 @@ def snakemake(project: Path, *arguments: str, timeout: float = 600) -> str:
 
 
 def state_of(project: Path, row: str) -> Path | None:
-    """State folder of a row's finetuning, once there is one."""
+    """State folder of a row's finetuning; None before it starts."""
     for file in project.glob("results/state/*/run_spec.json"):
         if json.loads(file.read_text())["name"] == f"finetune {row}":
             return file.parent
@@ -81,17 +83,13 @@ def state_of(project: Path, row: str) -> Path | None:
 
 
 def steps_of(project: Path, row: str) -> list[int]:
-    """Steps that a row's finetuning has logged a loss for, as they stand in its file."""
+    """Steps that a row's finetuning has logged a loss for, in the order of its file."""
     state = state_of(project, row)
-    file = state / "metrics.jsonl" if state else None
-    if file is None or not file.exists():
-        return []
-    lines = file.read_text().rpartition("\n")[0].splitlines()
-    return [entry["step"] for entry in map(json.loads, lines) if "loss" in entry["metrics"]]
+    return [line.step for line in read_metrics(state / METRICS_FILE) if "loss" in line.metrics] if state else []
 
 
 def live_trainer(project: Path, row: str) -> int | None:
-    """Process that trains a row now, by its lock."""
+    """Id of the live process that holds the lock of a row's finetuning; None if there is none."""
     state = state_of(project, row)
     file = state / "lock" if state else None
     words = file.read_text().split() if file and file.exists() else []

@@ -1,4 +1,4 @@
-"""The browser that other tests look through shows what a page shows once its scripts have run."""
+"""The browser of other tests shows a page as it is after its scripts have run."""
 
 import pytest
 from PIL import Image

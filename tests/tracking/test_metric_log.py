@@ -1,4 +1,4 @@
-"""Metrics reach a real MLflow store once, with their own times, whatever happens to the store in between."""
+"""Metrics reach a real MLflow store once, with their own times, whatever happens to the store."""
 
 import json
 import logging
@@ -15,11 +15,11 @@ import pytest
 from mlflow import MlflowClient
 
 from dualspeed.errors import TrackingError
-from dualspeed.tracking import delivery
-from dualspeed.tracking import metric_log as tracking
+from dualspeed.tracking import delivery, metric_log
 from dualspeed.tracking.delivery import ParentRun, sync_state
 from dualspeed.tracking.metric_log import MetricLog, RunSpec
-from dualspeed.tracking.store import redact
+from dualspeed.tracking.metrics_file import read_metrics
+from dualspeed.tracking.store import Store, redact
 
 ROW = ParentRun("dualspeed-p0.9", "abc123")
 SPEC = RunSpec("finetune", ROW, params={"seed": 0, "recipe": {"learning_rate": 2e-5}}, tags={"stage": "finetune"})
@@ -27,31 +27,31 @@ SPEC = RunSpec("finetune", ROW, params={"seed": 0, "recipe": {"learning_rate": 2
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    """URI of one SQLite store for all tests, since making one takes seconds; each test has its own experiment."""
+    """URI of one SQLite store for all tests, since creating one takes seconds; each test has its own experiment."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
 @pytest.fixture
 def store(database, request):
-    return {"uri": database, "experiment": request.node.name}
+    return Store(database, request.node.name)
 
 
 def runs_of(store, **tags):
-    """The experiment's MLflow runs that have these tags."""
-    client = MlflowClient(tracking_uri=store["uri"])
-    experiment = client.get_experiment_by_name(store["experiment"])
+    """MLflow runs of the experiment that have these tags."""
+    client = MlflowClient(tracking_uri=store.uri)
+    experiment = client.get_experiment_by_name(store.experiment)
     condition = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
     return list(client.search_runs([experiment.experiment_id], condition))
 
 
 def history(store, run, key):
-    """(step, value, timestamp) of each point of a metric, as MLflow has them."""
-    points = MlflowClient(tracking_uri=store["uri"]).get_metric_history(run.info.run_id, key)
+    """Points of a metric in MLflow, as sorted (step, value, timestamp)."""
+    points = MlflowClient(tracking_uri=store.uri).get_metric_history(run.info.run_id, key)
     return sorted((point.step, point.value, point.timestamp) for point in points)
 
 
 def test_stage_is_a_child_of_its_row_with_settings_metrics_and_status(tmp_path, store):
-    tracking.init(store)
+    metric_log.init(store)
     with MetricLog(tmp_path / "state1", store, SPEC) as log:
         for step in range(3):
             log.log(step, {"loss": 2.0 - step, "ce_loss": 0.5}, timestamp_ms=1_700_000_000_000 + step)
@@ -88,7 +88,7 @@ def test_changed_setting_is_a_new_run_under_a_new_parent(tmp_path, store):
 
 
 class Broken(BaseHTTPRequestHandler):
-    """Answers 500 to everything."""
+    """HTTP server that answers 500 to every request."""
 
     def do_GET(self):
         self.send_error(500)
@@ -101,19 +101,19 @@ class Broken(BaseHTTPRequestHandler):
 
 @pytest.fixture(params=["down", "answers 500"])
 def away(request):
-    """A tracking server that takes nothing; user and password are nobody else's business."""
+    """Store on a server that accepts nothing; its URI has a user name and a password, which no message may show."""
     if request.param == "down":
-        yield {"uri": "http://user:secret@127.0.0.1:9", "experiment": "away"}
+        yield Store("http://user:secret@127.0.0.1:9", "away")
         return
     with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield {"uri": f"http://user:secret@127.0.0.1:{server.server_port}", "experiment": "away"}
+        yield Store(f"http://user:secret@127.0.0.1:{server.server_port}", "away")
         server.shutdown()
 
 
 def test_store_away_costs_one_warning_and_sync_brings_everything_once(tmp_path, store, away, caplog, monkeypatch):
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
-    tracking.init(away)
+    monkeypatch.setattr(metric_log, "RETRY_SECONDS", 0.05)
+    metric_log.init(away)
     assert len(caplog.records) == 1  # the workflow goes on
     caplog.clear()
     with caplog.at_level(logging.WARNING), MetricLog(tmp_path / "state", away, SPEC) as log:
@@ -121,7 +121,7 @@ def test_store_away_costs_one_warning_and_sync_brings_everything_once(tmp_path, 
             log.log(step, {"loss": float(step)}, 1000 + step)
         time.sleep(0.5)  # several deliveries fail
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1 and redact(away["uri"]) in warnings[0] and "secret" not in warnings[0]
+    assert len(warnings) == 1 and redact(away.uri) in warnings[0] and "secret" not in warnings[0]
     assert "secret" not in "".join(path.read_text() for path in (tmp_path / "state").iterdir())
     assert sync_state(tmp_path, store) == 50
     assert sync_state(tmp_path, store) == 0
@@ -133,11 +133,11 @@ def test_store_away_costs_one_warning_and_sync_brings_everything_once(tmp_path, 
 
 
 def test_logging_never_waits_for_a_store_that_does_not_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(metric_log, "CLOSE_SECONDS", 0.2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()  # takes connections, answers none
-        silent = {"uri": f"http://127.0.0.1:{server.getsockname()[1]}", "experiment": "silent"}
+        silent = Store(f"http://127.0.0.1:{server.getsockname()[1]}", "silent")
         start = time.monotonic()
         with MetricLog(tmp_path / "state", silent, SPEC) as log:
             for step in range(200):
@@ -149,9 +149,11 @@ def test_logging_never_waits_for_a_store_that_does_not_answer(tmp_path, monkeypa
 WRITER = """
 import sys, threading
 from pathlib import Path
-from dualspeed.tracking import MetricLog, ParentRun, RunSpec
+from dualspeed.tracking.delivery import ParentRun
+from dualspeed.tracking.metric_log import MetricLog, RunSpec
+from dualspeed.tracking.store import Store
 folder, uri, experiment = sys.argv[1:]
-with MetricLog(Path(folder), {"uri": uri, "experiment": experiment}, RunSpec("stage", ParentRun("row", "1"))) as log:
+with MetricLog(Path(folder), Store(uri, experiment), RunSpec("stage", ParentRun("row", "1"))) as log:
     def write(thread):
         for step in range(100):
             log.log(step, {f"metric{thread}": step / 7})
@@ -162,9 +164,9 @@ with MetricLog(Path(folder), {"uri": uri, "experiment": experiment}, RunSpec("st
 
 
 def test_two_processes_of_eight_threads_lose_nothing_and_share_one_parent(tmp_path, store):
-    tracking.init(store)
+    metric_log.init(store)
     command = [sys.executable, "-c", WRITER]
-    arguments = [[str(tmp_path / name), store["uri"], store["experiment"]] for name in ("a", "b")]
+    arguments = [[str(tmp_path / name), store.uri, store.experiment] for name in ("a", "b")]
     jobs = [subprocess.Popen(command + one) for one in arguments]
     assert [job.wait(60) for job in jobs] == [0, 0]
     (parent,) = runs_of(store, kind="experiment")
@@ -204,12 +206,12 @@ def test_run_that_a_person_deleted_stays_deleted(tmp_path, store):
     with MetricLog(tmp_path / "state", store, SPEC) as log:
         log.log(1, {"loss": 1.0})
     (run,) = runs_of(store, kind="stage")
-    MlflowClient(store["uri"]).delete_run(run.info.run_id)
+    MlflowClient(store.uri).delete_run(run.info.run_id)
     with MetricLog(tmp_path / "state", store, SPEC) as log:
         log.log(2, {"loss": 1.0})
     assert sync_state(tmp_path, store) == 0
     assert runs_of(store, kind="stage") == []
-    MlflowClient(store["uri"]).restore_run(run.info.run_id)
+    MlflowClient(store.uri).restore_run(run.info.run_id)
     assert sync_state(tmp_path, store) == 1
     assert [point[0] for point in history(store, run, "loss")] == [1, 2]
 
@@ -218,7 +220,7 @@ def test_twin_that_a_hung_server_made_is_dropped_for_the_run_with_content(tmp_pa
     with MetricLog(tmp_path / "a", store, SPEC) as log:
         log.log(1, {"loss": 1.0})
     originals = {run.info.run_id for run in runs_of(store)}
-    client = MlflowClient(store["uri"])
+    client = MlflowClient(store.uri)
     for run in runs_of(store):  # requests that the server answers after their sender has asked again
         tags = {key: run.data.tags[key] for key in ("kind", "state", "row", "settings_hash") if key in run.data.tags}
         for start in (0, 2**42):
@@ -252,6 +254,27 @@ def test_points_are_read_in_parts_that_end_at_whole_lines(tmp_path, monkeypatch)
     assert ends == [len(lines[0]) * count for count in (2, 4, 5)]
     rest = [points for start in (0, *ends) for points, _ in delivery.read_points(path, start)]
     assert sum(map(len, rest)) == 10 + 6 + 2  # from the start, after the first part, after the second, none after all
+
+
+def test_metrics_are_read_line_by_line_past_torn_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert list(read_metrics(path)) == []
+    with MetricLog(tmp_path, None, SPEC) as log:
+        log.log(1, {"loss": 1.0}, 1000)
+    with path.open("a") as file:
+        file.write('{"step": 2, "ti\n')  # torn, then ended by the next job
+    torn_end = path.stat().st_size
+    with MetricLog(tmp_path, None, SPEC) as log:
+        log.log(2, {"loss": 0.5, "ce_loss": 0.25}, 2000)
+    end = path.stat().st_size
+    with path.open("a") as file:
+        file.write('{"step": 3')
+    lines = list(read_metrics(path))
+    assert [(line.step, line.time, line.metrics) for line in lines] == [
+        (1, 1000, {"loss": 1.0}),
+        (2, 2000, {"loss": 0.5, "ce_loss": 0.25}),
+    ]
+    assert lines[-1].end == end and list(read_metrics(path, torn_end)) == lines[1:]
 
 
 def test_threads_of_one_log_write_whole_lines(tmp_path):
@@ -298,7 +321,7 @@ def test_redact_hides_the_password_and_leaves_other_uris_alone():
 
 
 def test_a_fork_waits_for_a_delivery(tmp_path, monkeypatch):
-    """A data loading worker forked in the middle of one would hold its locks, Python's import locks say, for ever."""
+    """A data loading worker that is forked during a delivery would wait forever for the locks that it inherits."""
     held, is_delivering = threading.Lock(), threading.Event()
 
     def slow_delivery(*_):
@@ -307,7 +330,7 @@ def test_a_fork_waits_for_a_delivery(tmp_path, monkeypatch):
             time.sleep(0.5)
 
     monkeypatch.setattr("dualspeed.tracking.metric_log.deliver", slow_delivery)
-    target = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "forks"}
+    target = Store(f"sqlite:///{tmp_path}/mlflow.db", "forks")
     with MetricLog(tmp_path / "state", target, RunSpec(name="finetune")):
         assert is_delivering.wait(10)
         worker = multiprocessing.get_context("fork").Process(target=held.acquire, daemon=True)

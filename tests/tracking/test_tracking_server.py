@@ -1,4 +1,4 @@
-"""Eight jobs log at the same moment, the server fails in every way that servers do, and nothing is lost or doubled."""
+"""Eight jobs log at once while the server fails in various ways; no point is lost or doubled."""
 
 import json
 import re
@@ -21,17 +21,19 @@ JOB = """
 import logging, sys, time
 from pathlib import Path
 from mlflow import MlflowClient
-from dualspeed import tracking
-from dualspeed.delivery import ParentRun
+from dualspeed.tracking import metric_log
+from dualspeed.tracking.delivery import ParentRun
+from dualspeed.tracking.metric_log import MetricLog, RunSpec
+from dualspeed.tracking.store import Store
 
 logging.basicConfig(level=logging.WARNING)
 number, folder, uri, experiment, num_steps, pause, start_ms, *metrics = sys.argv[1:]
-tracking.DELIVERY_SECONDS = tracking.RETRY_SECONDS = 0.5
+metric_log.DELIVERY_SECONDS = metric_log.RETRY_SECONDS = 0.5
 Path(folder).mkdir(parents=True)
 while not (Path(folder).parent / "go").exists():
     time.sleep(0.05)
-spec = tracking.RunSpec(f"finetune {number}", ParentRun(f"row {int(number) % 2}", "abc"), {"seed": int(number)})
-with tracking.MetricLog(Path(folder), {"uri": uri, "experiment": experiment}, spec) as log:
+spec = RunSpec(f"finetune {number}", ParentRun(f"row {int(number) % 2}", "abc"), {"seed": int(number)})
+with MetricLog(Path(folder), Store(uri, experiment), spec) as log:
     for step in range(int(num_steps)):
         values = {name: int(number) + step / 7 + index for index, name in enumerate(metrics)}
         log.log(step, values, int(start_ms) + 10 * step)
@@ -40,7 +42,7 @@ with tracking.MetricLog(Path(folder), {"uri": uri, "experiment": experiment}, sp
 
 
 def start_jobs(state: Path, tracking: dict[str, str], pause: float, num_jobs: int = NUM_JOBS) -> list[subprocess.Popen]:
-    """Processes that log NUM_STEPS steps of METRICS at the same moment, `pause` seconds apart, each to its folder."""
+    """Start processes that log NUM_STEPS steps of METRICS at once, each to its folder, with `pause` seconds a step."""
     jobs = []
     for number in range(num_jobs):
         arguments = [number, state / f"job{number}", tracking["uri"], tracking["experiment"], NUM_STEPS, pause]
@@ -54,7 +56,7 @@ def start_jobs(state: Path, tracking: dict[str, str], pause: float, num_jobs: in
 
 
 def wait_for_points(state: Path, num_jobs: int = NUM_JOBS, seconds: float = 60) -> None:
-    """Until each job has delivered some of its points; that it has not delivered all is for the caller to see to."""
+    """Wait until each job has delivered some of its points; the caller makes sure that it can't have delivered all."""
     deadline = time.monotonic() + seconds
     while len([run for run in state.glob("*/run.json") if json.loads(run.read_text())["bytes"]]) < num_jobs:
         assert time.monotonic() < deadline, "the jobs deliver nothing"
@@ -62,20 +64,20 @@ def wait_for_points(state: Path, num_jobs: int = NUM_JOBS, seconds: float = 60) 
 
 
 def finish(jobs: list[subprocess.Popen]) -> list[list[str]]:
-    """The warnings of each job; all must end well."""
+    """Wait for the jobs, which must succeed; returns the warnings of each."""
     warnings = [job.communicate(timeout=180)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0] * len(jobs), warnings
     return [[line for line in text.splitlines() if "took nothing" in line] for text in warnings]
 
 
 def sync(state: Path, tracking: dict[str, str]) -> subprocess.CompletedProcess:
-    """`dualspeed track sync`."""
+    """Run `dualspeed track sync`."""
     command = [sys.executable, "-m", "dualspeed.cli", "track", "sync", "--tracking", json.dumps(tracking)]
     return subprocess.run([*command, "--state", str(state)], capture_output=True, text=True, timeout=180)
 
 
 def check_store(tracking: dict[str, str], num_jobs: int = NUM_JOBS) -> None:
-    """Every point of every job is there once with its own time, in one run a job, under one parent a row."""
+    """Assert that the store has each point once with its own time, one run a job and one parent a row."""
     client = MlflowClient(tracking["uri"])
     experiment = client.get_experiment_by_name(tracking["experiment"]).experiment_id
     runs = client.search_runs([experiment], max_results=1000)
@@ -94,7 +96,7 @@ def check_store(tracking: dict[str, str], num_jobs: int = NUM_JOBS) -> None:
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def server(request, tmp_path_factory):
-    """A tracking server on each kind of database; `server.postgres` is the PostgreSQL, if any."""
+    """Tracking server on each kind of database; `server.postgres` is the PostgreSQL, if any."""
     folder = tmp_path_factory.mktemp(f"server-{request.param}")
     if request.param == "sqlite":
         with mlflow_server(f"sqlite:///{folder}/mlflow.db", folder) as server:
@@ -109,7 +111,7 @@ def server(request, tmp_path_factory):
 def test_eight_jobs_at_once_lose_nothing_on_the_embedded_sqlite(tmp_path):
     tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "eight"}
     finish(start_jobs(tmp_path / "state", tracking, pause=0.01))  # they make the database, too
-    assert sync(tmp_path / "state", tracking).returncode == 0  # what a busy machine left undelivered, if anything
+    assert sync(tmp_path / "state", tracking).returncode == 0  # delivers the rest, if the machine was too busy
     check_store(tracking)
     assert sync(tmp_path / "state", tracking).stdout.startswith("0 metrics were missing")
 
@@ -158,7 +160,7 @@ def test_server_that_is_down_at_the_start_is_used_once_it_is_there(tmp_path, ser
     jobs = start_jobs(tmp_path / "state", tracking, pause=0.1, num_jobs=2)
     server.start()
     assert all(len(lines) == 1 for lines in finish(jobs))
-    # Whatever the jobs could deliver before their end: on a busy machine the server may be up too late for all of it.
+    # On a busy machine the server may be up too late for the jobs to deliver everything; sync delivers the rest.
     assert sync(tmp_path / "state", tracking).returncode == 0
     check_store(tracking, num_jobs=2)
     assert sync(tmp_path / "state", tracking).stdout.startswith("0 metrics were missing")
