@@ -66,6 +66,7 @@ lint: install  ## what CI checks of style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --line-length 120 --check Snakefile workflow
+	SNAKEMAKE=$(BIN)/snakemake .ci/lint_workflow
 	$(BIN)/mypy
 
 clean:  ## delete every result

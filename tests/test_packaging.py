@@ -1,4 +1,4 @@
-"""The wheel outside the checkout, with the core dependencies alone; a command line that answers at once."""
+"""The wheel runs outside the checkout with the core dependencies alone; imports and `--help` load no heavy library."""
 
 import re
 import shutil
@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import dualspeed
+from dualspeed.chat_templates import TEMPLATE_NAMES
 from tests.support.paths import REPOSITORY
 from tests.support.readme import TRAINING, make_inputs
 
-# Of the extras, and nothing that core dependencies need.
+# Packages of the extras that no core dependency needs.
 NOT_CORE = ("datasets", "matplotlib", "mlflow", "pandas", "peft", "pyarrow", "requests", "snakemake")
+HEAVY = {"torch", "transformers", "mlflow", "pandas", "matplotlib", "numpy"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that no build folder stays in the checkout."""
+    """Wheel built from a copy, so that no build folder stays in the checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(REPOSITORY / "dualspeed", source / "dualspeed", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -38,7 +41,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 
 def core_distributions() -> set[str]:
-    """What dualspeed needs without its extras, and what that needs in turn: names of installed distributions."""
+    """Names of the distributions that dualspeed needs without its extras, theirs in turn included."""
     found, ahead = set(), ["dualspeed"]
     while ahead:
         for text in requires(ahead.pop()) or []:
@@ -51,7 +54,7 @@ def core_distributions() -> set[str]:
 
 
 def link_distributions(names: set[str], site_packages: Path) -> None:
-    """Lay the installed files of distributions into another environment, without installing them again."""
+    """Link the installed files of distributions into another environment, without installing them again."""
     for name in names:
         installed = distribution(name)
         for top in {file.parts[0] for file in installed.files or []} - {"..", "__pycache__"}:
@@ -65,7 +68,10 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     files = [
         path for path in (REPOSITORY / "dualspeed").rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
-    assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= set(zipfile.ZipFile(wheel).namelist())
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= held
+    templates = {"reporting/report.html.jinja", *(f"chat_templates/{name}.jinja" for name in TEMPLATE_NAMES)}
+    assert {f"dualspeed/{name}" for name in templates} <= held
 
 
 @pytest.mark.slow
@@ -87,13 +93,28 @@ print(dualspeed.__file__, [name for name in {NOT_CORE} if find_spec(name)], trai
     assert "usage: dualspeed" in run(str(environment / "bin" / "dualspeed"), "--help", cwd=tmp_path)
 
 
-def test_help_loads_nothing_heavy():
-    code = """
+def test_public_names_resolve():
+    for name in dualspeed.__all__:
+        assert getattr(dualspeed, name).__name__ == name
+    assert set(dir(dualspeed)) == set(dualspeed.__all__)
+    with pytest.raises(AttributeError, match=r"no attribute 'trainer'; it has ConversationCollator, DualSpeedConfig"):
+        _ = dualspeed.trainer
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dualspeed",
+        "import dualspeed; dualspeed.DualSpeedConfig, dualspeed.LoraRecipe, dualspeed.Mode",
+        "from dualspeed.cli import main; main(['--help'])",
+    ],
+)
+def test_nothing_heavy_is_loaded(code):
+    check = f"""
 import sys
-from dualspeed.cli import main
 try:
-    main(["--help"])
+    {code}
 finally:
-    print(sorted({"torch", "transformers", "mlflow", "pandas", "matplotlib", "numpy"} & set(sys.modules)))
+    print(sorted({HEAVY} & set(sys.modules)))
 """
-    assert run(sys.executable, "-c", code).splitlines()[-1] == "[]"
+    assert run(sys.executable, "-c", check).splitlines()[-1] == "[]"

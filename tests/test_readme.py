@@ -1,4 +1,4 @@
-"""The README's library example runs as it stands, but for the checkpoint's name."""
+"""The README's library examples run as they stand, except for the checkpoint's name."""
 
 import torch
 from PIL import Image

@@ -1,4 +1,4 @@
-"""The library examples of the README, and the files they read."""
+"""Library examples of the README, and the files that they read."""
 
 import json
 import re
@@ -11,7 +11,6 @@ from tests.support.paths import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 
-
 TRAINING, INFERENCE = (
     code.replace("llava-hf/llava-1.5-7b-hf", "base")
     for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -19,7 +18,7 @@ TRAINING, INFERENCE = (
 
 
 def make_inputs(folder: Path) -> None:
-    """What the example reads: a checkpoint, conversations and their images."""
+    """Write the example's inputs: a checkpoint, conversations and their images."""
     tiny.make_llava(folder / "base")
     (folder / "images").mkdir()
     rows = []
