@@ -1,6 +1,6 @@
-"""DualSpeed: train multimodal LLMs on pruned visual tokens most of the time, and use them on all of them.
+"""DualSpeed: train multimodal LLMs on pruned visual tokens in most steps, and use them on full tokens.
 
-The public names are resolved when they are first used, so that `import dualspeed.settings` loads no torch.
+Public names are resolved at their first use, so that `import dualspeed` and `import dualspeed.settings` load no torch.
 """
 
 from importlib import import_module
@@ -9,11 +9,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULE_OF_NAME = {
+    "ConversationCollator": "dualspeed.data.collator",
     "DualSpeedConfig": "dualspeed.settings.method",
     "DualSpeedModel": "dualspeed.method.model",
     "DualSpeedTrainer": "dualspeed.training.trainer",
+    "LoraRecipe": "dualspeed.settings.recipe",
     "Mode": "dualspeed.settings.modes",
     "ModeIsolator": "dualspeed.method.isolator",
+    "Problem": "dualspeed.data.conversations",
+    "add_adapters": "dualspeed.method.adapters",
+    "read_entries": "dualspeed.data.annotations",
+    "read_record": "dualspeed.data.conversations",
+    "use_template": "dualspeed.chat_templates",
 }
 
 __all__ = sorted(_MODULE_OF_NAME)

@@ -1,8 +1,8 @@
-"""Are answers of a batch those of each question alone, and how much faster do they come?
+"""Answers in batches beside answers one by one: how many are equal, and how much faster they are.
 
     python -m measurements.batches MODEL BENCHMARK FOLDER [--questions 200] [--batch-size 8] [--pruning-ratio 0.9]
 
-Prints, for float32 and bfloat16, the share of equal answers and questions a second of either batch size.
+Prints the share of equal answers and the questions per second of both batch sizes, in float32 and in bfloat16.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dualspeed.benchmarks import Question, get_question_set
-from dualspeed.evaluation.generator import Answerer
+from dualspeed.evaluation.generator import AnswerGenerator
 from dualspeed.evaluation.images import check_images
 
 
@@ -31,22 +31,22 @@ def main() -> None:
     pruner = None if options.pruning_ratio is None else "divprune"
     print(f"{len(questions)} questions, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     for dtype in (torch.float32, torch.bfloat16):
-        answerer = Answerer(options.model, options.max_new_tokens, pruner, options.pruning_ratio, dtype)
-        alone, slow = answer(answerer, questions, 1)
-        together, fast = answer(answerer, questions, options.batch_size)
+        generator = AnswerGenerator(options.model, options.max_new_tokens, pruner, options.pruning_ratio, dtype)
+        alone, slow = answer(generator, questions, 1)
+        together, fast = answer(generator, questions, options.batch_size)
         equal = sum(alone[key] == together[key] for key in alone) / len(alone)
         print(
-            f"{dtype} on {answerer.device}: {100 * equal:.1f} % of the answers equal at batch {options.batch_size}; ",
+            f"{dtype} on {generator.device}: {100 * equal:.1f} % of the answers equal at batch {options.batch_size}; ",
             end="",
         )
         print(f"{slow:.1f} questions/s alone, {fast:.1f} in batches")
 
 
-def answer(answerer: Answerer, questions: list[Question], batch_size: int) -> tuple[dict[str, str], float]:
-    """{question id: answer} and questions a second."""
+def answer(generator: AnswerGenerator, questions: list[Question], batch_size: int) -> tuple[dict[str, str], float]:
+    """{question id: answer}, and questions per second."""
     answers, start = {}, time.perf_counter()
-    for batch in answerer.make_batches(questions, check_images(questions), batch_size):
-        texts, _ = answerer.answer(batch)
+    for batch in generator.make_batches(questions, check_images(questions), batch_size):
+        texts, _ = generator.answer(batch)
         answers |= dict(zip((question.question_id for question in batch), texts, strict=True))
     return answers, len(questions) / (time.perf_counter() - start)
 

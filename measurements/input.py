@@ -1,11 +1,11 @@
-"""How many images a core makes ready for training, and how many a GPU's fast steps would ask for.
+"""Images a second that a core prepares for training, and that the fast steps of a GPU would need.
 
     python -m measurements.input [--images 64]
 
-Photographs are stood in for by JPEG files of random smooth pictures in the size that LLaVA's mostly have, 640 x 480.
-They go through what training runs: ConversationCollator with LLaVA-1.5's and LLaVA-NeXT's image processors, on one
-thread. What a GPU would ask for is arithmetic, no measurement: its peak rate times an assumed utilisation, over the
-FLOPs of a fast step (6 a parameter of the language model and token, 2 a parameter of the tower and patch).
+The images are JPEG files of random smooth pictures, 640 x 480, the most frequent size of LLaVA's photographs. They are
+prepared as in training: by ConversationCollator with LLaVA-1.5's and LLaVA-NeXT's image processors, on one thread. The
+need of a GPU is computed, not measured: its peak rate times an assumed utilisation, over the FLOPs of a fast step (6 a
+parameter of the language model and token, 2 a parameter of the tower and patch).
 """
 
 import argparse
@@ -18,31 +18,30 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 
 from dualspeed.chat_templates import load_template
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.training.step_times import machine
+from tests.support.word_tokenizer import word_tokenizer
 
 SIDE, PATCH, BATCH = 336, 14, 16
 PEAK_FLOPS, UTILISATION = 989e12, 0.4
-"""bfloat16, dense, of an H100 or H200 by NVIDIA's data sheet; and the share of it that good training code reaches."""
+"""Dense bfloat16 FLOPs a second of an H100 or H200 (NVIDIA's data sheet), and the share that good training reaches."""
 LLM_PARAMETERS, TOWER_PARAMETERS = 6.7e9, 0.3e9
 TEXT_TOKENS, ISOLATOR_TOKENS = 130, 4
-# name -> (tokens that the tower sees, tokens that fast steps keep at p = 0.9)
+# name -> (tokens of the tower, visual tokens of a fast step at p = 0.9)
 MODELS = {"llava-1.5-7b": (577, 57 + ISOLATOR_TOKENS), "llava-next-7b": (5 * 577, 5 * (57 + ISOLATOR_TOKENS))}
 
 
 def main() -> None:
-    """Print one row a model."""
+    """Print one line a model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=64, help="a multiple of 16 times 2 or more")
     options = parser.parse_args()
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def row(name: str, examples: list[dict]) -> dict[str, str]:
-    """One line of the table."""
+    """Cells of a model's line of the table."""
     collate = ConversationCollator(processor_of(name))
     batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
     seconds = [processor_seconds(collate, batch) for batch in batches]
@@ -71,14 +70,14 @@ def row(name: str, examples: list[dict]) -> dict[str, str]:
 
 
 def processor_seconds(collate: ConversationCollator, batch: list[dict]) -> float:
-    """Processor time of one batch, which other work on the machine hardly changes."""
+    """CPU time of one batch in seconds, which depends little on other load on the machine."""
     start = time.process_time()
     collate(batch)
     return time.process_time() - start
 
 
 def example(folder: Path, number: int) -> dict:
-    """A row of a prepared dataset, with its picture."""
+    """Row of a prepared dataset; writes its picture."""
     noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     path = folder / f"{number}.jpg"
     Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
@@ -89,14 +88,8 @@ def example(folder: Path, number: int) -> dict:
 
 
 def processor_of(name: str) -> ProcessorMixin:
-    """The model's processor with a tokenizer of a few words."""
+    """Processor of the model, with a tokenizer of a few words."""
     words = "<unk> <s> </s> <pad> <image> what is in the picture ? there a of many colours .".split()
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, extra_special_tokens={"image_token": "<image>"}, **marks
-    )
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     if name == "llava-next-7b":
         kind, pictures = LlavaNextProcessor, LlavaNextImageProcessorPil(image_grid_pinpoints=[[672, 672]], **size)
@@ -104,7 +97,7 @@ def processor_of(name: str) -> ProcessorMixin:
         kind, pictures = LlavaProcessor, CLIPImageProcessorPil(**size)
     return kind(
         image_processor=pictures,
-        tokenizer=tokenizer,
+        tokenizer=word_tokenizer(words),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

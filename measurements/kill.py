@@ -1,10 +1,10 @@
-"""Kills a small training at random moments, resumes it, and compares it with one that nothing happened to.
+"""Kill a small training at random moments, resume it, and compare it with an undisturbed one.
 
     python -m measurements.kill [--kills 30] [--seed 0]
 
-Each job is killed (SIGKILL) while it starts, between steps, or while it writes a checkpoint, as the seed draws; the
-next one goes on from what it finds. A job that is killed before its first checkpoint has done nothing, so the training
-has steps enough for all kills. Exit status 1 if a weight differs, or a step is logged twice or not at all.
+Each job is killed (SIGKILL) while it starts, between steps, or while it writes a checkpoint; the seed decides. The next
+job resumes from the files that it finds. The training has enough steps for all kills. Exit status 1 if a weight
+differs, or a step is logged twice or not at all.
 """
 
 import argparse
@@ -24,9 +24,12 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
+from dualspeed.layout import METRICS_FILE
+from dualspeed.settings.jobs import write_settings
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.recipe import Recipe
 from dualspeed.settings.stage import StageSettings
+from dualspeed.training.resume import UNFINISHED
 from tests.support import tiny
 
 SAVE_STEPS = 5
@@ -36,7 +39,7 @@ POLL_SECONDS = 0.001
 
 
 def main() -> int:
-    """Print a line a kill and what came of all."""
+    """Print a line a kill and the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +57,7 @@ def main() -> int:
 def kill_and_compare(
     folder: Path, num_kills: int, seed: int, say: Callable[[str], object] = lambda line: None
 ) -> tuple[Counter[str], list[str]]:
-    """Train once undisturbed and once through `num_kills` kills; returns the kills by moment, and what differs."""
+    """Train once undisturbed and once with `num_kills` kills; returns the kills by moment, and the differences."""
     make_inputs(folder)
     num_steps = STEPS_PER_KILL * (num_kills + 1)
     undisturbed = start(folder, "undisturbed", num_steps)
@@ -76,7 +79,7 @@ def kill_and_compare(
 
 
 def make_inputs(folder: Path) -> None:
-    """A tiny LLaVA and 36 conversations, each with a picture."""
+    """Write a tiny LLaVA and 36 conversations, each with a picture."""
     tiny.make_llava(folder / "base")
     rows = []
     for index in range(36):
@@ -90,7 +93,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def start(folder: Path, name: str, num_steps: int) -> subprocess.Popen:
-    """The training, as the workflow starts it; its log is `<name>.log`."""
+    """Start the training as the workflow does; its log is `<name>.log`."""
     arguments = {"use_cpu": True, "max_steps": num_steps, "learning_rate": 1e-3, "logging_steps": 1}
     arguments |= {"save_strategy": "steps", "save_steps": SAVE_STEPS, "dataloader_num_workers": 1, "disable_tqdm": True}
     recipe = Recipe(
@@ -98,7 +101,8 @@ def start(folder: Path, name: str, num_steps: int) -> subprocess.Popen:
     )
     method = DualSpeedConfig(slow_mode_ratio=0.4, pruning_ratio=0.7)
     settings = StageSettings(stage="finetune", seed=0, recipe=recipe, dualspeed=method)
-    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", json.dumps(settings.to_dict())]
+    file = write_settings(settings, folder / "settings")
+    command = [sys.executable, "-m", "dualspeed.cli", "train", "--settings", file]
     command += ["--model", folder / "base", "--data", folder / "data"]
     command += ["--state", folder / name / "state", "--out", folder / name / "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -107,22 +111,24 @@ def start(folder: Path, name: str, num_steps: int) -> subprocess.Popen:
 
 
 def wait_for_moment(run: Path, process: subprocess.Popen, moment: str, draw: random.Random) -> None:
-    """Return at a random moment of the kind that was drawn, or when the process has ended."""
+    """Wait for a random moment of the kind `moment`, or for the end of the process."""
     if moment == "starting":
         time.sleep(draw.uniform(0, 8))
         return
     before = len(logged_steps(run))
     is_writing = moment == "writing a checkpoint"
     while process.poll() is None:
-        if len(logged_steps(run)) > before and (not is_writing or list(run.glob("state/*/checkpoints/.unfinished/*"))):
+        if len(logged_steps(run)) > before and (
+            not is_writing or list(run.glob(f"state/*/checkpoints/{UNFINISHED}/*"))
+        ):
             break
         time.sleep(POLL_SECONDS)
     time.sleep(draw.uniform(0, 0.05 if is_writing else 0.5))
 
 
 def logged_steps(run: Path) -> list[int]:
-    """Steps whose loss is in the metrics file, in its order."""
-    lines = [line for file in run.glob("state/*/metrics.jsonl") for line in file.read_text().split("\n")[:-1]]
+    """Steps with a loss in the metrics file, in the order of its lines."""
+    lines = [line for file in run.glob(f"state/*/{METRICS_FILE}") for line in file.read_text().split("\n")[:-1]]
     steps = []
     for line in lines:
         try:
@@ -135,7 +141,7 @@ def logged_steps(run: Path) -> list[int]:
 
 
 def compare(folder: Path, num_steps: int) -> list[str]:
-    """What is not as it should be in what the killed training left."""
+    """Differences of the killed training's result from the undisturbed one's."""
     problems = []
     for file in ("model.safetensors", "mode_isolator.safetensors"):
         killed, undisturbed = (load_file(folder / name / "out" / file) for name in ("killed", "undisturbed"))

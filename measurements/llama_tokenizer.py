@@ -1,7 +1,7 @@
-"""A tokenizer of Llama's kind, trained on the spot: BPE over characters, blanks as ▁, unknown characters as bytes.
+"""Llama-like tokenizer, trained on given text: BPE over characters, blanks as ▁, unknown characters as bytes.
 
-Like Llama's own (transformers' `LlamaTokenizer` files) it puts ▁ before each stretch of text between special tokens,
-and <s> in front. Vicuna's own tokenizer was not available to the tests; its kind is this one's.
+Like Llama's own (transformers' `LlamaTokenizer` files) it puts ▁ before each piece of text between special tokens, and
+<s> at the start. It stands in for Vicuna's tokenizer, which the tests don't have.
 """
 
 import json
@@ -15,10 +15,10 @@ ADDED_TOKENS = ("<image>", "<pad>")
 
 
 def train_llama_tokenizer(lines: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose merges come from `lines`; the 256 bytes come on top of `vocabulary_size`."""
+    """Train a tokenizer with merges from `lines`; its 256 byte tokens are in addition to `vocabulary_size`."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = llama_normalizer()
-    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no piece reaches over a blank
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token contains an inner blank
     trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, min_frequency=1, show_progress=False)
     trained.train_from_iterator(lines, trainer)
     model = json.loads(trained.to_str())["model"]
@@ -47,5 +47,5 @@ def train_llama_tokenizer(lines: Iterable[str], vocabulary_size: int) -> PreTrai
 
 
 def llama_normalizer() -> normalizers.Normalizer:
-    """Blanks become ▁, and one stands in front."""
+    """Normalizer that replaces blanks by ▁ and puts one at the start."""
     return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -1,9 +1,9 @@
-"""What each means of making a step faster or smaller gives by itself, and what those that were left out would.
+"""Time and memory that each optimisation of a step saves by itself, for optimisations in use and rejected ones.
 
     python -m measurements.means [--rounds 5] [--out means.json]
 
-On the `small` model of train_step.py: the step with and without one means, in turns, medians; peak memory is that of a
-process of its own. A means is worth its code from 5 % of a step's time or memory on.
+Runs a step of train_step.py's `small` model with and without one optimisation in turns and takes medians; peak memory
+is measured in a separate process. An optimisation is worth its code from 5 % of a step's time or memory on.
 """
 
 import argparse
@@ -20,10 +20,14 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from dualspeed.method.fast_mode import encode_batch
 from dualspeed.method.losses import supervised_positions
 from dualspeed.method.model import DualSpeedModel
 from dualspeed.method.sequences import Sequences
+from dualspeed.method.vlm.vision import EncodedImages
 from dualspeed.settings.modes import Mode
 from dualspeed.training.micro_batches import micro_batches
 from dualspeed.training.step_times import machine, peak_memory_bytes, timed
@@ -36,28 +40,30 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOL
 
 
 @dataclass(frozen=True)
-class Means:
-    """One way to save, and the step it is measured in."""
+class Optimisation:
+    """An optimisation, and the step that it is measured in."""
 
     step: str
-    """A step of train_step.OURS."""
+    """Name of a step, one of train_step.OURS."""
     with_it: Callable[[DualSpeedModel], AbstractContextManager] = lambda model: nullcontext()
+    """Context that adds it to the step."""
     without_it: Callable[[DualSpeedModel], AbstractContextManager] = lambda model: nullcontext()
+    """Context that removes it from the step."""
     is_used: bool = True
     micro_batch_without: int | None = None
-    """Samples at once otherwise."""
+    """Micro-batch size without it, where it is a choice of micro-batches."""
 
 
 def main() -> None:
-    """Print one row a means."""
+    """Print a table with one row per optimisation."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed repetitions of each step, after one warm-up")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=sorted(MEANS), default=list(MEANS))
+    parser.add_argument("--only", nargs="+", choices=sorted(OPTIMISATIONS), default=list(OPTIMISATIONS))
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
     options = parser.parse_args()
     rows = {name: measure(name, options.rounds, options.threads) for name in options.only}
-    if options.only == list(MEANS):
+    if options.only == list(OPTIMISATIONS):
         rows["batches grouped by pruned length"] = in_fresh_process(time_grouping, options.rounds, options.threads)
         rows["freed memory kept"] = time_malloc(options.rounds, options.threads)
     print(f"{machine()}, torch {torch.__version__}, {options.threads} threads, batch {SIZE.batch_size}")
@@ -67,14 +73,14 @@ def main() -> None:
 
 
 def measure(name: str, rounds: int, threads: int) -> dict:
-    """Seconds and peak memory of a step with and without a means."""
+    """Seconds and peak memory of a step with and without an optimisation."""
     seconds = in_fresh_process(time_with_and_without, name, rounds, threads)
     peaks = {f"peak_{which}": in_fresh_process(peak, name, which, threads) for which in ("with", "without")}
-    return {"step": MEANS[name].step, "is_used": MEANS[name].is_used} | seconds | peaks
+    return {"step": OPTIMISATIONS[name].step, "is_used": OPTIMISATIONS[name].is_used} | seconds | peaks
 
 
 def time_with_and_without(name: str, rounds: int, threads: int) -> dict[str, float]:
-    """Medians of both ways in turns."""
+    """Median seconds with and without, run in turns."""
     torch.set_num_threads(threads)
     ways = both_ways(name)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -87,7 +93,7 @@ def time_with_and_without(name: str, rounds: int, threads: int) -> dict[str, flo
 
 
 def peak(name: str, which: str, threads: int) -> int:
-    """Peak memory of this process after three steps."""
+    """Peak memory in bytes of this process after three steps."""
     torch.set_num_threads(threads)
     step = both_ways(name)[which]
     for _ in range(3):
@@ -96,14 +102,14 @@ def peak(name: str, which: str, threads: int) -> int:
 
 
 def both_ways(name: str) -> dict[str, Step]:
-    """The whole step with a means and without it."""
-    means = MEANS[name]
-    models, steps = make_steps(SIZE, (means.step,))
-    model, whole = models["fast"], steps[means.step]
+    """Whole step with an optimisation, and without it."""
+    optimisation = OPTIMISATIONS[name]
+    models, steps = make_steps(SIZE, (optimisation.step,))
+    model, whole = models["fast"], steps[optimisation.step]
     run = whole.args[0]
     run_without = run
-    if means.micro_batch_without is not None:
-        run_without = partial(run.func, *run.args[:2], means.micro_batch_without, *run.args[3:], **run.keywords)
+    if optimisation.micro_batch_without is not None:
+        run_without = partial(run.func, *run.args[:2], optimisation.micro_batch_without, *run.args[3:], **run.keywords)
 
     def within(context: Callable[[DualSpeedModel], AbstractContextManager], run: Step) -> Step:
         def call() -> None:
@@ -112,11 +118,11 @@ def both_ways(name: str) -> dict[str, Step]:
 
         return call
 
-    return {"with": within(means.with_it, run), "without": within(means.without_it, run_without)}
+    return {"with": within(optimisation.with_it, run), "without": within(optimisation.without_it, run_without)}
 
 
 def formatted(row: dict) -> dict[str, str]:
-    """A row of the table."""
+    """Cells of a row of the table."""
     cells = {"step": row["step"], "in use": "yes" if row["is_used"] else "no"}
     cells |= {f"s {way}": f"{row[way]:.2f}" for way in ("without", "with")}
     cells["time saved"] = f"{1 - row['with'] / row['without']:.0%}"
@@ -127,17 +133,17 @@ def formatted(row: dict) -> dict[str, str]:
 
 
 def logits_everywhere(model: DualSpeedModel) -> AbstractContextManager:
-    """Logits at all positions, in float32, of which the supervised ones are taken afterwards."""
+    """Compute float32 logits at all positions and select the supervised ones afterwards."""
 
-    def logits(inputs: Sequences, images) -> Tensor:
-        output = model.vlm(**vlm_inputs(inputs, images))
+    def logits(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None) -> Tensor:
+        output = vlm(**vlm_inputs(inputs, images))
         return output.logits.float()[supervised_positions(inputs.labels)]
 
-    return patch.object(model, "_logits", logits)
+    return patch("dualspeed.method.model.supervised_logits", logits)
 
 
-def vlm_inputs(inputs: Sequences, images) -> dict:
-    """What the stock forward takes, as DualSpeedModel gives it."""
+def vlm_inputs(inputs: Sequences, images: ModelOutput | None) -> dict:
+    """Inputs of the stock forward, as DualSpeedModel passes them."""
     return {
         "input_ids": inputs.input_ids,
         "attention_mask": inputs.attention_mask,
@@ -147,35 +153,37 @@ def vlm_inputs(inputs: Sequences, images) -> dict:
 
 
 def packed(model: DualSpeedModel) -> AbstractContextManager:
-    """All samples in one row, positions starting anew; under SDPA a mask keeps them apart."""
+    """Pack all samples into one row, each with positions from 0; SDPA gets a mask that separates them."""
 
-    def logits(inputs: Sequences, images) -> Tensor:
+    def logits(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None) -> Tensor:
         is_token = inputs.attention_mask.bool()
         lengths = is_token.sum(dim=1).tolist()
         row = vlm_inputs(inputs, images) | {"input_ids": inputs.input_ids[is_token][None], "attention_mask": None}
         position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(is_token.device)
         positions = supervised_positions(inputs.labels)[is_token][None]
-        return model.vlm(**row, position_ids=position_ids, logits_to_keep=positions).logits
+        return vlm(**row, position_ids=position_ids, logits_to_keep=positions).logits
 
-    return patch.object(model, "_logits", logits)
+    return patch("dualspeed.method.model.supervised_logits", logits)
 
 
 def encoded_twice(model: DualSpeedModel) -> AbstractContextManager:
-    """Images encoded once for the teacher and once more for the student."""
-    encode = model._encode
+    """Encode images for the teacher and again for the student."""
 
-    def twice(images: dict[str, Tensor]):
-        encode(images)
-        return encode(images)
+    def twice(model: DualSpeedModel, images: dict[str, Tensor]) -> EncodedImages:
+        encode_batch(model, images)
+        return encode_batch(model, images)
 
-    return patch.object(model, "_encode", twice)
+    return patch("dualspeed.method.model.encode_batch", twice)
 
 
 @contextmanager
 def recomputed_in_fast_steps(model: DualSpeedModel) -> Iterator[None]:
-    """Activation checkpointing whatever the mode."""
-    # Layers that the model doesn't know to recompute stay as they are in fast steps.
-    with patch.object(model, "_recomputed", []), patch.object(type(model), "is_activation_checkpointing", True):
+    """Activation checkpointing in both modes."""
+    # The model switches checkpointing off in fast steps only for layers on its list.
+    with (
+        patch.object(model, "_checkpointed_layers", []),
+        patch.object(type(model), "is_activation_checkpointing", True),
+    ):
         model.vlm.get_decoder().activation_checkpointing_enable()
         yield
     model.activation_checkpointing_enable()
@@ -183,7 +191,7 @@ def recomputed_in_fast_steps(model: DualSpeedModel) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: DualSpeedModel) -> Iterator[None]:
-    """Each layer of the language model compiled."""
+    """Compile each layer of the language model."""
     layers = model.vlm.get_decoder().layers
     for layer in layers:
         if not hasattr(layer, "compiled_once"):
@@ -195,37 +203,37 @@ def compiled(model: DualSpeedModel) -> Iterator[None]:
         layer._compiled_call_impl = None
 
 
-MEANS = {
-    "logits at supervised positions alone": Means("baseline", without_it=logits_everywhere),
-    "images encoded once": Means("slow", without_it=encoded_twice),
-    "no vision layer after the selected one": Means(
+OPTIMISATIONS = {
+    "logits at supervised positions alone": Optimisation("baseline", without_it=logits_everywhere),
+    "images encoded once": Optimisation("slow", without_it=encoded_twice),
+    "no vision layer after the selected one": Optimisation(
         "fast",
         without_it=lambda model: patch(
             "dualspeed.method.vlm.vision.skip_unused_vision_layers", lambda vlm: nullcontext({})
         ),
     ),
-    "no recomputation in fast steps": Means("fast", without_it=recomputed_in_fast_steps),
-    "fast steps in larger parts than slow ones": Means("fast", micro_batch_without=SIZE.slow_batch_size),
-    "slow steps in smaller parts than Baseline's": Means("slow", micro_batch_without=SIZE.baseline_batch_size),
-    "no attention mask where padding is behind": Means(
+    "no recomputation in fast steps": Optimisation("fast", without_it=recomputed_in_fast_steps),
+    "fast steps in larger parts than slow ones": Optimisation("fast", micro_batch_without=SIZE.slow_batch_size),
+    "slow steps in smaller parts than Baseline's": Optimisation("slow", micro_batch_without=SIZE.baseline_batch_size),
+    "no attention mask where padding is behind": Optimisation(
         "baseline",
         without_it=lambda model: patch(
             "dualspeed.method.model.mask_for_attention", lambda inputs: inputs.attention_mask
         ),
     ),
-    "packing, fast": Means("fast", with_it=packed, is_used=False),
-    "packing, Baseline": Means("baseline", with_it=packed, is_used=False),
-    "torch.compile of the layers, fast": Means("fast", with_it=compiled, is_used=False),
-    "torch.compile of the layers, Baseline": Means("baseline", with_it=compiled, is_used=False),
-    "bfloat16 by autocast, fast": Means(
+    "packing, fast": Optimisation("fast", with_it=packed, is_used=False),
+    "packing, Baseline": Optimisation("baseline", with_it=packed, is_used=False),
+    "torch.compile of the layers, fast": Optimisation("fast", with_it=compiled, is_used=False),
+    "torch.compile of the layers, Baseline": Optimisation("baseline", with_it=compiled, is_used=False),
+    "bfloat16 by autocast, fast": Optimisation(
         "fast", with_it=lambda model: torch.autocast("cpu", torch.bfloat16), is_used=False
     ),
 }
-"""Everything that is switched in one process; what decides batches or the process itself is measured apart."""
+"""Optimisations that can be switched within a process; grouping and malloc settings are measured by `main`."""
 
 
 def time_grouping(rounds: int, threads: int, num_batches: int = 4) -> dict:
-    """Fast steps over texts whose lengths spread as instruction data's do, in batches of like length and as drawn."""
+    """Fast steps on texts with lengths like instruction data's, in batches of similar length and in random ones."""
     torch.set_num_threads(threads)
     models, steps = make_steps(SIZE, ("fast",))
     model, whole = models["fast"], steps["fast"]
@@ -247,13 +255,13 @@ def time_grouping(rounds: int, threads: int, num_batches: int = 4) -> dict:
 
 
 def to_longest(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the columns that are padding in every sample."""
+    """Cut off the columns that are padding in every sample."""
     length = int(batch["attention_mask"].sum(dim=1).max())
     return {name: values if name == "pixel_values" else values[:, :length] for name, values in batch.items()}
 
 
 def time_malloc(rounds: int, threads: int) -> dict:
-    """Fast steps in processes that keep what is freed, and in ones that give it back."""
+    """Fast steps in processes whose malloc keeps freed memory, and in ones that return it to the system."""
     seconds = {}
     for way, variables in {"without": {}, "with": KEEP_FREED_MEMORY}.items():
         with patch.dict(os.environ, variables):
@@ -262,7 +270,7 @@ def time_malloc(rounds: int, threads: int) -> dict:
 
 
 def time_steps(step: str, rounds: int, threads: int) -> float:
-    """Median seconds of one kind of step in this process."""
+    """Median seconds of a step in this process."""
     torch.set_num_threads(threads)
     _, steps = make_steps(SIZE, (step,))
     return statistics.median([timed(steps[step]) for _ in range(rounds + 1)][1:])

@@ -1,4 +1,4 @@
-"""Models with random weights in real shapes, and batches like those they are trained on."""
+"""Models with random weights in real shapes, and batches like their training batches."""
 
 from dataclasses import dataclass
 
@@ -19,26 +19,26 @@ PATCH = 14
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a model and of its steps."""
+    """Shape of a model and of its batches."""
 
     text: dict[str, int]
     vision: dict[str, int]
     batch_size: int
     fast_batch_size: int
-    """Samples at once in fast steps."""
+    """Micro-batch size of fast steps."""
     baseline_batch_size: int
-    """The same in steps on full tokens."""
+    """Micro-batch size of steps on full tokens."""
     slow_batch_size: int
-    """The same in slow steps, where a teacher's logits lie beside the student's."""
+    """Micro-batch size of slow steps, which hold logits of teacher and student at once."""
     text_tokens: int
-    """Mean number of text tokens; lengths are log-normal about it, as those of instruction data roughly are."""
+    """Mean number of text tokens; lengths are log-normal, roughly as in instruction data."""
     spread: float
-    """Standard deviation of their logarithm."""
+    """Standard deviation of the logarithm of the lengths."""
     supervised: int
     """Mean number of supervised tokens."""
     has_tiles: bool = False
     side: int = 336
-    """Pixels on a side of a tile."""
+    """Side of a tile in pixels."""
     vocabulary: int = 32_000
     dtype: torch.dtype = torch.float32
 
@@ -74,7 +74,7 @@ MODELS = {
 
 
 def build(size: Size) -> PreTrainedModel:
-    """A LLaVA-1.5, or a LLaVA-NeXT whose pictures have four tiles and the base one, with random weights."""
+    """LLaVA-1.5, or LLaVA-NeXT with four tiles and a base tile per image, with random weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     vision = CLIPVisionConfig(**size.vision, image_size=size.side, patch_size=PATCH)
@@ -92,11 +92,11 @@ def build(size: Size) -> PreTrainedModel:
 
 
 def batch_of(size: Size) -> dict[str, torch.Tensor]:
-    """One global batch, an image a sample, text before and after it; answers are at the end."""
+    """One global batch: an image per sample, text before and after it, the answer at the end."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     row_length = size.side // PATCH
-    # Of a square picture in four tiles: the base tile, and rows that end in a newline.
+    # A square image in four tiles: the base tile, and rows that end with a newline token.
     num_visual = row_length**2 + (2 * row_length * (2 * row_length + 1) if size.has_tiles else 0)
     scale = torch.exp(size.spread * torch.randn(size.batch_size, generator=generator) - size.spread**2 / 2)
     texts = (size.text_tokens * scale).long().clamp(min=16)

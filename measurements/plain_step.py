@@ -1,8 +1,9 @@
-"""Training steps in the way of the published implementation: what ours are measured, and tested, against.
+"""Training steps like the published implementation's: the reference that our steps are measured and tested against.
 
-Images are encoded anew for teacher and student, the pruner takes one image after the other, every position has logits
-with a float32 copy, activations are always recomputed, attention is told of padding. Each function leaves gradients of
-one global batch; M supervised tokens, (B, L) input, -100 marks labels without supervision.
+Images are encoded twice, for teacher and student. The pruner takes one image at a time. Every position has logits and
+a float32 copy of them. Activations are always recomputed, and attention always gets a padding mask. Each function
+accumulates the gradients of one global batch. B samples, L length, M supervised tokens, V vocabulary; -100 marks labels
+without supervision.
 """
 
 import torch
@@ -41,12 +42,12 @@ def slow(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pr
 
 
 def recompute_always(vlm: PreTrainedModel) -> None:
-    """Activation checkpointing of the language model in whatever step follows; the tower has no gradient."""
+    """Switch activation checkpointing of the language model on; the tower has no gradient."""
     vlm.get_decoder().activation_checkpointing_enable()
 
 
 def full_logits(vlm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """(B, L, V) float32."""
+    """(B, L, V) float32 logits on all tokens."""
     return vlm(**{name: values for name, values in batch.items() if name != "labels"}, use_cache=False).logits.float()
 
 
@@ -75,7 +76,7 @@ def pruned_logits(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the supervised tokens of (B, L, V) logits; every position is gone through."""
+    """Mean over the supervised tokens of (B, L, V) logits, computed at every position."""
     shifted = logits[:, :-1].flatten(0, 1)
     return F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 

@@ -2,9 +2,9 @@
 
     python -m measurements.prepare [--rows 100000] [--kinds JSON parquet]
 
-Writes a data set of that many samples to a temporary folder: noisy JPEG pictures of 320 x 240 pixels, one to each two
-samples as in LLaVA's instruction data, a tenth of the samples text alone; for parquet a picture in each row. Then
-`dualspeed prepare` runs on it as a process of its own, and what the system counted for that process is printed.
+Writes a dataset of that many samples to a temporary folder: noisy JPEG images of 320 x 240 pixels, each in two samples
+as in LLaVA's instruction data, and a tenth of the samples without an image; for parquet an image in each row. Then
+runs `dualspeed prepare` on it as a process of its own, and prints the resources that the system counted for it.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from dualspeed.settings.jobs import write_settings
+from dualspeed.settings.recipe import DataRecipe
 from measurements.llama_tokenizer import train_llama_tokenizer
 
 WORDS = "the a man dog red car street holds looks stands beside near many small bright old photograph of two".split()
@@ -38,7 +40,7 @@ SIZE = (320, 240)
 
 
 def main() -> None:
-    """Make the data, prepare it both ways, print a table."""
+    """Generate the data, prepare it from each kind of file, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--kinds", nargs="+", choices=["JSON", "parquet"], default=["JSON", "parquet"])
@@ -52,8 +54,8 @@ def main() -> None:
         write_model(folder / "model")
         pictures = make_pictures(16)
         for kind in options.kinds:
-            settings = {"JSON": write_json, "parquet": write_parquet}[kind](folder / kind, options.rows, pictures)
-            seconds, cpu, peak = measure(settings, folder, options.workers)
+            recipe = {"JSON": write_json, "parquet": write_parquet}[kind](folder / kind, options.rows, pictures)
+            seconds, cpu, peak = measure(recipe, folder, options.workers)
             print(
                 f"| {kind} | {seconds:.1f} | {options.rows / seconds:.0f} | {cpu:.1f} | {cpu / seconds:.2f} "
                 f"| {peak / 1e6:.0f} |",
@@ -61,9 +63,10 @@ def main() -> None:
             )
 
 
-def measure(settings: dict, folder: Path, workers: int) -> tuple[float, float, int]:
-    """(wall seconds, CPU seconds, peak bytes) of `dualspeed prepare`."""
-    command = [sys.executable, "-m", "dualspeed.cli", "prepare", "--settings", json.dumps(settings)]
+def measure(recipe: DataRecipe, folder: Path, workers: int) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds and peak bytes of `dualspeed prepare`."""
+    settings = write_settings(recipe, folder / "settings")
+    command = [sys.executable, "-m", "dualspeed.cli", "prepare", "--settings", str(settings)]
     command += ["--model", str(folder / "model"), "--out", str(folder / "out"), "--workers", str(workers)]
     started = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -75,7 +78,7 @@ def measure(settings: dict, folder: Path, workers: int) -> tuple[float, float, i
 
 
 def make_pictures(number: int) -> list[bytes]:
-    """JPEG files with the noise of photographs, so that decoding takes its time."""
+    """Contents of JPEG files as noisy as photographs, which take as long to decode."""
     generator, pictures = np.random.default_rng(0), []
     for _ in range(number):
         coarse = generator.integers(0, 255, (60, 80, 3), dtype=np.uint8)
@@ -88,7 +91,7 @@ def make_pictures(number: int) -> list[bytes]:
 
 
 def conversation(generator: random.Random, has_image: bool) -> list[dict[str, str]]:
-    """Two to six turns of question and answer."""
+    """Two to six pairs of question and answer."""
     turns = []
     for number in range(generator.randint(2, 6)):
         question = " ".join(generator.choices(WORDS, k=12)) + "?"
@@ -97,8 +100,8 @@ def conversation(generator: random.Random, has_image: bool) -> list[dict[str, st
     return turns
 
 
-def write_json(folder: Path, num_rows: int, pictures: list[bytes]) -> dict:
-    """LLaVA's layout: a JSON list and a folder of images, of which each is in two samples."""
+def write_json(folder: Path, num_rows: int, pictures: list[bytes]) -> DataRecipe:
+    """Write LLaVA's layout: a JSON list and a folder of images, each in two samples."""
     (folder / "images").mkdir(parents=True)
     generator, originals = random.Random(0), [folder / f"{index}.jpg" for index in range(len(pictures))]
     for path, picture in zip(originals, pictures, strict=True):
@@ -113,11 +116,11 @@ def write_json(folder: Path, num_rows: int, pictures: list[bytes]) -> dict:
             entry = {"id": str(row), "conversations": conversation(generator, has_image)}
             file.write(("[" if row == 0 else ",\n") + json.dumps(entry | ({"image": name} if has_image else {})))
         file.write("]")
-    return {"annotations": str(folder / "data.json"), "images": str(folder / "images")}
+    return DataRecipe(annotations=str(folder / "data.json"), images=str(folder / "images"))
 
 
-def write_parquet(folder: Path, num_rows: int, pictures: list[bytes]) -> dict:
-    """LLaVA-NeXT-Data's layout: parquet files with the images in their rows."""
+def write_parquet(folder: Path, num_rows: int, pictures: list[bytes]) -> DataRecipe:
+    """Write LLaVA-NeXT-Data's layout: parquet files with the images in their rows."""
     (folder / "data").mkdir(parents=True)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
@@ -140,11 +143,11 @@ def write_parquet(folder: Path, num_rows: int, pictures: list[bytes]) -> dict:
                         schema=schema,
                     )
                 )
-    return {"annotations": str(folder / "data"), "images": str(folder / "images")}
+    return DataRecipe(annotations=str(folder / "data"), images=str(folder / "images"))
 
 
 def write_model(folder: Path) -> None:
-    """The processor and configuration of a LLaVA-1.5 with a tokenizer of Llama's kind."""
+    """Write the processor and configuration of a LLaVA-1.5 with a Llama-like tokenizer."""
     generator = random.Random(0)
     lines = [" ".join(generator.choices([*WORDS, "USER:", "ASSISTANT:"], k=30)) for _ in range(2000)]
     tokenizer = train_llama_tokenizer(lines, 700)

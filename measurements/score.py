@@ -2,7 +2,7 @@
 
     python -m measurements.score [--questions 214354]
 
-Questions, annotations and answers are made up, in the official formats; `dualspeed score` runs as a process of its own.
+Questions, annotations and answers are synthetic, in the official formats; `dualspeed score` runs in its own process.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LIMIT_SECONDS, LIMIT_MIB = 60, 2048
 
 
 def main() -> None:
-    """Write the files, score them, print what it took."""
+    """Write the files, score them, and print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--questions", type=int, default=214_354)
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def write_files(folder: Path, num_questions: int) -> None:
 
 
 def score(folder: Path) -> tuple[float, float, float]:
-    """Run the command on one core: seconds of wall clock, seconds of CPU, MiB at the peak."""
+    """Run the command on one core: (seconds of wall clock, seconds of CPU, peak memory in MiB)."""
     command = [sys.executable, "-m", "dualspeed.cli", "score", "vqav2", "--data", folder]
     command += ["--answers", folder / "answers.jsonl", "--out", folder / "metrics.json"]
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Where the time of a step goes, and how far that is from what the FLOPs allow.
+"""Time of a step by its parts, beside the limit that its FLOPs set.
 
     python -m measurements.step_parts [--model small] [--rounds 5] [--figure docs/img/step-parts.png]
 
-Times the parts of the steps that train_step.py measures, in turns; means over the rounds. The limit is Baseline's time
-times the share of its FLOPs that a step needs.
+Times the parts of train_step.py's steps in turns and takes means over the rounds. A step's limit is Baseline's time
+times the ratio of their FLOPs.
 """
 
 import argparse
@@ -15,8 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-import dualspeed.method.model
-from dualspeed.method.model import DualSpeedModel
+from dualspeed.method import fast_mode, model
 from dualspeed.reporting.figures.style import LIGHT, styled
 from dualspeed.training.step_times import count_flops, machine
 from measurements.models import MODELS
@@ -24,7 +23,7 @@ from measurements.stopwatch import Stopwatch
 from measurements.train_step import PRUNING_RATIO, SLOW_MODE_RATIO, Step, make_steps, mixed
 
 STEPS = {"baseline": "Baseline", "naive": "NaivePrune", "fast": "DualSpeed, fast", "slow": "DualSpeed, slow"}
-# In the order of a step, with colours that go from images to text to weights.
+# In the order of a step.
 PARTS = {
     "vision tower, projector": "#56B4E9",
     "pruner": "#E69F00",
@@ -48,8 +47,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw the table here, a PNG")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    models, steps = make_steps(MODELS[options.model], tuple(STEPS))
-    parts = measure(models["fast"], steps, options.rounds)
+    _, steps = make_steps(MODELS[options.model], tuple(STEPS))
+    parts = measure(steps, options.rounds)
     limits = limits_by_flops(steps, parts.loc["Baseline"].sum())
     print(f"{options.model} on {machine()}, torch {torch.__version__}, {options.threads} threads, seconds")
     print(parts.assign(**{"whole step": parts.sum(axis=1), "limit": limits}).T.to_markdown(floatfmt=".3f"))
@@ -58,22 +57,22 @@ def main() -> None:
             draw(parts, limits, f"{options.model} on {machine()}").savefig(options.figure, dpi=130)
 
 
-def measure(model: DualSpeedModel, steps: dict[str, Step], rounds: int) -> pd.DataFrame:
+def measure(steps: dict[str, Step], rounds: int) -> pd.DataFrame:
     """Mean seconds of each part (columns) of each step (rows)."""
     watches = {name: Stopwatch() for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
-            time_parts(watches[name], model, step)
+            time_parts(watches[name], step)
     rows = {STEPS[name]: watch.seconds for name, watch in watches.items()}
     parts = pd.DataFrame(rows).T.reindex(columns=list(PARTS)).fillna(0.0) / rounds
     parts.loc[MIXED] = mixed(parts.loc["DualSpeed, fast"], parts.loc["DualSpeed, slow"])
     return parts
 
 
-def time_parts(watch: Stopwatch, model: DualSpeedModel, step: Step) -> None:
-    """Run a step once under the watch."""
+def time_parts(watch: Stopwatch, step: Step) -> None:
+    """Run a step once and time its parts."""
     optimizer = step.args[1]
 
     def forward() -> str:
@@ -81,12 +80,12 @@ def time_parts(watch: Stopwatch, model: DualSpeedModel, step: Step) -> None:
 
     with ExitStack() as contexts:
         for part, owner, name in (
-            ("vision tower, projector", dualspeed.method.model, "encode_images"),
-            ("pruner", type(model), "_keep"),
-            ("sequences", dualspeed.method.model, "prune_inputs"),
-            (forward, type(model), "_logits"),
-            ("losses", dualspeed.method.model, "cross_entropy"),
-            ("losses", dualspeed.method.model, "distillation"),
+            ("vision tower, projector", fast_mode, "encode_images"),
+            ("pruner", fast_mode, "keep_tokens"),
+            ("sequences", fast_mode, "prune_inputs"),
+            (forward, model, "supervised_logits"),
+            ("losses", model, "cross_entropy"),
+            ("losses", model, "distillation"),
             ("backward", torch.Tensor, "backward"),
             ("clipping, AdamW", torch.nn.utils, "clip_grad_norm_"),
             ("clipping, AdamW", optimizer, "step"),
@@ -99,14 +98,14 @@ def time_parts(watch: Stopwatch, model: DualSpeedModel, step: Step) -> None:
 
 
 def limits_by_flops(steps: dict[str, Step], baseline_seconds: float) -> pd.Series:
-    """Seconds that each step would take at Baseline's FLOPs a second."""
+    """Seconds of each step if it ran at Baseline's FLOPs per second."""
     flops = pd.Series({STEPS[name]: count_flops(step) for name, step in steps.items()}, dtype=float)
     flops[MIXED] = mixed(flops["DualSpeed, fast"], flops["DualSpeed, slow"])
     return baseline_seconds * flops / flops["Baseline"]
 
 
 def draw(parts: pd.DataFrame, limits: pd.Series, title: str) -> Figure:
-    """A bar a step, cut into its parts, with a mark where the FLOPs would end it."""
+    """Draw one bar per step, divided into its parts, with a mark at its limit by FLOPs."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     start = pd.Series(0.0, index=parts.index)

@@ -1,4 +1,4 @@
-"""Seconds by part of a program, without changing the program: functions are wrapped for the time of a context."""
+"""Seconds spent in each part of a program, by functions that are wrapped while a context is open."""
 
 import time
 from collections import defaultdict
@@ -11,14 +11,14 @@ from dualspeed.training.step_times import synchronize
 
 
 class Stopwatch:
-    """Adds up what the wrapped functions take; one that runs inside another counts for itself alone."""
+    """Sums the seconds of wrapped functions; time in a wrapped function called by another counts only for the inner."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inside = [0.0]
 
     def on(self, part: str | Callable[[], str], owner: Any, name: str) -> AbstractContextManager:
-        """Time `owner.name` as `part`, or as what `part()` says when it is called, while the context is open."""
+        """Context in which `owner.name` is timed as `part`; a callable `part` is asked at each call."""
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,13 @@
-"""What a training step costs, ours beside steps written as the published implementation's are.
+"""Cost of a training step: ours beside steps written like the published implementation's.
 
     python -m measurements.train_step [--model small] [--rounds 7] [--out speed.json]
 
-Random weights in the models' real shapes, one batch, all steps in one process and in turns, so that whatever else the
-machine does meets all of them alike; medians. A step is forward, backward, gradient clipping and AdamW, once a global
-batch. Ours: activation checkpointing in steps on full tokens alone, logits and losses at supervised positions. Plain:
-plain_step.py. `mixed` is arithmetic on the medians: (1 - r) fast + r slow, and so is theory, from the FLOPs
-that torch counts in our steps. Peak memory is that of a process of its own for each step.
+The models have random weights in their real shapes. All steps run on one batch, in one process and in turns, so that
+other load on the machine affects all of them alike; the table shows medians. A step is forward, backward, gradient
+clipping and AdamW for one global batch. Our steps use activation checkpointing only on full tokens, and compute logits
+and losses at supervised positions. Plain steps are those of plain_step.py. `mixed` is (1 - r) fast + r slow, computed
+from the medians; theory is the same formula on the FLOPs that torch counts in our steps. Peak memory is measured in a
+separate process for each step.
 """
 
 import argparse
@@ -38,12 +39,14 @@ Step = Callable[[], None]
 
 
 def main() -> None:
-    """Print the table and the figures that the project is held to."""
+    """Print the table and the ratios that the project must reach."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="small", choices=sorted(MODELS))
-    parser.add_argument("--rounds", type=int, default=7, help="how often each step is timed, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=7, help="timed repetitions of each step, after one warm-up")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="time the processor's work, where others share it")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time instead of wall time, for shared machines"
+    )
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
     options = parser.parse_args()
     size = MODELS[options.model]
@@ -61,13 +64,13 @@ def main() -> None:
 
 
 def in_fresh_process(function: Callable, *arguments):
-    """What `function` returns in a process of its own."""
+    """Result of `function` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def measure(size: Size, threads: int, rounds: int, cpu_time: bool) -> dict:
-    """Seconds of each repetition of each step, its FLOPs, the pruner's seconds, and the batch's size."""
+    """Seconds of each repetition of each step, FLOPs of each step, the pruner's seconds, and the batch size."""
     torch.set_num_threads(threads)
     models, steps = make_steps(size, (*OURS, *PLAIN))
     seconds = {name: [] for name in steps}
@@ -92,14 +95,14 @@ def measure(size: Size, threads: int, rounds: int, cpu_time: bool) -> dict:
 
 
 def processor_time(call: Step) -> float:
-    """Seconds that all threads of this process spend on a call, whatever else the machine does meanwhile."""
+    """CPU seconds that all threads of this process spend in a call; other processes don't count."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def peak(name: str, size: Size, threads: int) -> int:
-    """Peak memory of this process after three steps of one kind."""
+    """Peak memory in bytes of this process after three steps of one kind."""
     torch.set_num_threads(threads)
     _, steps = make_steps(size, (name,))
     for _ in range(3):
@@ -108,12 +111,14 @@ def peak(name: str, size: Size, threads: int) -> int:
 
 
 def make_steps(size: Size, names: tuple[str, ...]) -> tuple[dict[str, DualSpeedModel], dict[str, Step]]:
-    """The steps, which share weights and optimizer; a learning rate of 0 costs what any other does."""
+    """Models by name, and steps by name, which share weights and optimizer.
+
+    The learning rate is 0; a step costs as much as with any other.
+    """
     vlm = build(size)
     fast = DualSpeedModel(vlm, DualSpeedConfig(pruning_ratio=PRUNING_RATIO))
     set_trainable(fast, "finetune")
     naive = DualSpeedModel(vlm, DualSpeedConfig(pruning_ratio=PRUNING_RATIO, num_virtual_tokens=0))
-    naive.mode_isolator = None
     parameters = [parameter for parameter in fast.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     batch = batch_of(size)
@@ -137,7 +142,7 @@ def make_steps(size: Size, names: tuple[str, ...]) -> tuple[dict[str, DualSpeedM
 
 
 def optimised(run: Step, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Gradients by `run`, clipping and AdamW."""
+    """Optimizer step: gradients by `run`, clipping, AdamW."""
     optimizer.zero_grad()
     run()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -145,7 +150,7 @@ def optimised(run: Step, optimizer: torch.optim.Optimizer, parameters: list[nn.P
 
 
 def backward(model: DualSpeedModel, batch: dict, micro_batch_size: int, checkpointing: bool, **mode) -> None:
-    """Gradients of one global batch by our model, a micro-batch at a time."""
+    """Accumulate the gradients of one global batch in our model, micro-batch by micro-batch."""
     switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
     if model.is_activation_checkpointing is not checkpointing:
         switch()
@@ -155,13 +160,13 @@ def backward(model: DualSpeedModel, batch: dict, micro_batch_size: int, checkpoi
 
 
 def matmul_flops_per_second(size: int = 2048) -> float:
-    """The rate of a square matrix product: what no step exceeds."""
+    """FLOPs per second of a square matrix product, an upper bound for any step."""
     matrix = torch.randn(size, size)
     return 2 * size**3 / min(timed(partial(torch.matmul, matrix, matrix)) for _ in range(5))
 
 
 def table(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> pd.DataFrame:
-    """One row a step; model FLOPs utilisation counts what our own step needs without recomputation."""
+    """Table with one row per step; MFU counts the FLOPs of our step without recomputation."""
     rate = measured["matmul_flops_per_second"]
     useful = measured["flops"] | {"baseline": measured["flops"]["baseline_unchecked"]}
     rows = {
@@ -179,12 +184,12 @@ def table(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> 
 
 
 def mixed(fast: float | pd.Series, slow: float | pd.Series) -> float | pd.Series:
-    """Mean over a run's steps, of which the share SLOW_MODE_RATIO is slow."""
+    """Mean over a run's steps; the share SLOW_MODE_RATIO of them is slow."""
     return (1 - SLOW_MODE_RATIO) * fast + SLOW_MODE_RATIO * slow
 
 
 def summarise(seconds: dict[str, float], measured: dict, memory: dict[str, int]) -> dict[str, float]:
-    """Ratios: ours to plain, speedups measured and by FLOPs, peak memory to Baseline's."""
+    """Ratios of plain to our time, measured and theoretical speedups, peak memory relative to Baseline."""
     flops, prefix = measured["flops"], "plain_"
     plain = {name.removeprefix(prefix): value for name, value in seconds.items() if name.startswith(prefix)}
     mixed_seconds, mixed_plain, mixed_flops = (mixed(one["fast"], one["slow"]) for one in (seconds, plain, flops))

@@ -1,8 +1,8 @@
-"""What the trainer itself takes of a step: all that is not the model, the optimizer or the data.
+"""Overhead of the trainer: time of a step that is not spent in the model, the optimizer or the data.
 
     python -m measurements.trainer_overhead [--steps 20]
 
-DualSpeedTrainer with the project's metric log, a record at every step, on the `small` model of train_step.py.
+DualSpeedTrainer with the project's metric log, a record at every step, on the `small` model of models.py.
 """
 
 import argparse
@@ -30,20 +30,20 @@ WARM_UP = 2
 
 
 class MeasuredTrainer(DualSpeedTrainer):
-    """Its optimizer can be reached before its first step."""
+    """DualSpeedTrainer whose optimizer is timed from its first step."""
 
     watch: Stopwatch
     contexts: ExitStack
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Put the optimizer under the watch."""
+        """Create the optimizer and time its steps."""
         optimizer = super().create_optimizer(model)
         self.contexts.enter_context(self.watch.on("optimizer", optimizer, "step"))
         return optimizer
 
 
 class StartAfterWarmUp(TrainerCallback):
-    """Forgets what the watch has seen before the first step that counts."""
+    """Resets the stopwatch after the warm-up steps, and measures the total time of the steps that count."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
@@ -58,7 +58,7 @@ class StartAfterWarmUp(TrainerCallback):
 
 
 def main() -> None:
-    """Print seconds a step by part."""
+    """Print the seconds of a step by part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measure(folder: Path, steps: int) -> dict[str, float]:
-    """Mean seconds of each part of a step."""
+    """Mean seconds of a step by part."""
     watch = Stopwatch()
     after_warm_up = StartAfterWarmUp(watch)
     with ExitStack() as contexts, MetricLog(folder, None, RunSpec(name="overhead")) as metric_log:
@@ -98,7 +98,7 @@ def measure(folder: Path, steps: int) -> dict[str, float]:
 
 
 def make_trainer(folder: Path, steps: int) -> MeasuredTrainer:
-    """The trainer of mixed steps, one batch over and over."""
+    """Make a trainer of fast and slow steps that repeats one batch."""
     model = DualSpeedModel(build(SIZE), DualSpeedConfig())
     set_trainable(model, "finetune")
     batch = batch_of(SIZE)
@@ -119,7 +119,7 @@ def make_trainer(folder: Path, steps: int) -> MeasuredTrainer:
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict:
-    """Rows of one batch, each with one image."""
+    """Batch of rows with one image each."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"num_images": [1] * len(rows)}
 
 
