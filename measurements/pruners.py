@@ -11,25 +11,25 @@ device, which no real step reaches, so that shares are upper bounds.
 
 import argparse
 import multiprocessing
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import pandas as pd
 import torch
 
+from dualspeed.device import best_device, machine, peak_memory_bytes, synchronize
 from dualspeed.pruners import PRUNERS, VisualTokens, num_tokens_to_keep
 from dualspeed.settings.names import PRUNER_LABELS
 from measurements import published
+from measurements.random_tokens import random_tokens
 
 PRUNING_RATIO = 0.9
 TEXT_TOKENS, ISOLATOR_TOKENS = 128, 4
 LLM_PARAMETERS, TOWER_PARAMETERS = 6.7e9, 0.3e9
-KEY_SHAPE, TOWER_WIDTH = (16, 64), 1024
 BYTES_PER_MIB = 2**20
 
 Result = TypeVar("Result")
@@ -38,12 +38,12 @@ Result = TypeVar("Result")
 def main() -> None:
     """Print one table per shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=best_device().type)
     parser.add_argument("--shapes", nargs="+", default=["16x576x4096", "4x2880x4096"], help="images x tokens x width")
     parser.add_argument("--pruners", nargs="+", default=sorted(PRUNERS), choices=sorted(PRUNERS))
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    print(f"{device_name(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"{machine(torch.device(options.device))}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     for text in options.shapes:
         batch_size, num_tokens, width = (int(size) for size in text.split("x"))
         step = fast_step_seconds(options.device, batch_size, num_tokens)
@@ -74,17 +74,22 @@ def in_own_process(function: Callable[..., Result], *arguments: object) -> Resul
         return pool.apply(function, arguments)
 
 
+def clip_tokens(shape: tuple[int, int, int], device: str) -> VisualTokens:
+    """Random tokens of a CLIP tower, which has no merger: in both forms, centred methods compare projected features."""
+    return replace(random_tokens(*shape, device), before_merger=None)
+
+
 def peak_of_one_call(form: str, name: str, shape: tuple[int, int, int], device: str) -> float:
     """Peak memory in bytes, without the inputs."""
-    tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
-    before = peak_memory(device)
+    tokens, num_keep = clip_tokens(shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
+    before = peak_memory_bytes(torch.device(device))
     FORMS[form](name, tokens, num_keep)
-    return peak_memory(device) - before
+    return peak_memory_bytes(torch.device(device)) - before
 
 
 def seconds_of_forms(name: str, shape: tuple[int, int, int], device: str, repeats: int) -> list[float]:
     """Median seconds of each of FORMS, timed alternately."""
-    tokens, num_keep = random_tokens(*shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
+    tokens, num_keep = clip_tokens(shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
     calls = [partial(prune, name, tokens, num_keep) for prune in FORMS.values()]
     turns = [[timed(call, device) for call in calls] for _ in range(repeats + 1)]
     return [statistics.median(seconds) for seconds in zip(*turns[1:], strict=True)]
@@ -105,23 +110,6 @@ def loop_form(name: str, tokens: VisualTokens, num_keep: int) -> None:
 
 
 FORMS = {"batched": batched_form, "loop": loop_form}
-
-
-def random_tokens(batch_size: int, num_tokens: int, width: int, device: str) -> VisualTokens:
-    """Random float32 tokens with every field of VisualTokens that a pruner can need."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(batch_size, num_tokens, *sizes, generator=generator, device=device)
-
-    return VisualTokens(
-        features=normal(width),
-        cls_attention=normal().softmax(dim=-1),
-        keys=normal(*KEY_SHAPE),
-        pre_projection=normal(TOWER_WIDTH),
-        relevance=normal(),
-        seeds=torch.arange(batch_size, device=device),
-    )
 
 
 def fast_step_seconds(device: str, batch_size: int, num_tokens: int) -> float:
@@ -145,29 +133,11 @@ def matmul_flops_per_second(device: str, size: int = 4096) -> float:
 
 def timed(call: Callable[[], object], device: str) -> float:
     """Seconds of one call, including the device's work."""
-    synchronize(device)
+    synchronize(torch.device(device))
     start = time.perf_counter()
     call()
-    synchronize(device)
+    synchronize(torch.device(device))
     return time.perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has finished its work."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(device: str) -> int:
-    """Peak memory so far in bytes: of the GPU, or of this process if the device is the CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: str) -> str:
-    """Name of the processor or GPU."""
-    return platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 if __name__ == "__main__":

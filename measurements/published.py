@@ -3,7 +3,8 @@
 Each function follows the published algorithm, except for the differences that the docstring of our pruner of the same
 name lists. The tests compare our pruners with these functions, and measurements/pruners.py times both. Arguments are
 fields of VisualTokens for one image, and k tokens to keep: features (N, D), cls_attention and relevance (N,), keys
-(N, H, d), pre_projection (N, C). Selecting methods return sorted indices, merging methods indices and vectors (K, D).
+(N, H, d), pre_projection and before_merger (N, C), text_similarity (N, T). Selecting methods return sorted indices,
+merging methods indices and vectors (K, D). A function that ends in `_of_merger` is the form for towers with a merger.
 """
 
 import inspect
@@ -47,14 +48,91 @@ def divprune(features: Tensor, k: int) -> list[int]:
     return sorted(picked)
 
 
+def centred_cosines(vectors: Tensor) -> Tensor:
+    return cosines(vectors - vectors.mean(dim=0))
+
+
+def mean_distinctness(vectors: Tensor) -> Tensor:
+    """Minus each token's mean cosine to the others."""
+    similarity = cosines(vectors).fill_diagonal_(0)
+    return -similarity.sum(dim=1) / max(1, len(vectors) - 1)
+
+
+def divprune_cen(features: Tensor, k: int) -> list[int]:
+    return centred_divprune(features, min_max(mean_distinctness(features)), k)
+
+
+def divprune_cen_of_merger(before_merger: Tensor, k: int) -> list[int]:
+    return centred_divprune(before_merger, sigmoid_of_z(mean_distinctness(before_merger)), k)
+
+
+def centred_divprune(vectors: Tensor, weight: Tensor, k: int) -> list[int]:
+    picked, distance = divprune(vectors, 1), 1 - centred_cosines(vectors)
+    while len(picked) < k:
+        scores = weight * distance[picked].amin(dim=0)
+        scores[picked] = -torch.inf
+        picked.append(int(scores.argmax()))
+    return sorted(picked)
+
+
+def cdpruner_cen(features: Tensor, relevance: Tensor, k: int) -> list[int]:
+    quality = min_max(relevance) * min_max(mean_distinctness(features))
+    return largest_determinant(quality[:, None] * centred_cosines(features) * quality[None], k)
+
+
+def cdpruner_cen_of_merger(before_merger: Tensor, relevance: Tensor, k: int) -> list[int]:
+    quality = min_max(relevance) * sigmoid_of_z(mean_distinctness(before_merger))
+    return largest_determinant(quality[:, None] * centred_cosines(before_merger) * quality[None], k)
+
+
+def sigmoid_of_z(values: Tensor) -> Tensor:
+    return ((values - values.mean()) / values.std(correction=0)).sigmoid()
+
+
+def scope(cls_attention: Tensor, pre_projection: Tensor, k: int) -> list[int]:
+    return largest_coverage(cosines(pre_projection), cls_attention, k)
+
+
+def mmtok(pre_projection: Tensor, text_similarity: Tensor, k: int) -> list[int]:
+    words = text_similarity.T[(text_similarity > -torch.inf).all(dim=0)]
+    text = (words / 0.02).softmax(dim=1) / max(1, len(words))
+    image = (cosines(pre_projection) / 0.2).softmax(dim=1) / len(pre_projection)
+    return largest_coverage(torch.cat([text, 0.5 * image]), pre_projection.new_ones(len(pre_projection)), k)
+
+
+def largest_coverage(covers: Tensor, weight: Tensor, k: int) -> list[int]:
+    """Greedily pick columns of `covers` (R, N): the token whose column rises most above what is covered."""
+    covered, picked = covers.new_zeros(len(covers)), []
+    for _ in range(k):
+        gain = weight * (covers - covered[:, None]).clamp(min=0).sum(dim=0)
+        gain[picked] = -torch.inf
+        picked.append(int(gain.argmax()))
+        covered = torch.maximum(covered, covers[:, picked[-1]])
+    return sorted(picked)
+
+
+def otprune(features: Tensor, k: int) -> list[int]:
+    columns = features / features.norm(dim=0)
+    products = columns @ columns.T
+    return largest_determinant(torch.eye(len(features), device=features.device) + 0.01 * products @ products.T, k)
+
+
 def fastervlm(cls_attention: Tensor, k: int) -> list[int]:
     return sorted(best_first(cls_attention)[:k])
 
 
 def cdpruner(features: Tensor, relevance: Tensor, k: int) -> list[int]:
+    quality = min_max(relevance)
+    return largest_determinant(quality[:, None] * cosines(features) * quality[None], k)
+
+
+def min_max(values: Tensor) -> Tensor:
+    """Scale to [0, 1]; the offset is CDPruner's."""
+    return (values - values.min() + 1e-6) / (values.max() - values.min())
+
+
+def largest_determinant(kernel: Tensor, k: int) -> list[int]:
     """Greedily maximise the determinant, with a factorisation that each pick updates."""
-    quality = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
-    kernel = quality[:, None] * cosines(features) * quality[None]
     gain, rows, picked = kernel.diagonal().clone(), [], []
     while True:
         best = int(gain.argmax())

@@ -8,7 +8,10 @@ from dualspeed.pruners.selection import sort_picks
 from dualspeed.pruners.similarity import cosine_similarity
 
 EPSILON = 1e-6
-"""Offset of the scaled relevance, as published; also the share of a token's weight below which a gain is rounding."""
+"""Offset of the scaled relevance, as published."""
+ROUNDING = 1e-5
+"""Share of a token's weight below which a gain is rounding. At 1e-6, an image of more tokens than dimensions was not
+always pruned alike alone and in a batch."""
 
 
 @torch.no_grad()
@@ -34,12 +37,13 @@ def min_max_scaled(relevance: Tensor, valid: Tensor) -> Tensor:
     return torch.where(span > 0, (relevance - lowest + EPSILON) / span.clamp(min=torch.finfo(span.dtype).tiny), 1.0)
 
 
-def greedy_map(kernel: Tensor, valid: Tensor, num_picks: int) -> Tensor:
+def greedy_map(kernel: Tensor, valid: Tensor, num_picks: int, rounding: float = ROUNDING) -> Tensor:
     """Fast greedy MAP inference (Chen et al., arXiv 1709.05135): an incremental Cholesky factorisation.
 
     Args:
         kernel: (B, N, N) positive semidefinite.
         valid: (B, N) tokens that can be picked.
+        rounding: share of a token's weight below which a gain counts as 0; 0 for a kernel of full rank.
 
     Returns:
         (B, num_picks) tokens in order of choice, invalid ones last.
@@ -53,7 +57,7 @@ def greedy_map(kernel: Tensor, valid: Tensor, num_picks: int) -> Tensor:
     taken = ~valid
     for step in range(num_picks):
         # Rounding leaves a small gain where the exact one is 0; it counts as 0, so that ties go to the lower index.
-        exact_gain = torch.where(gain > EPSILON * weight, gain, 0.0)
+        exact_gain = torch.where(gain > rounding * weight, gain, 0.0)
         pick = exact_gain.masked_fill(taken, -torch.inf).argmax(dim=-1, keepdim=True)
         picks[:, step] = pick[:, 0]
         taken = taken.scatter(1, pick, True)
@@ -67,4 +71,9 @@ def greedy_map(kernel: Tensor, valid: Tensor, num_picks: int) -> Tensor:
     return picks
 
 
-PRUNER = Pruner(cdpruner, needs=("relevance",))
+PRUNER = Pruner(
+    cdpruner,
+    keeps="the most diverse of the tokens that are relevant to the question",
+    paper="2506.10967",
+    needs=("relevance",),
+)

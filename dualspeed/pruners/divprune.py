@@ -16,29 +16,40 @@ def divprune(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     nearest pick. Different from the repository: picked tokens are masked, so that identical tokens never repeat.
     """
     valid = tokens.valid()
-    distances = cosine_similarity(tokens.features).neg_().add_(1)
-    if tokens.mask is not None:
+    distances = cosine_distances(tokens.features, tokens.mask)
+    nearest = distances_to_nearest(distances, valid)
+    return sort_picks(farthest_first(distances, nearest, valid, int(num_keep.max())), num_keep)
+
+
+def cosine_distances(features: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, N, N) 1 - cosine of the features (B, N, D), inf in the columns of padding and from each token to itself."""
+    distances = cosine_similarity(features).neg_().add_(1)
+    if mask is not None:
         # Padding is never a nearest neighbour.
-        distances.masked_fill_(~valid[:, None, :], torch.inf)
-    return sort_picks(greedy_max_min(distances, valid, int(num_keep.max())), num_keep)
+        distances.masked_fill_(~mask[:, None, :], torch.inf)
+    # No token is its own neighbour. A pick is masked, so its distance to itself has no other effect.
+    distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    return distances
 
 
-def greedy_max_min(distances: Tensor, valid: Tensor, num_picks: int) -> Tensor:
-    """Pick tokens by greedy max-min distance; `distances` is changed in place.
+def distances_to_nearest(distances: Tensor, valid: Tensor) -> Tensor:
+    """(B, N) distance of each token to its nearest neighbour, -inf for padding."""
+    # The only valid token of an image has no neighbour, so its distance is inf: rank it ahead of padding.
+    return distances.amin(dim=-1).masked_fill(~valid, -torch.inf)
+
+
+def farthest_first(distances: Tensor, first_scores: Tensor, valid: Tensor, num_picks: int) -> Tensor:
+    """Pick the token with the highest first score, then repeatedly the one farthest from its nearest pick.
 
     Args:
-        distances: (B, N, N), inf in the columns of padding.
+        distances: (B, N, N); row p holds the distances of all tokens to the pick p.
+        first_scores: (B, N).
         valid: (B, N) tokens that can be picked.
 
     Returns:
         (B, num_picks) tokens in order of choice, invalid ones last.
     """
-    # No token is its own neighbour. A pick is masked, so its distance to itself has no other effect.
-    distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    to_nearest = distances.amin(dim=-1)
-    # The only valid token of an image has no neighbour, so its distance is inf: rank it ahead of padding.
-    to_nearest = to_nearest.masked_fill(~valid, -torch.inf)
-
+    to_nearest = first_scores
     picks = []
     taken = ~valid
     for step in range(num_picks):
@@ -50,4 +61,4 @@ def greedy_max_min(distances: Tensor, valid: Tensor, num_picks: int) -> Tensor:
     return torch.cat(picks, dim=1)
 
 
-PRUNER = Pruner(divprune)
+PRUNER = Pruner(divprune, keeps="the most diverse tokens", paper="2503.02175")

@@ -13,4 +13,9 @@ def fastervlm(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     return select_top_k(scores, num_keep)
 
 
-PRUNER = Pruner(fastervlm, needs=("cls_attention",))
+PRUNER = Pruner(
+    fastervlm,
+    keeps="the tokens with the most attention from the CLS token",
+    paper="2412.01818v1",
+    needs=("cls_attention",),
+)

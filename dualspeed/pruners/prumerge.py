@@ -43,7 +43,6 @@ def merge_weights(tokens: VisualTokens, num_keep: Tensor, candidates: Tensor, ke
     Returns:
         (B, K) indices of the k vectors, and their weights (B, K, N).
     """
-    num_keep = num_keep.to(kept.device)
     attention = tokens.require("cls_attention").float()
     attention = attention.masked_fill(~candidates | attention.isinf(), 0)
     pruned = candidates & ~kept
@@ -56,7 +55,7 @@ def merge_weights(tokens: VisualTokens, num_keep: Tensor, candidates: Tensor, ke
     neighbours = nearest_neighbours(tokens.require("keys").flatten(2), indices, candidates)
     attention = attention[:, None, :]
     weights = torch.where(is_sum[..., None], pruned[:, None, :] * attention, own + neighbours * attention)
-    nothing_pruned = num_keep == tokens.valid().sum(dim=1)
+    nothing_pruned = num_keep.to(kept.device, non_blocking=True) == tokens.valid().sum(dim=1)
     weights = torch.where(nothing_pruned[:, None, None], own, weights)
     return indices, weights * (indices >= 0)[..., None]
 
@@ -72,4 +71,10 @@ def nearest_neighbours(keys: Tensor, indices: Tensor, candidates: Tensor) -> Ten
     return torch.zeros_like(similarity).scatter(2, order, 1.0) * allowed
 
 
-PRUNER = Pruner(prumerge, needs=("cls_attention", "keys"), merges=True)
+PRUNER = Pruner(
+    prumerge,
+    keeps="the tokens with the most CLS attention, with their neighbours merged in",
+    paper="2403.15388",
+    needs=("cls_attention", "keys"),
+    merges=True,
+)

@@ -24,4 +24,10 @@ def prumerge_plus(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:
     return merge(tokens.features, indices, weights)
 
 
-PRUNER = Pruner(prumerge_plus, needs=("cls_attention", "keys"), merges=True)
+PRUNER = Pruner(
+    prumerge_plus,
+    keeps="the tokens with the most CLS attention and evenly spaced ones, with their neighbours merged in",
+    paper="2403.15388",
+    needs=("cls_attention", "keys"),
+    merges=True,
+)

@@ -34,4 +34,4 @@ def logical_shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-PRUNER = Pruner(random, needs=("seeds",))
+PRUNER = Pruner(random, keeps="random tokens", needs=("seeds",))

@@ -24,7 +24,7 @@ def rank_by_attention(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, T
     """
     scores = tokens.require("cls_attention").float().masked_fill(~tokens.valid(), -torch.inf)
     has_attention = scores > -torch.inf
-    enough = has_attention.sum(dim=1) >= num_keep.to(scores.device)
+    enough = has_attention.sum(dim=1) >= num_keep.to(scores.device, non_blocking=True)
     candidates = torch.where(enough[:, None], has_attention, tokens.valid())
     lowest = torch.finfo(scores.dtype).min
     return rank_by_score(torch.where(candidates, scores.clamp(min=lowest), -torch.inf)), candidates
@@ -52,7 +52,7 @@ def sort_picks(picks: Tensor, num_keep: Tensor) -> Tensor:
 
 def prefix_mask(counts: Tensor, like: Tensor) -> Tensor:
     """(B, M) bool with the shape and device of `like`, True in the first `counts` (B,) columns of each row."""
-    return torch.arange(like.shape[1], device=like.device) < counts.to(like.device)[:, None]
+    return torch.arange(like.shape[1], device=like.device) < counts.to(like.device, non_blocking=True)[:, None]
 
 
 def top_mask(ranking: Tensor, counts: Tensor) -> Tensor:
@@ -61,8 +61,17 @@ def top_mask(ranking: Tensor, counts: Tensor) -> Tensor:
 
 
 def true_positions_first(mask: Tensor) -> Tensor:
-    """(B, N) bool -> (B, N) the positions of True, ascending, followed by the positions of False, ascending."""
+    """(..., N) bool -> (..., N) the positions of True, ascending, followed by the positions of False, ascending."""
     return (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """(count,) places of True in the flattened mask, ascending: `nonzero` without its host-device sync.
+
+    Args:
+        count: number of True, which the host has to know.
+    """
+    return true_positions_first(mask.flatten())[:count]
 
 
 def mask_to_indices(mask: Tensor, num_keep: Tensor) -> Tensor:
@@ -73,7 +82,10 @@ def mask_to_indices(mask: Tensor, num_keep: Tensor) -> Tensor:
 
 def evenly_spaced(candidates: Tensor, counts: Tensor) -> Tensor:
     """(B, N) bool, True at the centres of `counts` (B,) equal segments of each image's `candidates` (B, N)."""
-    num_candidates, counts = candidates.sum(dim=1, keepdim=True), counts.to(candidates.device)[:, None]
+    num_candidates, counts = (
+        candidates.sum(dim=1, keepdim=True),
+        counts.to(candidates.device, non_blocking=True)[:, None],
+    )
     segment = torch.arange(candidates.shape[1], device=candidates.device)[None]
     centres = ((2 * segment + 1) * num_candidates).div(2 * counts.clamp(min=1), rounding_mode="floor")
     centres, wanted = centres.clamp(max=candidates.shape[1] - 1), (segment < counts).expand_as(candidates)

@@ -22,7 +22,7 @@ def spatial_pool(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:
 def segment_means(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K) index of each segment's first token, and (B, K, N) weights of its mean."""
     valid = tokens.valid()
-    num_tokens, counts = valid.sum(dim=1, keepdim=True), num_keep.to(valid.device)[:, None]
+    num_tokens, counts = valid.sum(dim=1, keepdim=True), num_keep.to(valid.device, non_blocking=True)[:, None]
     ranks = valid.cumsum(dim=1) - 1
     segment = (ranks * counts).div(num_tokens.clamp(min=1), rounding_mode="floor")
     is_first = valid & (ranks * counts % num_tokens.clamp(min=1) < counts)
@@ -31,4 +31,4 @@ def segment_means(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tenso
     return indices, mean_weights(indices, owners)
 
 
-PRUNER = Pruner(spatial_pool, merges=True)
+PRUNER = Pruner(spatial_pool, keeps="means of equal sections of the image", paper="2406.20092", merges=True)

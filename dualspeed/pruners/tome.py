@@ -5,7 +5,14 @@ from torch import Tensor
 
 from dualspeed.pruners.contract import MergedTokens, Pruner, VisualTokens
 from dualspeed.pruners.merging import mean_weights, merge
-from dualspeed.pruners.selection import mask_to_indices, prefix_mask, rank_by_score, top_mask, true_positions_first
+from dualspeed.pruners.selection import (
+    mask_to_indices,
+    prefix_mask,
+    rank_by_score,
+    top_mask,
+    true_places,
+    true_positions_first,
+)
 from dualspeed.pruners.similarity import inner_products, inverse_norms, submatrix
 
 
@@ -25,46 +32,51 @@ def tome(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:
 def cluster_means(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K) token that each cluster was merged into, and (B, K, N) weights of the clusters' means."""
     is_left = tokens.valid()
-    num_keep = num_keep.to(is_left.device)
     itself = torch.arange(is_left.shape[1], device=is_left.device).expand_as(is_left)
     owners = itself
     # Means have the cosines of sums, and inner products of sums are sums of inner products: the rounds need the
     # products alone, not the vectors.
     products = inner_products(tokens.features)
-    # A round halves the tokens at most: the number of rounds is log2(N / k) for the smallest budget.
-    while (is_left.sum(dim=1) > num_keep).any():
-        target = merge_targets(is_left, products, num_keep)
-        products = add_rows(add_rows(products, target).transpose(1, 2).contiguous(), target)
+    # The host counts along instead of asking the device. A round halves the tokens at most: the number of rounds is
+    # log2(N / k) for the smallest budget.
+    num_left, num_keep = tokens.counts(), num_keep.cpu()
+    while (num_merges := torch.minimum(num_left - num_keep, num_left // 2).clamp(min=0)).any():
+        target = merge_targets(is_left, products, num_left, num_merges)
+        moved = true_places(target != itself, int(num_merges.sum()))
+        products = add_rows(add_rows(products, target, moved).transpose(1, 2).contiguous(), target, moved)
         owners = target.gather(1, owners)
         is_left = is_left & (target == itself)
+        num_left = num_left - num_merges
     indices = mask_to_indices(is_left, num_keep)
     return indices, mean_weights(indices, owners.masked_fill(~tokens.valid(), -1))
 
 
-def add_rows(products: Tensor, target: Tensor) -> Tensor:
-    """Add row n of each (B, N, N) matrix to row `target[n]` (B, N), in place; rows with target[n] = n do not change."""
+def add_rows(products: Tensor, target: Tensor, moved: Tensor) -> Tensor:
+    """Add row n of each (B, N, N) matrix to row `target[n]` (B, N), in place.
+
+    Args:
+        moved: (M,) places in the flattened `target` of the rows that are added; all others have target[n] = n.
+    """
     batch_size, num_tokens = target.shape
-    places = torch.arange(batch_size * num_tokens, device=target.device)
-    flat_target = (target + places.view(batch_size, num_tokens)[:, :1]).flatten()
-    moved = (flat_target != places).nonzero()[:, 0]
+    first_rows = torch.arange(batch_size, device=target.device)[:, None] * num_tokens
+    flat_target = (target + first_rows).flatten()
     rows = products.flatten(0, 1)
     rows.index_add_(0, flat_target[moved], rows[moved])
     return products
 
 
-def merge_targets(is_left: Tensor, products: Tensor, num_keep: Tensor) -> Tensor:
+def merge_targets(is_left: Tensor, products: Tensor, num_left: Tensor, num_merges: Tensor) -> Tensor:
     """One round of matching.
 
     Args:
         is_left: (B, N) tokens that are not merged into another one yet.
         products: (B, N, N) inner products of their vectors.
-        num_keep: (B,) tokens to keep after the last round.
+        num_left: (B,) number of tokens in `is_left`, on the CPU.
+        num_merges: (B,) tokens to merge in this round, on the CPU.
 
     Returns:
         (B, N) index of the token that each token is merged into; its own index if it isn't merged in this round.
     """
-    num_left = is_left.sum(dim=1)
-    num_merges = torch.minimum(num_left - num_keep, num_left // 2).clamp(min=0)
     order = true_positions_first(is_left)[:, : int(num_left.max())]
     counted = prefix_mask(num_left, order)
     sources, targets = order[:, ::2], order[:, 1::2]
@@ -82,4 +94,4 @@ def merge_targets(is_left: Tensor, products: Tensor, num_keep: Tensor) -> Tensor
     return itself.scatter(1, sources, torch.where(merged, partners, sources))
 
 
-PRUNER = Pruner(tome, merges=True)
+PRUNER = Pruner(tome, keeps="means of similar tokens, paired round by round", paper="2210.09461", merges=True)

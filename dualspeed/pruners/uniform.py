@@ -11,4 +11,4 @@ def uniform(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     return mask_to_indices(evenly_spaced(tokens.valid(), num_keep), num_keep)
 
 
-PRUNER = Pruner(uniform)
+PRUNER = Pruner(uniform, keeps="every N/k-th token")

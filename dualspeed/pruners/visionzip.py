@@ -28,10 +28,9 @@ def visionzip(tokens: VisualTokens, num_keep: Tensor) -> MergedTokens:
 def dominant_and_contextual(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K) kept tokens, and (B, K, N) weights of their vectors."""
     ranking, candidates = rank_by_attention(tokens, num_keep)
-    num_keep = num_keep.to(candidates.device)
     num_contextual = num_keep * CONTEXTUAL_SHARE[0] // CONTEXTUAL_SHARE[1]
-
     dominant = top_mask(ranking, num_keep - num_contextual)
+    num_contextual = num_contextual.to(candidates.device, non_blocking=True)
     others = candidates & ~dominant
     stride = (others.sum(dim=1) // num_contextual.clamp(min=1)).clamp(min=1)[:, None]
     rank = others.cumsum(dim=1) - 1
@@ -45,4 +44,10 @@ def dominant_and_contextual(tokens: VisualTokens, num_keep: Tensor) -> tuple[Ten
     return indices, one_hot(indices, others.shape[1]) + mean_weights(indices, owners)
 
 
-PRUNER = Pruner(visionzip, needs=("cls_attention", "keys"), merges=True)
+PRUNER = Pruner(
+    visionzip,
+    keeps="the tokens with the most CLS attention; the rest is merged into a few tokens",
+    paper="2412.04467",
+    needs=("cls_attention", "keys"),
+    merges=True,
+)

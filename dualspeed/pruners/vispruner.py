@@ -19,7 +19,7 @@ def vispruner(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
     which fails if an odd number of tokens remains: here the two halves may differ by one.
     """
     ranking, candidates = rank_by_attention(tokens, num_keep)
-    num_keep = num_keep.to(ranking.device)
+    on_host, num_keep = num_keep.cpu(), num_keep.to(ranking.device, non_blocking=True)
     num_important = num_keep // 2
     is_important = prefix_mask(num_important, ranking)
     survivors = remove_duplicates(
@@ -27,26 +27,34 @@ def vispruner(tokens: VisualTokens, num_keep: Tensor) -> Tensor:
         order=ranking.gather(1, true_positions_first(~is_important)),
         num_left=candidates.sum(dim=1) - num_important,
         num_wanted=num_keep - num_important,
+        # Tokens without attention (newlines) are counted too: the host doesn't know their number.
+        at_most=(tokens.counts() - on_host // 2).tolist(),
+        wanted=(on_host - on_host // 2).tolist(),
     )
     # Each row: important tokens first, then survivors, without gaps.
     tokens_of_both = torch.cat([ranking, survivors], dim=1)
     is_kept = torch.cat([is_important, prefix_mask(num_keep - num_important, survivors)], dim=1)
-    picks = tokens_of_both.gather(1, true_positions_first(is_kept))[:, : int(num_keep.max())]
+    picks = tokens_of_both.gather(1, true_positions_first(is_kept))[:, : int(on_host.max())]
     return sort_picks(picks, num_keep)
 
 
-def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_wanted: Tensor) -> Tensor:
+def remove_duplicates(
+    similarity: Tensor, order: Tensor, num_left: Tensor, num_wanted: Tensor, at_most: list[int], wanted: list[int]
+) -> Tensor:
     """Remove the most similar tokens in rounds until `num_wanted` (B,) of the `num_left` (B,) tokens are left.
 
     Args:
         similarity: (B, N, N).
         order: (B, M) tokens, the `num_left` ones first.
+        at_most: upper bounds of `num_left` on the host, from which the number of rounds follows; a round changes
+            nothing in an image that has no more tokens than wanted.
+        wanted: `num_wanted` on the host.
 
     Returns:
         (B, M') tokens, the `num_wanted` ones first.
     """
-    while (num_left > num_wanted).any():
-        order = order[:, : int(num_left.max())]
+    while any(left > goal for left, goal in zip(at_most, wanted, strict=True)):
+        order = order[:, : max(at_most)]
         is_left = prefix_mask(num_left, order)
         evens, odds = order[:, ::2], order[:, 1::2]
         highest = highest_similarity(similarity, evens, odds, is_left[:, 1::2])
@@ -62,6 +70,10 @@ def remove_duplicates(similarity: Tensor, order: Tensor, num_left: Tensor, num_w
         reordered = reordered.gather(1, true_positions_first(is_next))
         order = torch.where(is_done[:, None], order, reordered)
         num_left = num_left - num_removed
+        at_most = [
+            left - min(max(left - goal, 0), MAX_REMOVED_PER_ROUND, (left + 1) // 2)
+            for left, goal in zip(at_most, wanted, strict=True)
+        ]
     return order
 
 
@@ -76,4 +88,9 @@ def highest_similarity(similarity: Tensor, rows: Tensor, columns: Tensor, counte
     return torch.cat(strips, dim=1)
 
 
-PRUNER = Pruner(vispruner, needs=("cls_attention", "pre_projection"))
+PRUNER = Pruner(
+    vispruner,
+    keeps="half by attention, half by diversity",
+    paper="2412.01818",
+    needs=("cls_attention", "pre_projection"),
+)

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 METHOD_LABELS = {"baseline": "Baseline", "naive_prune": "NaivePrune", "dualspeed": "DualSpeed"}
 PRUNER_LABELS = {
     "cdpruner": "CDPruner",
+    "cdpruner_cen": "CDPruner + Cen",
     "divprune": "DivPrune",
+    "divprune_cen": "DivPrune + Cen",
     "fastervlm": "FasterVLM",
+    "mmtok": "MMTok",
+    "otprune": "OTPrune",
     "prumerge": "PruMerge",
     "prumerge_plus": "PruMerge+",
     "random": "Random",
+    "scope": "SCOPE",
     "spatial_pool": "Average pooling",
     "tome": "ToMe",
     "uniform": "Uniform",
@@ -18,6 +23,8 @@ PRUNER_LABELS = {
     "vispruner": "VisPruner",
 }
 PRUNER_NAMES = tuple(PRUNER_LABELS)
+TEXT_PRUNERS = ("cdpruner", "cdpruner_cen", "mmtok")
+"""Pruners that depend on the user's text, which code without torch has to know."""
 
 
 @dataclass(frozen=True)

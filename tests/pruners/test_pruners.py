@@ -14,31 +14,44 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dualspeed.errors import PrunerInputError
-from dualspeed.pruners import PRUNERS, MergedTokens, Pruner, VisualTokens, get_pruner, num_tokens_to_keep
-from dualspeed.settings.names import PRUNER_NAMES
+from dualspeed.pruners import PRUNERS, MergedTokens, Pruner, VisualTokens, coverage, get_pruner, num_tokens_to_keep
+from dualspeed.settings.names import PRUNER_NAMES, TEXT_PRUNERS
 from measurements import published
 from tests.support.paths import REPOSITORY
 
 WIDTH, HEADS, HEAD_WIDTH = 8, 2, 6
 MERGING = ("prumerge", "prumerge_plus", "spatial_pool", "tome", "visionzip")
-SHARED = {"__init__", "contract", "merging", "selection", "similarity"}
+SHARED = {"__init__", "centring", "contract", "coverage", "merging", "selection", "similarity"}
+WORDS = 5
 EXAMPLES = settings(max_examples=8, deadline=None, derandomize=True)
 
 
-def tokens(batch_size: int, num_tokens: int, seed: int = 0, mask: torch.Tensor | None = None) -> VisualTokens:
-    """Random tokens with every field that a pruner can need."""
+def tokens(
+    batch_size: int, num_tokens: int, seed: int = 0, mask: torch.Tensor | None = None, with_merger: bool = False
+) -> VisualTokens:
+    """Random tokens with every field that a pruner can need, of a tower with or without a merger.
+
+    The images have different numbers of text tokens, from none to all.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(batch_size, num_tokens, *shape, generator=generator)
 
+    fields = {
+        "features": normal(WIDTH),
+        "cls_attention": normal().softmax(dim=-1),
+        "keys": normal(HEADS, HEAD_WIDTH),
+        "pre_projection": normal(WIDTH + 1),
+        "relevance": normal(),
+    }
+    num_words = (torch.arange(batch_size) + seed) % (WORDS + 1)
+    is_word = torch.arange(WORDS) < num_words[:, None, None]
     return VisualTokens(
-        features=normal(WIDTH),
+        **fields,
         mask=mask,
-        cls_attention=normal().softmax(dim=-1),
-        keys=normal(HEADS, HEAD_WIDTH),
-        pre_projection=normal(WIDTH + 1),
-        relevance=normal(),
+        text_similarity=normal(WORDS).tanh().masked_fill(~is_word, -torch.inf),
+        before_merger=normal(WIDTH + 2) if with_merger else None,
         seeds=torch.arange(batch_size) + seed,
     )
 
@@ -66,7 +79,8 @@ def batches(draw) -> tuple[VisualTokens, list[int], torch.Tensor]:
     lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
     num_keep = torch.tensor([draw(st.integers(1, length)) for length in lengths])
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return tokens(len(lengths), max(lengths), draw(st.integers(0, 10**6)), mask), lengths, num_keep
+    batch = tokens(len(lengths), max(lengths), draw(st.integers(0, 10**6)), mask, with_merger=draw(st.booleans()))
+    return batch, lengths, num_keep
 
 
 def test_configuration_and_registry_name_the_same_pruners():
@@ -77,6 +91,10 @@ def test_every_file_of_a_method_is_registered_under_its_name():
     files = {path.stem for path in (REPOSITORY / "dualspeed" / "pruners").glob("*.py")}
     assert files - SHARED == {pruner.name for pruner in PRUNERS.values()}
     assert all(pruner.name == name for name, pruner in PRUNERS.items())
+
+
+def test_pruners_that_read_the_text_are_known_without_torch():
+    assert set(TEXT_PRUNERS) == {name for name, pruner in PRUNERS.items() if pruner.reads_text}
 
 
 def test_merging_pruners_say_so():
@@ -104,7 +122,7 @@ def test_missing_fields_are_reported_before_the_method_runs():
 
 
 def test_unknown_pruner_lists_the_valid_ones():
-    with pytest.raises(KeyError, match="valid: cdpruner, divprune, fastervlm, prumerge"):
+    with pytest.raises(KeyError, match="valid: cdpruner, cdpruner_cen, divprune, divprune_cen, fastervlm, mmtok"):
         get_pruner("fastvlm")
 
 
@@ -202,16 +220,24 @@ def test_identical_and_zero_tokens_never_repeat(name, value, num_keep):
     batch = tokens(2, 9)
     same = {
         field: torch.full_like(getattr(batch, field), value)
-        for field in ("features", "cls_attention", "keys", "pre_projection", "relevance")
+        for field in ("features", "cls_attention", "keys", "pre_projection", "relevance", "text_similarity")
     }
     kept, vectors = prune(name, VisualTokens(**same, seeds=batch.seeds), torch.tensor([num_keep, num_keep]))
     assert all(len(set(row.tolist()) - {-1}) == num_keep for row in kept)
     assert vectors is None or vectors.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["divprune", "fastervlm", "cdpruner"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "divprune_cen", "fastervlm", "cdpruner", "cdpruner_cen", "mmtok", "otprune", "scope"]
+)
 def test_ties_go_to_the_lower_index(name):
-    same = VisualTokens(features=torch.ones(1, 9, 4), cls_attention=torch.ones(1, 9), relevance=torch.ones(1, 9))
+    same = VisualTokens(
+        features=torch.ones(1, 9, 4),
+        cls_attention=torch.ones(1, 9),
+        pre_projection=torch.ones(1, 9, 4),
+        relevance=torch.ones(1, 9),
+        text_similarity=torch.ones(1, 9, 2),
+    )
     assert get_pruner(name)(same, torch.tensor([4])).tolist() == [[0, 1, 2, 3]]
 
 
@@ -237,7 +263,7 @@ def published_cases() -> list[tuple[str, int, int]]:
     CDPruner's determinant is rounding error beyond the rank of the features; PruMerge keeps at least two tokens.
     """
     cases = itertools.product(PRUNERS, (36, 41), (1, 2, 7, 8, 24, 35))
-    most, least = {"cdpruner": WIDTH}, {"prumerge": 2, "prumerge_plus": 2}
+    most, least = {"cdpruner": WIDTH, "cdpruner_cen": WIDTH}, {"prumerge": 2, "prumerge_plus": 2}
     return [(name, n, k) for name, n, k in cases if name != "random" and least.get(name, 1) <= k <= most.get(name, n)]
 
 
@@ -252,6 +278,77 @@ def test_equals_the_published_algorithm(name, num_tokens, num_keep):
     else:
         assert kept[0].tolist() == expected[0]
         assert_close(vectors[0], expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_keep"), list(itertools.product((36, 41), (1, 2, 7))))
+@pytest.mark.parametrize("name", ["divprune_cen", "cdpruner_cen"])
+def test_towers_with_a_merger_are_compared_by_what_enters_it(name, num_tokens, num_keep):
+    """As published for the Qwen-VL families; the projected features of such a family have no influence."""
+    batch = tokens(1, num_tokens, seed=num_keep, with_merger=True)
+    batch = dataclasses.replace(batch, features=torch.zeros_like(batch.features))
+    algorithm = getattr(published, f"{name}_of_merger")
+    expected = algorithm(*(batch.require(field)[0] for field in published.fields_of(algorithm)), num_keep)
+    assert prune(name, batch, torch.tensor([num_keep]))[0][0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["scope", "mmtok"])
+def test_lazy_gains_pick_the_same_tokens(name, monkeypatch):
+    mask = torch.arange(90) < torch.tensor([90, 71, 3])[:, None]
+    batch, num_keep = tokens(3, 90, mask=mask), torch.tensor([40, 71, 1])
+    calls = []
+    real = coverage.refreshed_best
+    monkeypatch.setattr(coverage, "refreshed_best", lambda *given: calls.append(1) or real(*given))
+    expected, _ = prune(name, batch, num_keep)
+    assert not calls
+    monkeypatch.setattr(coverage, "LAZY_FROM", 1)
+    for at_once in (1, 4, 200):
+        monkeypatch.setattr(coverage, "LAZY_TOKENS", at_once)
+        assert torch.equal(prune(name, batch, num_keep)[0], expected)
+    assert len(calls) == 3 * 70
+
+
+def test_mmtok_covers_the_words():
+    """Tokens that a word is about come first among tokens that resemble each other alike."""
+    text_similarity = torch.zeros(1, 8, 3)
+    text_similarity[0, 5, 0] = text_similarity[0, 2, 1] = 1.0
+    text_similarity[:, :, 2] = -torch.inf
+    batch = VisualTokens(
+        features=torch.ones(1, 8, 4), pre_projection=torch.eye(8)[None], text_similarity=text_similarity
+    )
+    assert get_pruner("mmtok")(batch, torch.tensor([2])).tolist() == [[2, 5]]
+
+
+def test_scope_covers_what_has_attention():
+    """Two groups of like tokens: one of each is kept, the one with more attention."""
+    pre_projection = torch.eye(2)[[0, 0, 0, 1, 1, 1]][None]
+    attention = torch.tensor([[0.1, 0.2, 0.15, 0.1, 0.05, 0.12]])
+    batch = VisualTokens(features=torch.ones(1, 6, 4), pre_projection=pre_projection, cls_attention=attention)
+    assert get_pruner("scope")(batch, torch.tensor([2])).tolist() == [[1, 5]]
+
+
+def test_otprune_maximises_the_log_determinant():
+    """Each pick is the one that a determinant, computed in double precision, rates highest."""
+    features = tokens(1, 20, seed=3).features
+    columns = (features[0] / features[0].norm(dim=0)).double()
+    gram = columns @ columns.T
+    kernel, picked = torch.eye(20) + 0.01 * gram @ gram.T, []
+    for _ in range(12):
+        rest = [i for i in range(20) if i not in picked]
+        picked.append(max(rest, key=lambda i: float(torch.logdet(kernel[[*picked, i]][:, [*picked, i]]))))
+        kept = get_pruner("otprune")(VisualTokens(features=features), torch.tensor([len(picked)]))
+        assert kept[0].tolist() == sorted(picked)
+
+
+@pytest.mark.parametrize("name", ["divprune_cen", "cdpruner_cen"])
+@pytest.mark.parametrize("with_merger", [False, True])
+def test_centring_tokens_that_are_equal_or_lie_at_their_mean(name, with_merger):
+    """No deviation, no distinctness and no direction: every index once, the lower ones first."""
+    vectors = torch.full((1, 7, 3), 0.1)
+    fields = {"features": vectors, "relevance": torch.ones(1, 7)} | ({"before_merger": vectors} if with_merger else {})
+    assert get_pruner(name)(VisualTokens(**fields), torch.tensor([4])).tolist() == [[0, 1, 2, 3]]
+    vectors = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]])
+    fields = {"features": vectors, "relevance": torch.ones(1, 3)} | ({"before_merger": vectors} if with_merger else {})
+    assert get_pruner(name)(VisualTokens(**fields), torch.tensor([3])).tolist() == [[0, 1, 2]]
 
 
 def test_vispruner_strip_by_strip_keeps_the_same_tokens(monkeypatch):
@@ -271,6 +368,18 @@ def test_cdpruner_keeps_each_token_once_beyond_the_rank_of_the_features():
     assert kept == sorted(spent + [i for i in range(96) if i not in spent][: 64 - WIDTH])
 
 
+@pytest.mark.parametrize("name", ["cdpruner", "cdpruner_cen"])
+def test_beyond_the_rank_of_the_features_batched_equals_alone(name):
+    """Rounding in a batch differs from that alone, and must not decide once the determinant is spent."""
+    for seed in range(40):
+        mask = torch.arange(46) < torch.tensor([46, 31, 18])[:, None]
+        batch, num_keep = tokens(3, 46, seed, mask, with_merger=bool(seed % 2)), torch.tensor([29, 19, 16])
+        kept, _ = prune(name, batch, num_keep)
+        for index, (length, k) in enumerate(zip((46, 31, 18), num_keep.tolist(), strict=True)):
+            alone, _ = prune(name, part(batch, slice(index, index + 1), length), torch.tensor([k]))
+            assert torch.equal(kept[index, :k], alone[0]), seed
+
+
 def test_cdpruner_follows_the_question():
     """The relevant one of two groups of directions is kept."""
     features = torch.eye(6)[None]
@@ -287,11 +396,12 @@ def test_uniform_takes_the_middles(num_keep, expected):
     assert kept[0].tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["fastervlm", "vispruner", "visionzip", "prumerge", "prumerge_plus"])
+@pytest.mark.parametrize("name", ["fastervlm", "vispruner", "visionzip", "prumerge", "prumerge_plus", "scope", "mmtok"])
 def test_tokens_without_attention_are_kept_last(name):
     """Newline tokens of any-resolution images have no attention; they are kept only if no other token is left."""
     batch = tokens(1, 20)
     batch.cls_attention[0, ::5] = -torch.inf
+    batch.pre_projection[0, ::5] = 0.0
     kept, vectors = prune(name, batch, torch.tensor([16]))
     assert kept[0].tolist() == [i for i in range(20) if i % 5]
     kept, vectors = prune(name, batch, torch.tensor([18]))
