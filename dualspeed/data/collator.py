@@ -10,14 +10,14 @@ by row than the processor's own.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
-from dualspeed.batch import IGNORE_INDEX
+from dualspeed.batch import IGNORE_INDEX, TOKEN_INPUTS
 from dualspeed.data.images import open_image
 from dualspeed.data.pixels import byte_output, normalized_pixels
 from dualspeed.data.questions import text_of_user, tokenize_questions
@@ -37,6 +37,9 @@ class ConversationCollator:
         with_num_images: True to add `num_images`, a list of each row's number of images.
         question_tokenizer: tokenizer for `question_ids`, the user's turns, which query-based pruners need
             (`DualSpeedModel.question_tokenizer`); None: no `question_ids`.
+        positions: function of input_ids, attention_mask and the batch that gives `positions_3d` (B, 3, L), the
+            positions in time, height and width of the Qwen-VL families (`DualSpeedModel.positions`). A collator is the
+            place for them, since a model on an accelerator would wait for each of their numbers. None: none.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class ConversationCollator:
         max_length: int | None = None,
         padding_side: str = "right",
         with_num_images: bool = False,
-        question_tokenizer: PreTrainedTokenizerBase | None = None,
+        question_tokenizer: Callable[..., Mapping] | None = None,
+        positions: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] | None = None,
     ) -> None:
         check_padding_side(padding_side)
         check_template(processor)
@@ -54,6 +58,7 @@ class ConversationCollator:
         self.padding_side = padding_side
         self.with_num_images = with_num_images
         self.question_tokenizer = question_tokenizer
+        self.positions = positions
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> BatchFeature:
         """Return the batch of `examples`; errors name a sample by its id."""
@@ -78,6 +83,8 @@ class ConversationCollator:
         if self.question_tokenizer is not None:
             questions = [text_of_user(example["messages"]) for example in examples]
             batch["question_ids"] = tokenize_questions(questions, self.question_tokenizer)
+        if self.positions is not None and "pixel_values" in batch:
+            batch["positions_3d"] = self.positions(batch["input_ids"], batch["attention_mask"], batch)
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
@@ -94,7 +101,7 @@ def generation_inputs(
     processor: ProcessorMixin,
     examples: Sequence[dict[str, Any]],
     padding_side: str = "left",
-    question_tokenizer: PreTrainedTokenizerBase | None = None,
+    question_tokenizer: Callable[..., Mapping] | None = None,
 ) -> BatchFeature:
     """Return the model inputs of questions {image: path or None, prompt}; the prompt ends where the answer begins.
 
@@ -141,11 +148,15 @@ def messages_with_images(example: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def padded_batch(rows: list[np.ndarray], encoded: BatchFeature, pad_token_id: int, padding_side: str) -> BatchFeature:
-    """Padded input_ids and attention_mask (B, L) of `rows`, and the image inputs of `encoded`, as tensors."""
+    """Padded input_ids, attention_mask and token types (B, L) of `rows`, and the images of `encoded`, as tensors."""
     batch = BatchFeature({"input_ids": pad(rows, pad_token_id, padding_side)})
     batch["attention_mask"] = pad([np.ones_like(row) for row in rows], 0, padding_side)
     for key in encoded.keys() - {"input_ids", "attention_mask"}:
         values = encoded[key]
+        if key in TOKEN_INPUTS:
+            types = [np.array(of_row[: len(row)]) for of_row, row in zip(values, rows, strict=True)]
+            batch[key] = pad(types, 0, padding_side)
+            continue
         batch[key] = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.stack(values))
     return batch
 

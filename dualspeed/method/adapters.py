@@ -102,6 +102,18 @@ def is_base_of(name: str, key: str) -> bool:
     return key.startswith(f"{name}.base_layer.")
 
 
+def saved_shapes(vlm: PreTrainedModel) -> dict[str, dict[str, torch.Size]]:
+    """Name of each file of `save_adapters` -> name and shape of the weights in it."""
+    shapes: dict[str, dict[str, torch.Size]] = {ADAPTER_FILE: {}, PROJECTOR_FILE: {}}
+    for name, parameter in vlm.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
+        if ".lora_" in name:
+            shapes[ADAPTER_FILE][PEFT_PREFIX + name.replace(f".{NAME}.", ".")] = shape
+        elif parameter.requires_grad:
+            shapes[PROJECTOR_FILE][name] = shape
+    return shapes
+
+
 def save_adapters(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the adapter in the format of `PeftModel.from_pretrained`, and the other trainable weights beside it.
 

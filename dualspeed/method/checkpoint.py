@@ -5,6 +5,8 @@ Folder of a checkpoint: what `vlm.save_pretrained` writes, ISOLATOR_FILE if ther
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations import deepspeed
 
-from dualspeed.errors import ModelError
+from dualspeed.errors import IncompleteModelError, ModelError
 from dualspeed.files import write_json
 from dualspeed.layout import METHOD_FILE
 from dualspeed.method.isolator import ISOLATOR_FILE, ModeIsolator
@@ -93,3 +96,73 @@ def load_isolator(isolator: ModeIsolator | None, folder: str | Path) -> bool:
     with torch.no_grad():
         isolator.weight.copy_(saved)
     return True
+
+
+def check_checkpoint(model: "DualSpeedModel", folder: str | Path) -> None:
+    """Load what `save_checkpoint` wrote, merged, and compare it with the model, whose parameters may be in shards.
+
+    Raises:
+        IncompleteModelError: a weight is missing, unexpected, of another shape or not finite, or a file can't be read.
+    """
+    folder = Path(folder)
+    try:
+        with whole_loading():
+            saved = load_vlm(folder, dtype="auto")
+        check_weights(str(folder), dict(saved.named_parameters()), stock_shapes(model.vlm))
+        del saved
+        if model.mode_isolator is not None:
+            file = folder / ISOLATOR_FILE
+            check_weights(str(file), load_file(file), {ISOLATOR_KEY: whole_shape(model.mode_isolator.weight)})
+        if model.has_adapters:
+            from dualspeed.method import adapters  # needs peft
+
+            for name, shapes in adapters.saved_shapes(model.vlm).items():
+                file = folder / adapters.ADAPTER_FOLDER / name
+                check_weights(str(file), load_file(file), shapes)
+        if read_method_settings(folder) != model.dualspeed:
+            raise IncompleteModelError(f"{folder / METHOD_FILE}: missing, or not this model's settings")
+    except IncompleteModelError:
+        raise
+    except Exception as error:  # transformers, safetensors and json raise a dozen kinds for a missing or torn file
+        raise IncompleteModelError(f"{folder}: {str(error).strip().splitlines()[0] or type(error).__name__}") from error
+
+
+def check_weights(place: str, weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size | None]) -> None:
+    """Raise IncompleteModelError unless the weights have exactly these names and shapes (None: any), and are finite."""
+    problems = [f"{name} is missing" for name in shapes if name not in weights]
+    problems += [f"{name} doesn't belong to it" for name in weights if name not in shapes]
+    for name, shape in shapes.items():
+        if name in weights and shape is not None and weights[name].shape != shape:
+            problems.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}")
+        elif name in weights and not torch.isfinite(weights[name]).all():
+            problems.append(f"{name} is not finite")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise IncompleteModelError(f"{place}: {problems[0]}{more}")
+
+
+def stock_shapes(vlm: PreTrainedModel) -> dict[str, torch.Size | None]:
+    """Name -> shape of the parameters of the stock model that a trained one is saved as; None: not known."""
+    # 4-bit weights have shapes of their own.
+    is_quantized = getattr(vlm.config, "quantization_config", None) is not None
+    return {
+        name.replace(".base_layer.", "."): None if is_quantized else whole_shape(parameter)
+        for name, parameter in vlm.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter over all ranks; ZeRO-3 empties the parameter and notes its shape beside it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def whole_loading() -> Iterator[None]:
+    """Load models whole inside the context: under ZeRO-3, transformers would share each among all ranks."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference

@@ -4,8 +4,10 @@ B samples, L length, U units of pruning (an image, or one of its tiles), K token
 D width of the language model, l length of the isolator.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from dualspeed.errors import ModelError
-from dualspeed.method.relevance import relevance_by_llm, sample_of_token
+from dualspeed.method.host_counts import to_device
+from dualspeed.method.relevance import mean_similarity, sample_of_token, similarity_by_llm
 from dualspeed.method.sequences import Sequences, prune_inputs
 from dualspeed.method.vlm.inputs import blank_image, image_seeds
 from dualspeed.method.vlm.vision import EncodedImages, encode_images, pruning_units
 from dualspeed.pruners import MergedTokens, VisualTokens
+from dualspeed.pruners.selection import prefix_mask
 from dualspeed.settings.budget import num_tokens_to_keep
 
 if TYPE_CHECKING:
@@ -45,16 +49,18 @@ def encode_batch(model: "DualSpeedModel", images: dict[str, Tensor]) -> EncodedI
     return encode_images(
         model.vlm,
         images or blank_image(model.vlm),
-        needs=model.pruner.needs if model.clip_relevance is None else ("pre_projection",),
+        needs={*model.pruner.needs, *model.pruner.optional, *(["pre_projection"] if model.clip_relevance else [])},
         with_tiles=model.dualspeed.prune_budget == "tile",
     )
 
 
-def pruning_seeds(model: "DualSpeedModel", images: dict[str, Tensor], pruning_seed: int) -> Tensor | None:
+def pruning_seeds(
+    model: "DualSpeedModel", images: dict[str, Tensor], encoded: EncodedImages | None, pruning_seed: int
+) -> Tensor | None:
     """(images,) int64 seeds for pruners that draw at random; None for others, which saves reading every pixel."""
-    if "pixel_values" not in images or "seeds" not in model.pruner.needs:
+    if encoded is None or "pixel_values" not in images or "seeds" not in model.pruner.needs:
         return None
-    return image_seeds(model.vlm, images, pruning_seed)
+    return image_seeds(model.vlm, images, [len(features) for features in encoded.features], pruning_seed)
 
 
 def prune_batch(
@@ -73,8 +79,9 @@ def prune_batch(
     units, unit_seeds = pruning_units(images, seeds)
     num_keep = torch.tensor([num_tokens_to_keep(len(unit), model.dualspeed.pruning_ratio) for unit in units])
     described = images.described
-    if "relevance" in model.pruner.needs:
-        described = described | {"relevance": token_relevance(model, inputs, features, described)}
+    if model.pruner.reads_text:
+        with torch.autocast(features.device.type, enabled=False):  # as the pruners themselves
+            described = described | text_fields(model, inputs, features, described)
     kept, kept_features = keep_tokens(model, features, units, num_keep, described, unit_seeds)
 
     num_copies = torch.zeros(len(features), dtype=torch.long, device=features.device)
@@ -82,8 +89,22 @@ def prune_batch(
     num_copies[torch.stack([unit[0] for unit in kept])] += model.dualspeed.num_virtual_tokens
     isolator = [] if model.mode_isolator is None else [model.mode_isolator().to(features.dtype)]
     unit_features = [torch.cat([*isolator, vectors]) for vectors in kept_features]
-    shortened = prune_inputs(inputs, model.config.image_token_id, num_copies, padding_side)
+    copies = copies_per_image(images, units, unit_features)
+    shortened = prune_inputs(inputs, model.config.image_token_id, num_copies, padding_side, copies)
     return shortened, images.keeping(unit_features, kept, model.dualspeed.num_virtual_tokens)
+
+
+def copies_per_image(images: EncodedImages, units: list[Tensor], unit_features: list[Tensor]) -> list[tuple[int, int]]:
+    """(tokens, vectors that take their place) of each image.
+
+    Args:
+        units, unit_features: positions of each unit's tokens, and the vectors that its tokens become.
+    """
+    ends = list(accumulate(len(features) for features in images.features))
+    num_vectors = [0] * len(ends)
+    for unit, vectors in zip(units, unit_features, strict=True):
+        num_vectors[bisect_right(ends, int(unit[0]))] += len(vectors)
+    return list(zip(map(len, images.features), num_vectors, strict=True))
 
 
 def keep_tokens(
@@ -98,7 +119,7 @@ def keep_tokens(
 
     Args:
         features: (P, D) projected features of the batch.
-        units: positions in `features` of each unit's tokens, ascending.
+        units: positions in `features` of each unit's tokens, ascending, on the CPU.
         num_keep: (U,) tokens to keep of each unit.
         described: (P, ...) further fields of VisualTokens.
         seeds: (U,) for pruners that draw at random.
@@ -106,17 +127,19 @@ def keep_tokens(
     Returns:
         (K,) positions in `features` that stay of each unit, ascending, and the (K, D) vectors there.
     """
-    positions = pad_sequence(units, batch_first=True)
+    positions = to_device(pad_sequence(units, batch_first=True), features)
+    num_tokens = torch.tensor([len(unit) for unit in units])
     tokens = VisualTokens(
         features=features[positions],
-        mask=pad_sequence([torch.ones_like(unit, dtype=torch.bool) for unit in units], batch_first=True),
+        mask=prefix_mask(num_tokens, positions),
         seeds=seeds,
+        num_tokens=num_tokens,
         **{name: values[positions] for name, values in described.items()},
     )
     chosen = call_pruner(model, tokens, num_keep)
     indices = chosen.indices if isinstance(chosen, MergedTokens) else chosen
     counts = num_keep.tolist()
-    kept = [unit[row[:k]] for unit, row, k in zip(units, indices, counts, strict=True)]
+    kept = [row[:k] for row, k in zip(positions.gather(1, indices.clamp(min=0)), counts, strict=True)]
     if isinstance(chosen, MergedTokens):
         return kept, [row[:k] for row, k in zip(chosen.features, counts, strict=True)]
     return kept, [features[unit] for unit in kept]
@@ -129,17 +152,28 @@ def call_pruner(model: "DualSpeedModel", tokens: VisualTokens, num_keep: Tensor)
     return model.pruning_observer(lambda: model.pruner(tokens, num_keep), tokens)
 
 
-def token_relevance(
+def text_fields(
+    model: "DualSpeedModel", inputs: Sequences, features: Tensor, described: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The field of VisualTokens that tells the pruner of the question of each visual token's sample."""
+    similarity = text_similarity(model, inputs, features, described)
+    if "text_similarity" in model.pruner.needs:
+        return {"text_similarity": similarity}
+    return {"relevance": mean_similarity(similarity)}
+
+
+def text_similarity(
     model: "DualSpeedModel", inputs: Sequences, features: Tensor, described: dict[str, Tensor]
 ) -> Tensor:
-    """(P,) relevance of each visual token to the question of its sample."""
+    """(P, T) similarity of each visual token to each token, or CLIP's piece, of the question of its sample."""
     image_token_id = model.config.image_token_id
     if model.clip_relevance is None:
-        return relevance_by_llm(inputs, features, model.vlm.get_input_embeddings(), image_token_id)
+        return similarity_by_llm(inputs, features, model.vlm.get_input_embeddings(), image_token_id)
     if inputs.question_ids is None:
         raise ModelError(
             "relevance_clip needs question_ids: give ConversationCollator or generation_inputs "
             "question_tokenizer=model.question_tokenizer(processor)"
         )
     samples = sample_of_token(inputs, image_token_id)
-    return model.clip_relevance(inputs.question_ids, described["pre_projection"], samples)
+    num_words = inputs.counted(image_token_id).question_tokens
+    return model.clip_relevance(inputs.question_ids, described["pre_projection"], samples, num_words)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dualspeed.batch import TOKEN_INPUTS
 from dualspeed.method.fast_mode import encode_batch, prune_batch, pruning_seeds
-from dualspeed.method.sequences import Sequences
-from dualspeed.method.vlm.inputs import TOKEN_INPUTS, image_inputs, token_inputs
+from dualspeed.method.sequences import Sequences, with_counts
+from dualspeed.method.vlm.inputs import image_inputs, token_inputs
 from dualspeed.settings.modes import Mode
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def generate(
         by_token=token_inputs(vlm, input_ids, attention_mask, inputs, images),
         question_ids=question_ids,
     )
-    encoded, seeds = encode_batch(model, images), pruning_seeds(model, images, pruning_seed=0)
+    full, images = with_counts(full, vlm.config.image_token_id, images)
+    encoded = encode_batch(model, images)
+    seeds = pruning_seeds(model, images, encoded, pruning_seed=0)
     pruned, kept = prune_batch(model, full, encoded, seeds, padding_side="left")
     # From given positions (3-D ones in the Qwen-VL families) stock generation counts on after the last of them.
     output = vlm.generate(

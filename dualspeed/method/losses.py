@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dualspeed.batch import IGNORE_INDEX
+from dualspeed.pruners.selection import true_places
 
 CHUNK = 1024
 """Number of tokens whose logits are in float32 at the same time."""
@@ -25,10 +26,15 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return next_is_supervised
 
 
-def supervised_labels(labels: Tensor) -> Tensor:
-    """(M,) labels of the supervised tokens, in the order of `supervised_positions`."""
+def supervised_labels(labels: Tensor, count: int | None = None) -> Tensor:
+    """(M,) labels of the supervised tokens, in the order of `supervised_positions`.
+
+    Args:
+        count: M; None: counted, which costs a host-device sync.
+    """
     shifted = labels[:, 1:]
-    return shifted[shifted != IGNORE_INDEX]
+    is_supervised = shifted != IGNORE_INDEX
+    return shifted[is_supervised] if count is None else shifted.flatten()[true_places(is_supervised, count)]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:

@@ -19,15 +19,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import ModelOutput
 
 from dualspeed.batch import IGNORE_INDEX
+from dualspeed.errors import SampleError
 from dualspeed.method import checkpoint, generation
 from dualspeed.method.fast_mode import PruningObserver, encode_batch, prune_batch, pruning_seeds
 from dualspeed.method.isolator import ModeIsolator
+from dualspeed.method.keywords import KeywordTokenizer
 from dualspeed.method.losses import cross_entropy, distillation, supervised_labels, supervised_positions
 from dualspeed.method.relevance import ClipRelevance
-from dualspeed.method.sequences import Sequences, mask_for_attention
+from dualspeed.method.sequences import Sequences, mask_for_attention, with_counts
 from dualspeed.method.vlm.families import check_family
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
 from dualspeed.method.vlm.parts import trainable_visual_parameters
+from dualspeed.method.vlm.positions import Positions3D, make_positions
 from dualspeed.method.vlm.vision import EncodedImages
 from dualspeed.pruners import get_pruner
 from dualspeed.settings.method import DualSpeedConfig
@@ -67,7 +70,7 @@ class DualSpeedModel(nn.Module):
         self.pruning_observer: PruningObserver | None = None
         """Set by `fast_mode.observe_pruning`."""
         check_family(vlm, config.pruner, self.pruner.needs, config.prune_budget)
-        clip = config.relevance_clip if "relevance" in self.pruner.needs else None
+        clip = config.relevance_clip if self.pruner.reads_text else None
         self.clip_relevance = None if clip is None else ClipRelevance(clip, vlm)
         self.mode_isolator = None
         if config.num_virtual_tokens > 0:
@@ -110,6 +113,12 @@ class DualSpeedModel(nn.Module):
         self.vlm.get_decoder().activation_checkpointing_enable(**kwargs)
         self._checkpointed_layers = checkpointed_layers(self.vlm)
 
+    def _recompute(self, recomputes: bool) -> None:
+        """Switch the recomputation of activations in the layers that are set to it."""
+        for layer in self._checkpointed_layers:
+            # torch's hints allow a module's attribute to be a tensor or a module alone.
+            layer.gradient_checkpointing = recomputes  # type: ignore[assignment]
+
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations in slow steps too."""
         self.vlm.get_decoder().activation_checkpointing_disable()
@@ -123,6 +132,7 @@ class DualSpeedModel(nn.Module):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         question_ids: Tensor | None = None,
+        positions_3d: Tensor | None = None,
         mode: Mode = Mode.SLOW,
         distill: bool = True,
         pruning_seed: int = 0,
@@ -134,7 +144,8 @@ class DualSpeedModel(nn.Module):
         Args:
             input_ids, attention_mask, labels: (B, L), padded on either side; -100 marks labels without supervision.
             pixel_values, image_sizes: all images of the batch in reading order, as the VLM takes them; None: no image.
-            question_ids: (B, Q) tokens of the user's text for cdpruner; ConversationCollator gives it.
+            question_ids: (B, Q) tokens of the user's text for query-based pruners; ConversationCollator gives it.
+            positions_3d: (B, 3, L) positions for the Qwen-VL families, from a collator with `positions`; else computed.
             mode: FAST trains on pruned tokens, SLOW on all of them.
             distill: True lets a slow step learn from fast mode too (unless the distillation weight is 0).
             pruning_seed: changes the random pruners' choice from step to step.
@@ -142,33 +153,31 @@ class DualSpeedModel(nn.Module):
             inputs: further outputs of the VLM's processor: image_grid_thw, token_type_ids and so on.
         """
         mode = Mode(mode)
-        for layer in self._checkpointed_layers:
-            # torch's hints allow a module's attribute to be a tensor or a module alone.
-            layer.gradient_checkpointing = mode is Mode.SLOW  # type: ignore[assignment]
+        self._recompute(mode is Mode.SLOW)
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pixels = image_inputs(self.vlm, {**inputs, "pixel_values": pixel_values, "image_sizes": image_sizes})
-        by_token = token_inputs(self.vlm, input_ids, attention_mask, inputs, pixels)
+        by_token = token_inputs(self.vlm, input_ids, attention_mask, inputs, pixels, positions_3d)
         full = Sequences(input_ids, attention_mask, labels, by_token, question_ids)
+        full, pixels = with_counts(full, self.config.image_token_id, pixels)
         has_images = pixel_values is not None
         encoded = encode_batch(self, pixels) if has_images or has_other_ranks() else None
         images = encoded if has_images else None
-        seeds = pruning_seeds(self, pixels, pruning_seed)
+        seeds = pruning_seeds(self, pixels, encoded, pruning_seed)
 
         teacher_logits = None
         if distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0 and encoded is not None:
             with torch.no_grad(), evaluation_mode(self.vlm):
-                teacher_inputs = prune_batch(self, full, images, seeds) if images else (full, None)
-                teacher_logits = supervised_logits(self.vlm, *teacher_inputs)
-        if images and mode is Mode.FAST:
-            logits = supervised_logits(self.vlm, *prune_batch(self, full, images, seeds))
-        else:
-            logits = supervised_logits(self.vlm, full, images.output if images else None)
+                teacher_logits = supervised_logits(self.vlm, *self._fast_inputs(full, images, seeds)[:2])
+        slow_inputs = full, images.output if images else None, None
+        trained, features, isolator = self._fast_inputs(full, images, seeds) if mode is Mode.FAST else slow_inputs
+        logits = supervised_logits(self.vlm, trained, features)
+        check_supervision(full, logits, teacher_logits)
 
         # At least 1: the loss of a step without supervised tokens is 0.
         num_items = torch.as_tensor(len(logits) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        ce_loss = cross_entropy(logits, supervised_labels(labels), num_items)
-        loss = ce_loss + self._zero_term(encoded, has_images, mode)
+        ce_loss = cross_entropy(logits, supervised_labels(labels, len(logits)), num_items)
+        loss = ce_loss + self._zero_term(encoded, has_images, mode, isolator)
         distillation_loss = None if mode is Mode.FAST else ce_loss.new_zeros(())
         if teacher_logits is not None and has_images:
             temperature = self.dualspeed.distillation_temperature
@@ -176,23 +185,45 @@ class DualSpeedModel(nn.Module):
             loss = loss + self.dualspeed.distillation_weight * distillation_loss
         return DualSpeedOutput(loss=loss, ce_loss=ce_loss, distillation_loss=distillation_loss, logits=logits)
 
-    def _zero_term(self, encoded: EncodedImages | None, has_images: bool, mode: Mode) -> Tensor | float:
+    def _fast_inputs(
+        self, full: Sequences, images: EncodedImages | None, seeds: Tensor | None
+    ) -> tuple[Sequences, ModelOutput | None, Tensor | None]:
+        """Sequences and image features of fast mode; for a batch without images, also the isolator's output.
+
+        ZeRO-3 gathers weights and reduces gradients in the order of the calls, which has to be the same on all ranks:
+        a batch without images makes those of `prune_batch` too.
+        """
+        if images:
+            return *prune_batch(self, full, images, seeds), None
+        if self.pruner.reads_text and self.clip_relevance is None:
+            with torch.no_grad():
+                self.vlm.get_input_embeddings()(full.input_ids[:1])
+        return full, None, None if self.mode_isolator is None else self.mode_isolator()
+
+    def _zero_term(
+        self, encoded: EncodedImages | None, has_images: bool, mode: Mode, isolator: Tensor | None
+    ) -> Tensor | float:
         """Zero term that keeps unused visual parameters in the graph (DDP, FSDP).
 
         Data parallelism needs every parameter in the graph of every step, and the same modules called on every rank.
         """
         unused: list[Tensor] = []
         if self.mode_isolator is not None and not (has_images and mode is Mode.FAST):
-            unused.append(self.mode_isolator())
+            unused.append(self.mode_isolator() if isolator is None else isolator)
         if not has_images:
             unused += encoded.all_features() if encoded is not None else trainable_visual_parameters(self.vlm)
         return 0.0 * sum(values.sum() for values in unused)
 
-    def question_tokenizer(self, processor: ProcessorMixin) -> PreTrainedTokenizerBase | None:
+    def question_tokenizer(self, processor: ProcessorMixin) -> PreTrainedTokenizerBase | KeywordTokenizer | None:
         """Tokenizer for `question_ids`; None if unused."""
-        if "relevance" not in self.pruner.needs:
+        if not self.pruner.reads_text:
             return None
-        return processor.tokenizer if self.clip_relevance is None else self.clip_relevance.tokenizer
+        tokenizer = processor.tokenizer if self.clip_relevance is None else self.clip_relevance.tokenizer
+        return KeywordTokenizer(tokenizer) if "text_similarity" in self.pruner.needs else tokenizer
+
+    def positions(self) -> Positions3D | None:
+        """Function for ConversationCollator that computes 3-D positions on the host; None for families without."""
+        return make_positions(self.vlm)
 
     def generate(
         self,
@@ -267,6 +298,17 @@ def supervised_logits(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutp
         use_cache=False,
         **inputs.by_token,
     ).logits
+
+
+def check_supervision(full: Sequences, *all_logits: Tensor | None) -> None:
+    """Raise SampleError if pruning removed a token that the labels of the whole batch supervise."""
+    num_supervised = sum(full.counted(image_token_id=-1).supervised)
+    for logits in all_logits:
+        if logits is not None and len(logits) != num_supervised:
+            raise SampleError(
+                f"labels supervise {num_supervised} tokens of the batch, but {len(logits)} after pruning; labels of "
+                "image placeholders, of padding and of a row's first token must be -100"
+            )
 
 
 def has_other_ranks() -> bool:

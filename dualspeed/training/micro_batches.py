@@ -19,25 +19,37 @@ def micro_batches(inputs: dict[str, Any], num_images: list[int], size: int) -> l
     num_samples = len(inputs["input_ids"])
     if len(num_images) != num_samples:
         raise SampleError(f"num_images counts the images of {len(num_images)} samples, but the batch has {num_samples}")
+    # Read once: every copy to the host waits for the accelerator.
+    num_patches = inputs["image_grid_thw"].prod(dim=1).tolist() if "image_grid_thw" in inputs else None
     parts = []
     for start in range(0, num_samples, size):
         end = min(start + size, num_samples)
         images = slice(sum(num_images[:start]), sum(num_images[:end]))
-        rows = {name: rows_of(name, inputs, num_images, slice(start, end), images) for name in inputs}
+        rows = {name: rows_of(name, inputs, num_images, num_patches, slice(start, end), images) for name in inputs}
         parts.append({name: inputs[name][chosen] for name, chosen in rows.items() if chosen is not None})
     return parts
 
 
-def rows_of(name: str, inputs: dict[str, Any], num_images: list[int], samples: slice, images: slice) -> slice | None:
-    """Rows of the input `name` that belong to `samples` and their `images`; None if it has no row for them."""
+def rows_of(
+    name: str,
+    inputs: dict[str, Any],
+    num_images: list[int],
+    num_patches: list[int] | None,
+    samples: slice,
+    images: slice,
+) -> slice | None:
+    """Rows of the input `name` that belong to `samples` and their `images`; None if it has no row for them.
+
+    Args:
+        num_patches: patches of each image, if `pixel_values` has one row a patch.
+    """
     if name not in (*INPUTS_PER_IMAGE, "pixel_values"):
         return samples
     if images.start == images.stop:
         return None
     num_rows = len(inputs[name])
-    if name == "pixel_values" and "image_grid_thw" in inputs:
-        patches = inputs["image_grid_thw"].prod(dim=1).tolist()
-        return slice(sum(patches[: images.start]), sum(patches[: images.stop]))
+    if name == "pixel_values" and num_patches is not None:
+        return slice(sum(num_patches[: images.start]), sum(num_patches[: images.stop]))
     if num_rows == sum(num_images):
         return images
     if num_rows == len(num_images):

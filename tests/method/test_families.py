@@ -12,12 +12,12 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
-from dualspeed.method.fast_mode import encode_batch, prune_batch
+from dualspeed.method.fast_mode import encode_batch, observe_pruning, prune_batch
 from dualspeed.method.sequences import Sequences
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
 from dualspeed.method.vlm.parts import projector
-from dualspeed.method.vlm.tower import drops_first_position, has_cls_token, per_token, selected_attention
+from dualspeed.method.vlm.tower import drops_first_position, has_cls_token, per_token, selected_attention, standardised
 from dualspeed.method.vlm.vision import encode_images, tiles_per_image
 from dualspeed.pruners import PRUNERS, num_tokens_to_keep
 from dualspeed.training.trainable import parts_of, set_trainable
@@ -28,6 +28,8 @@ by_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for fam
 MIXED = [1, 0, 2, 1]
 TOWERS = [family for family in FAMILIES if family.name not in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Mistral 3")]
 tower_families = pytest.mark.parametrize("family", TOWERS, ids=[family.name for family in TOWERS])
+MERGERS = [family for family in FAMILIES if family.name in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL")]
+merger_families = pytest.mark.parametrize("family", MERGERS, ids=[family.name for family in MERGERS])
 
 
 def model_of(family: Family, **settings) -> DualSpeedModel:
@@ -257,12 +259,51 @@ def test_a_token_stands_for_the_square_of_patches_that_it_is_made_of(name):
 
 
 @tower_families
-@pytest.mark.parametrize("pruner", ["vispruner", "visionzip"])
+@pytest.mark.parametrize("pruner", ["vispruner", "visionzip", "scope", "mmtok"])
 def test_pruners_that_look_into_the_tower_prune_alike_in_any_batch(family, pruner):
     model = model_of(family, pruning_ratio=0.5, pruner=pruner)
     alone = [model(mode=Mode.FAST, **batch(family, [count], seed=seed)).loss for seed, count in enumerate(MIXED)]
     batched = model(mode=Mode.FAST, **batch(family, MIXED, "left")).loss
     assert_close(batched, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
+
+
+@merger_families
+def test_features_before_the_merger_belong_to_their_tokens(family):
+    """Patches as the stock merger gets them, in the squares that become tokens, standardised over the image."""
+    vlm, entered = family.build(), []
+    images = image_inputs(vlm, image_side(batch(family, [1, 2])))
+    ours = encode_images(vlm, images, needs=("before_merger",)).described["before_merger"]
+    projector(vlm).register_forward_hook(lambda module, args, output: entered.extend((args[0], output)))
+    pooled = vlm.get_image_features(**images, return_dict=True).pooler_output
+    # Rows of the merger's output are found again in the tokens, whatever order the tower has within.
+    order = torch.tensor([int((entered[1] == token).all(dim=-1).nonzero()) for token in torch.cat(list(pooled))])
+    assert sorted(order.tolist()) == list(range(len(order)))
+    assert (order != torch.arange(len(order))).any() == (family.name == "Qwen2.5-VL")
+    expected = []
+    for squares in entered[0].view(-1, 4, entered[0].shape[-1])[order].split([len(unit) for unit in pooled]):
+        deviation = torch.stack([column.std(correction=0) for column in squares.flatten(0, 1).unbind(dim=-1)])
+        expected += [torch.stack([patch / deviation for patch in square]).mean(dim=0) for square in squares]
+    assert len(pooled) == 3
+    assert_close(ours, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_dimension_without_deviation_is_nothing_to_compare_by():
+    values = torch.tensor([[1.0, 0.1, 0.0], [3.0, 0.1, 0.0], [2.0, 0.1, 0.0]])
+    assert standardised(values)[:, 1:].tolist() == [[0.0, 0.0]] * 3
+    assert_close(standardised(values)[:, 0], values[:, 0] / (2 / 3) ** 0.5)
+
+
+@by_family
+@pytest.mark.parametrize("pruner", ["divprune_cen", "cdpruner_cen"])
+def test_centred_pruners_compare_what_enters_a_merger_and_projected_features_elsewhere(family, pruner):
+    """Alike in any batch, in either mode."""
+    model, seen = model_of(family, pruning_ratio=0.5, pruner=pruner), []
+    with observe_pruning(model, lambda prune, tokens: (seen.append(tokens.before_merger), prune())[1]):
+        alone = [model(mode=Mode.FAST, **batch(family, [count], seed=seed)).loss for seed, count in enumerate(MIXED)]
+        batched = model(mode=Mode.FAST, **batch(family, MIXED, "left")).loss
+    assert_close(batched, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
+    assert {values is not None for values in seen} == {family in MERGERS}
+    model(mode=Mode.SLOW, **batch(family, [1])).loss.backward()
 
 
 def test_what_cannot_be_trained_is_refused_with_the_reason():
@@ -280,6 +321,10 @@ def test_what_cannot_be_trained_is_refused_with_the_reason():
     qwen = next(family for family in FAMILIES if family.name == "Qwen2-VL")
     with pytest.raises(ValueError, match=r"'fastervlm' looks at the vision tower's cls_attention.*tome"):
         model_of(qwen, pruner="fastervlm")
+    for pruner, field in (("scope", "cls_attention, pre_projection"), ("mmtok", "pre_projection")):
+        others = "cdpruner, cdpruner_cen, divprune, divprune_cen, otprune, random, spatial_pool, tome, uniform"
+        with pytest.raises(ValueError, match=f"'{pruner}' looks at the vision tower's {field}, which.*: {others}$"):
+            model_of(qwen, pruner=pruner)
     with pytest.raises(ValueError, match="prune_budget 'tile' is for models that cut images into tiles"):
         model_of(qwen, prune_budget="tile")
     with pytest.raises(TypeError, match="unknown input image_grid"):

@@ -1,4 +1,4 @@
-"""Relevance for CDPruner: the question in the embeddings of the language model, or of CLIP's text tower."""
+"""Similarity to the question, in the embeddings of the language model or of CLIP's text tower (CDPruner, MMTok)."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,12 @@ from dualspeed.batch import QUESTION_PADDING
 from dualspeed.data.collator import ConversationCollator, generation_inputs
 from dualspeed.data.questions import text_of_user, tokenize_questions
 from dualspeed.method.fast_mode import encode_batch, prune_batch
-from dualspeed.method.relevance import ClipRelevance, relevance_by_llm
+from dualspeed.method.keywords import KeywordTokenizer, keywords
+from dualspeed.method.relevance import ClipRelevance, mean_similarity, similarity_by_llm
 from dualspeed.method.sequences import Sequences
 from dualspeed.method.vlm.vision import encode_images
 from dualspeed.settings.identity import identity, record
+from dualspeed.settings.names import TEXT_PRUNERS
 from tests.support import tiny
 from tests.support.batches import IMAGE_TOKEN, collate, sample
 from tests.support.word_tokenizer import word_tokenizer
@@ -66,7 +68,7 @@ def model_of(clip_folder, make=tiny.llava, **settings) -> DualSpeedModel:
     return DualSpeedModel(make(), DualSpeedConfig(**chosen))
 
 
-def test_clip_relevance_equals_its_literal_form(clip_folder):
+def test_clip_similarity_equals_its_literal_form(clip_folder):
     """Equal to a loop over texts, pieces and patches, for texts of any length, alone or in a batch."""
     relevance, clip = ClipRelevance(clip_folder, tiny.llava()), CLIPModel.from_pretrained(clip_folder)
     texts = [SHORT, LONG, "", "red " * 8]
@@ -83,10 +85,13 @@ def test_clip_relevance_equals_its_literal_form(clip_folder):
             cosine_similarity(image, clip.get_text_features(torch.tensor([[begin, *piece, end]])).pooler_output[0], 0)
             for piece in pieces
         ]
-        assert_close(score, -torch.stack(cosines).mean(), atol=1e-5, rtol=1e-5)
+        beyond = torch.full((len(score) - len(cosines),), -torch.inf)
+        assert_close(score, torch.cat([-torch.stack(cosines), beyond]), atol=1e-5, rtol=1e-5)
+        assert_close(mean_similarity(score), -torch.stack(cosines).mean(), atol=1e-5, rtol=1e-5)
     assert len(relevance.tokenizer(LONG)["input_ids"]) > 2 * POSITIONS
     alone = relevance(tokenize_questions([SHORT], relevance.tokenizer), patches[:2], samples[:2])
-    assert_close(alone, ours[:2], atol=1e-6, rtol=1e-6)
+    assert_close(alone[:, 0], ours[:2, 0], atol=1e-6, rtol=1e-6)
+    assert ours.shape[1] > alone.shape[1] == 1
 
 
 def test_patches_are_those_that_clip_itself_would_project(clip_folder):
@@ -103,10 +108,11 @@ def test_patches_are_those_that_clip_itself_would_project(clip_folder):
     ("make", "processor"), [(tiny.llava, tiny.llava_processor), (tiny.llava_next, tiny.llava_next_processor)]
 )
 @pytest.mark.parametrize("by_clip", [True, False])
-def test_what_is_kept_follows_the_users_words_alone(clip_folder, picture, make, processor, by_clip):
+@pytest.mark.parametrize("pruner", TEXT_PRUNERS)
+def test_what_is_kept_follows_the_users_words_alone(clip_folder, picture, make, processor, by_clip, pruner):
     """Another question keeps other tokens; another answer and other batch mates keep the same."""
     processor = processor()
-    model = model_of(clip_folder, make, **({} if by_clip else {"relevance_clip": None}))
+    model = model_of(clip_folder, make, pruner=pruner, **({} if by_clip else {"relevance_clip": None}))
     collate_ = ConversationCollator(processor, question_tokenizer=model.question_tokenizer(processor))
 
     def kept(*conversations: dict) -> torch.Tensor:
@@ -151,7 +157,7 @@ def test_question_is_what_the_user_says(picture):
     assert "question_ids" not in ConversationCollator(processor)(rows)
 
 
-def test_llm_relevance_is_mean_similarity_to_the_question_or_the_prompt():
+def test_llm_similarity_is_that_to_each_token_of_the_question_or_the_prompt():
     """Answers, images and padding have no influence; with a question nothing else has."""
     vlm = tiny.llava()
     samples = [sample("llava", seed, 1) for seed in range(2)]
@@ -164,11 +170,43 @@ def test_llm_relevance_is_mean_similarity_to_the_question_or_the_prompt():
     ]
     asked = torch.tensor([[7, 8, 9], [5, QUESTION_PADDING, QUESTION_PADDING], [6, 7, QUESTION_PADDING]])
     for words, given in ((prompts, inputs), ([[7, 8, 9], [6, 7]], inputs._replace(question_ids=asked))):
-        relevance = relevance_by_llm(given, features, vlm.get_input_embeddings(), IMAGE_TOKEN)
-        for row, vectors, scores in zip(words, features.split(16), relevance.split(16), strict=True):
+        ours = similarity_by_llm(given, features, vlm.get_input_embeddings(), IMAGE_TOKEN)
+        for row, vectors, scores in zip(words, features.split(16), ours.split(16), strict=True):
             embeddings = vlm.get_input_embeddings()(torch.tensor(row))
             similarity = cosine_similarity(vectors[:, None], embeddings[None], dim=-1)
-            assert_close(scores, similarity.mean(dim=1), atol=1e-5, rtol=1e-5)
+            assert_close(scores[scores > -torch.inf].view(16, -1), similarity, atol=1e-5, rtol=1e-5)
+            assert_close(mean_similarity(scores), similarity.mean(dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_without_text_has_no_relevance():
+    assert mean_similarity(torch.full((2, 3), -torch.inf)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Is there a red digit?", "there red digit"),
+        ("What is the WHAT?\nHow many dogs", "many dogs"),
+        ("a dog\nAnswer the question using a single word or phrase.", "dog"),
+        ("What is it?\nAnswer the question using a single word or phrase.", "What is it?"),
+        ("", ""),
+    ],
+)
+def test_keywords_leave_out_stop_words_unless_there_are_no_others(text, expected):
+    assert keywords(text) == expected
+
+
+def test_mmtok_reads_the_keywords_in_training_and_in_generation(picture):
+    """Its question_ids hold the keywords' tokens alone, by the language model's tokenizer or by CLIP's."""
+    processor = tiny.llava_processor()
+    tokenizer = DualSpeedModel(tiny.llava(), DualSpeedConfig(pruner="mmtok")).question_tokenizer(processor)
+    assert isinstance(tokenizer, KeywordTokenizer)
+    words = processor.tokenizer.convert_tokens_to_ids(["there", "red", "digit"])
+    trained = ConversationCollator(processor, question_tokenizer=tokenizer)(
+        [conversation(picture, "is there a red digit")]
+    )
+    asked = generation_inputs(processor, [{"image": picture, "prompt": "is there a red digit"}], "left", tokenizer)
+    assert trained["question_ids"].tolist() == asked["question_ids"].tolist() == [words]
 
 
 def test_both_modes_train_and_nothing_of_clip_is_saved(clip_folder, picture, tmp_path):

@@ -7,16 +7,17 @@ no record: `conventional` finds its modules by their usual names.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualspeed.errors import ModelError
 from dualspeed.method.vlm import blank_images
+from dualspeed.pruners import PRUNERS
 
 CAPTURED_FIELDS = ("cls_attention", "keys", "pre_projection")
-"""Fields of VisualTokens that are captured during the tower's forward."""
+"""Fields of VisualTokens that are captured during the forward of a readable tower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,12 @@ class Family:
     rotate queries and keys inside the attention."""
     projects_single_patches: bool = False
     """True if the projector maps the patches of one layer one by one, so that CLIP's own projection fits them too."""
+
+    merges_patches: bool = False
+    """True if the first module of `projector` is a merger that takes the patches of all images in one sequence, square
+    by square; `before_merger` can be captured then."""
+    orders_by_window: bool = False
+    """True if that sequence is ordered by attention windows; the tower reorders the merger's output."""
 
     packing_settings: tuple[str, ...] = ()
     """Config keys that `pack_image_features` takes where an image's tiles are packed with newline tokens; empty: the
@@ -87,6 +94,7 @@ QWEN_VL = Family(
     tower="model.visual",
     layers="blocks",
     projector=("model.visual.merger",),
+    merges_patches=True,
     has_3d_positions=True,
     blank_image=blank_images.patches_of_one_token,
 )
@@ -118,12 +126,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral3": Family(layers="transformer.layers", blank_image=blank_images.two_by_two_tokens),
     "paligemma": SIGLIP,
-    "qwen2_5_vl": QWEN_VL,
+    "qwen2_5_vl": replace(QWEN_VL, orders_by_window=True),
     "qwen2_vl": QWEN_VL,
     "qwen3_vl": Family(
         tower="model.visual",
         layers="blocks",
         projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+        merges_patches=True,
         has_3d_positions=True,
         blank_image=blank_images.patches_of_one_token,
     ),
@@ -143,6 +152,11 @@ CONVENTIONAL_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder
 def family_of(vlm: PreTrainedModel) -> Family:
     """Record of a model's family, or one made by `conventional`."""
     return FAMILIES.get(vlm.config.model_type) or conventional(vlm)
+
+
+def is_listed(vlm: PreTrainedModel) -> bool:
+    """True if the model's family has a record of its own."""
+    return vlm.config.model_type in FAMILIES
 
 
 def conventional(vlm: PreTrainedModel) -> Family:
@@ -179,11 +193,12 @@ def check_family(vlm: PreTrainedModel, pruner: str, needs: tuple[str, ...], prun
     captured = [name for name in needs if name in CAPTURED_FIELDS]
     if captured and not family.has_readable_tower:
         readable = [name for name, other in FAMILIES.items() if other.has_readable_tower]
+        others = [name for name, other in PRUNERS.items() if not set(other.needs) & set(CAPTURED_FIELDS)]
         raise ModelError(
             f"pruner {pruner!r} looks at the vision tower's {', '.join(captured)}, which can be captured where the "
             "tower encodes each square tile by itself and its attention adds no positions, as in "
             f"{', '.join(readable)}, not in {model_class}; methods that need none of these work with any model: "
-            "divprune, cdpruner, tome, spatial_pool, uniform, random"
+            f"{', '.join(others)}"
         )
     if prune_budget == "tile" and not family.has_tile_budget:
         raise ModelError(

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualspeed.batch import TOKEN_INPUTS
 from dualspeed.errors import UnknownInputError
+from dualspeed.method.host_counts import HOST_INPUTS
 from dualspeed.method.vlm.families import family_of
-
-TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
-"""Inputs with one number per token, which pruning shortens along with the sequence."""
+from dualspeed.method.vlm.positions import positions_3d
+from dualspeed.pruners.selection import true_places
 
 
 def image_inputs(vlm: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -30,7 +31,9 @@ def image_inputs(vlm: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> d
 def blank_image(vlm: PreTrainedModel) -> dict[str, Tensor]:
     """One blank image as the model's `get_image_features` takes it, on the model's device and in its dtype."""
     return {
-        name: values.to(vlm.device, vlm.dtype if values.is_floating_point() else None)
+        name: values
+        if name in HOST_INPUTS
+        else values.to(vlm.device, vlm.dtype if values.is_floating_point() else None, non_blocking=True)
         for name, values in family_of(vlm).blank_image(vlm).items()
     }
 
@@ -49,17 +52,22 @@ def image_units(vlm: PreTrainedModel, pooled: Tensor | list[Tensor]) -> list[Ten
     return [tile for sample in pooled for tile in sample.split(num_tokens) if len(tile)]
 
 
-def image_seeds(vlm: PreTrainedModel, images: dict[str, Tensor], pruning_seed: int) -> Tensor:
-    """(units,) int64 checksum of each unit's pixels plus the step's seed, so that an image is pruned alike anywhere."""
+def image_seeds(vlm: PreTrainedModel, images: dict[str, Tensor], num_tokens: list[int], pruning_seed: int) -> Tensor:
+    """(units,) int64 checksum of each unit's pixels plus the step's seed, so that an image is pruned alike anywhere.
+
+    Args:
+        num_tokens: visual tokens of each unit, as many as `image_units` returns.
+    """
     pixels = images["pixel_values"]
     if family_of(vlm).splits_samples_into_tiles:
         pixels = pixels.flatten(0, 1)
-        pixels = pixels[pixels.flatten(1).any(dim=1)]  # tiles of zeros are padding
+        pixels = pixels[true_places(pixels.flatten(1).any(dim=1), len(num_tokens))]  # tiles of zeros are padding
     bits = torch.int32 if pixels.element_size() == 4 else torch.int16
     sums = pixels.flatten(1).contiguous().view(bits).sum(dim=1, dtype=torch.int64)
     if "image_grid_thw" in images:
-        # pixel_values has one row per patch here, not per image.
-        sums = torch.stack([patches.sum() for patches in sums.split(images["image_grid_thw"].prod(dim=1).tolist())])
+        # pixel_values has one row per patch here, not per image, and a token is made of as many patches everywhere.
+        patches_of_token = len(sums) // sum(num_tokens)
+        sums = torch.stack([patches.sum() for patches in sums.split([n * patches_of_token for n in num_tokens])])
     return sums + pruning_seed
 
 
@@ -69,6 +77,7 @@ def token_inputs(
     attention_mask: Tensor,
     inputs: Mapping[str, Tensor | None],
     images: dict[str, Tensor],
+    positions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Inputs of the language model with one value per token, (..., B, L): token types, 3-D positions.
 
@@ -76,6 +85,7 @@ def token_inputs(
         input_ids, attention_mask: (B, L) the batch with all of its tokens.
         inputs: what the processor gave, TOKEN_INPUTS among it.
         images: as from `image_inputs`.
+        positions: (B, 3, L) 3-D positions as from Positions3D; None: computed here, with many host-device syncs.
     """
     by_token = {name: values for name in TOKEN_INPUTS if (values := inputs.get(name)) is not None}
     if not family_of(vlm).has_3d_positions:
@@ -84,13 +94,6 @@ def token_inputs(
     by_token.pop("mm_token_type_ids", None)
     if not images:
         return by_token
-    positions = vlm.model.compute_3d_position_ids(
-        input_ids=input_ids,
-        inputs_embeds=None,
-        image_grid_thw=images["image_grid_thw"],
-        video_grid_thw=None,
-        attention_mask=attention_mask,
-        past_key_values=None,
-        mm_token_type_ids=(input_ids == vlm.config.image_token_id).int(),
-    )
-    return by_token | {"position_ids": positions}
+    if positions is None:
+        positions = positions_3d(vlm.model, vlm.config.image_token_id, input_ids, attention_mask, images)
+    return by_token | {"position_ids": positions.transpose(0, 1)}

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.vision_utils import get_vision_window_index
 
 from dualspeed.method.vlm.families import family_of
 from dualspeed.method.vlm.parts import feature_layers, last_feature_layer, projector, vision_layers, vision_tower
 
 logger = logging.getLogger(__name__)
+
+ROUNDING = 1e-6
+"""Share of the largest value below which a standard deviation is rounding."""
 
 
 def selected_attention(vlm: PreTrainedModel) -> nn.Module:
@@ -56,24 +60,29 @@ def skip_unused_vision_layers(vlm: PreTrainedModel) -> Iterator[dict[str, int | 
 def capture_fields(vlm: PreTrainedModel, needs: Collection[str], captured: dict[str, Tensor]) -> Iterator[None]:
     """Capture the fields in `needs` during the tower's forward: (tiles, patches, ...) each, into `captured`.
 
+    `before_merger` is (patches, C), as the merger gets them, in families that have one; elsewhere it is left out.
     Attention and keys are computed from the q and k of the selected layer alone, so that all layers keep their fused
     attention.
     """
     first_patch = int(drops_first_position(vlm))
+    input_of_projector = "before_merger" if family_of(vlm).merges_patches else "pre_projection"
 
     @torch.no_grad()
-    def before_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_attention(attention: Any, args: tuple, kwargs: dict) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        keys = projected_heads(attention, "k", hidden_states)
-        if "keys" in needs:
-            captured["keys"] = keys[:, first_patch:]
-        if "cls_attention" in needs:
-            mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            scores = cls_attention if has_cls_token(vlm) else received_attention
-            captured["cls_attention"] = scores(attention, hidden_states, keys, mask)[:, first_patch:]
+        with torch.autocast(hidden_states.device.type, enabled=False):  # as the pruners that read it
+            if (dtype := attention.k_proj.weight.dtype).is_floating_point:  # 4-bit weights convert their input
+                hidden_states = hidden_states.to(dtype)
+            keys = projected_heads(attention, "k", hidden_states)
+            if "keys" in needs:
+                captured["keys"] = keys[:, first_patch:]
+            if "cls_attention" in needs:
+                mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+                scores = cls_attention if has_cls_token(vlm) else received_attention
+                captured["cls_attention"] = scores(attention, hidden_states, keys.float(), mask)[:, first_patch:]
 
     def before_projector(projector: nn.Module, args: tuple) -> None:
-        captured["pre_projection"] = args[0].detach()
+        captured[input_of_projector] = args[0].detach()
 
     if "cls_attention" in needs and not has_cls_token(vlm):
         warn_of_missing_cls_token(type(vision_tower(vlm)).__name__)
@@ -81,7 +90,7 @@ def capture_fields(vlm: PreTrainedModel, needs: Collection[str], captured: dict[
         if {"cls_attention", "keys"} & set(needs):
             attention = selected_attention(vlm)
             hooks.callback(attention.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
-        if "pre_projection" in needs:
+        if input_of_projector in needs:
             hooks.callback(projector(vlm).register_forward_pre_hook(before_projector).remove)
         yield
 
@@ -115,6 +124,33 @@ def per_token(values: Tensor, num_tokens: int) -> Tensor:
     return squares.mean(dim=(2, 4)).flatten(1, 2)
 
 
+def merged_squares(vlm: PreTrainedModel, patches: Tensor, num_tokens: list[int], images: dict[str, Tensor]) -> Tensor:
+    """(P, C) means over the square of patches behind each token, in the order of the tokens.
+
+    Each dimension is divided by its standard deviation over the image's patches; one that is equal in all of them, but
+    for rounding, becomes 0.
+
+    Args:
+        patches: (patches, C) as the merger gets them.
+        num_tokens: tokens of each image.
+        images: inputs of the tower.
+    """
+    side = vlm.config.vision_config.spatial_merge_size
+    per_image = patches.float().split([side**2 * count for count in num_tokens])
+    squares = torch.cat([standardised(values).unflatten(0, (-1, side**2)).mean(dim=1) for values in per_image])
+    if not family_of(vlm).orders_by_window:
+        return squares
+    vision = vlm.config.vision_config
+    order, _ = get_vision_window_index(images["image_grid_thw"], side, vision.window_size, vision.patch_size)
+    return squares[order.to(squares.device).argsort()]
+
+
+def standardised(values: Tensor) -> Tensor:
+    """(patches, C) values divided by the standard deviation of their column; 0 where it is but rounding."""
+    deviation, largest = values.std(dim=0, correction=0), values.abs().amax(dim=0)
+    return torch.where(deviation > ROUNDING * largest, values / deviation, 0.0)
+
+
 # torch's hints say nothing of a module's attributes, hence `attention: Any` below.
 def projected_heads(attention: Any, side: str, hidden_states: Tensor) -> Tensor:
     """(B, L, C) -> (B, L, H, d) queries (side `q`) or keys (side `k`)."""
@@ -129,22 +165,20 @@ def cls_attention(attention: Any, hidden_states: Tensor, keys: Tensor, mask: Ten
     Args:
         attention: an attention module of the tower.
         hidden_states: (B, L, C) its input.
-        keys: (B, L, H, d) its keys.
+        keys: (B, L, H, d) its keys in float32.
         mask: (B, 1, L, L), bool or additive, or (B, L) of the positions that are attended to; None: all.
     """
-    query = projected_heads(attention, "q", hidden_states[:, :1])
-    scores = masked(torch.einsum("bqhd,bkhd->bhqk", query, keys).float() * attention.scale, mask, slice(1))
+    query = projected_heads(attention, "q", hidden_states[:, :1]).float()
+    scores = masked(torch.einsum("bqhd,bkhd->bhqk", query, keys) * attention.scale, mask, slice(1))
     return scores.softmax(dim=-1).mean(dim=1)[:, 0]
 
 
 def received_attention(attention: Any, hidden_states: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
     """(B, L) attention to every position, mean over heads and over all query positions; arguments as above."""
-    queries = projected_heads(attention, "q", hidden_states)
+    queries = projected_heads(attention, "q", hidden_states).float()
     received = [
         # One head at a time: (L, L) maps of all heads would be the largest tensor of the step.
-        masked((query @ key.transpose(1, 2)).float().mul(attention.scale)[:, None], mask)[:, 0]
-        .softmax(dim=-1)
-        .mean(dim=1)
+        masked((query @ key.transpose(1, 2)).mul(attention.scale)[:, None], mask)[:, 0].softmax(dim=-1).mean(dim=1)
         for query, key in zip(queries.unbind(dim=2), keys.unbind(dim=2), strict=True)
     ]
     return torch.stack(received).mean(dim=0)

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from dualspeed.method.vlm.families import family_of
 from dualspeed.method.vlm.inputs import image_units
-from dualspeed.method.vlm.tower import capture_fields, per_token, skip_unused_vision_layers
+from dualspeed.method.vlm.tower import capture_fields, merged_squares, per_token, skip_unused_vision_layers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EncodedImages:
     described: dict[str, Tensor]
     """(P, ...) the requested fields of VisualTokens, by name."""
     tiles: Tensor | None
-    """(P,) index of each token's tile within its image, -1 for newlines; None unless requested."""
+    """(P,) index of each token's tile within its image, -1 for newlines, on the CPU; None unless requested."""
 
     def all_features(self) -> list[Tensor]:
         """All outputs of the projector, features for deeper layers (DeepStack) included."""
@@ -63,7 +63,8 @@ def encode_images(
 
     Args:
         images: inputs of the model's `get_image_features`, pixel_values among them.
-        needs: fields of VisualTokens to return; only families.CAPTURED_FIELDS are considered.
+        needs: fields of VisualTokens to return; only families.CAPTURED_FIELDS are considered, and `before_merger` in
+            families that have it.
         with_tiles: True to return each token's tile.
     """
     captured: dict[str, Tensor] = {}
@@ -73,18 +74,30 @@ def encode_images(
     return EncodedImages(
         output=output,
         features=features,
-        described={name: pack(vlm, values, features, images, newline_fill(name)) for name, values in captured.items()},
+        described={name: by_token(vlm, name, values, features, images) for name, values in captured.items()},
         tiles=token_tiles(vlm, features, images) if with_tiles else None,
     )
 
 
+def by_token(
+    vlm: PreTrainedModel, name: str, values: Tensor, features: list[Tensor], images: dict[str, Tensor]
+) -> Tensor:
+    """(P, ...) a captured field in the order of the projected tokens; arguments as in `pack`."""
+    if name == "before_merger":
+        return merged_squares(vlm, values, [len(unit) for unit in features], images)
+    return pack(vlm, values, features, images, newline_fill(name))
+
+
 def token_tiles(vlm: PreTrainedModel, features: list[Tensor], images: dict[str, Tensor]) -> Tensor:
-    """(P,) index of each token's tile within its image, -1 for newlines; 0 in models that don't pack tiles."""
+    """(P,) index of each token's tile within its image, -1 for newlines; 0 in models that don't pack tiles.
+
+    On the CPU: it follows from the images' sizes.
+    """
     if not family_of(vlm).packs_tiles:
-        return torch.zeros(sum(map(len, features)), dtype=torch.long, device=features[0].device)
+        return torch.zeros(sum(map(len, features)), dtype=torch.long)
     num_tiles = tiles_per_image(vlm, images)
     side = vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size
-    tiles = torch.cat([torch.arange(n, device=features[0].device) for n in num_tiles])
+    tiles = torch.cat([torch.arange(n) for n in num_tiles])
     return pack(vlm, tiles[:, None].expand(-1, side * side).float(), features, images, -1.0).long()
 
 
@@ -136,11 +149,10 @@ def pruning_units(images: EncodedImages, seeds: Tensor | None) -> tuple[list[Ten
         seeds: one an image, or None.
 
     Returns:
-        positions of each unit's tokens, ascending, and (U,) seeds of the units.
+        positions of each unit's tokens, ascending, on the CPU, and (U,) seeds of the units.
     """
     sizes = [len(features) for features in images.features]
-    device = images.features[0].device
-    per_image = torch.arange(sum(sizes), device=device).split(sizes)
+    per_image = torch.arange(sum(sizes)).split(sizes)
     if images.tiles is None:
         return list(per_image), seeds
     units, unit_seeds = [], []
