@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 
 from dualspeed.benchmarks import Question
 from dualspeed.data.collator import generation_inputs
+from dualspeed.device import best_device
 from dualspeed.method.checkpoint import load_vlm, read_method_settings
 from dualspeed.method.isolator import ISOLATOR_FILE
 from dualspeed.method.model import DualSpeedModel
@@ -36,7 +37,7 @@ class AnswerGenerator:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.processor = AutoProcessor.from_pretrained(model_folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device()
         self.question_tokenizer = None
         if pruner is None or pruning_ratio is None:
             vlm = load_vlm(model_folder)
@@ -67,7 +68,7 @@ class AnswerGenerator:
             for start in range(0, len(order), batch_size)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> tuple[list[str], int]:
         """Answers to one batch, and the number of tokens generated for them."""
         examples = [{"image": question.image, "prompt": question.prompt} for question in questions]

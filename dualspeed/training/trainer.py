@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dualspeed.method.checkpoint import load_vlm
 from dualspeed.method.model import DualSpeedModel, DualSpeedOutput
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode, mode_of_step
+from dualspeed.settings.sharding import DDP, ZERO3
 from dualspeed.training.micro_batches import micro_batches
 from dualspeed.training.trainable import parts_of
 
@@ -85,9 +87,23 @@ class DualSpeedTrainer(Trainer):
         self.evaluation_seconds = 0.0
         """Total duration of the evaluations, which the throughput leaves out."""
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled:
+            # Between micro-batches FSDP2 would keep whole gradients on every rank; so it keeps its shard of them.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if slow_batch_size is not None and self.is_deepspeed_enabled:
             raise ConfigError("slow_batch_size: DeepSpeed's engine counts micro-batches itself; valid: None")
         self.add_callback(FrozenIsolatorInSlowSteps(self))
+
+    @property
+    def sharding(self) -> str:
+        """How the processes share the model, in the words of `dualspeed.settings.sharding.Sharding.name`."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            is_whole = "FULL_STATE_DICT" in str(plugin.state_dict_type)
+            return f"fsdp{plugin.fsdp_version}" + (" (FULL_STATE_DICT)" if is_whole else "")
+        return DDP
 
     def mode_of_step(self, step: int) -> Mode:
         """Mode of the optimizer step `step`, from 0; the same on every rank and after every resume."""
@@ -106,7 +122,7 @@ class DualSpeedTrainer(Trainer):
         if num_images is None:
             raise SampleError("slow_batch_size needs `num_images` in each batch, which the data collator doesn't give")
         *first, last = micro_batches(inputs, num_images, size)
-        with self.accelerator.no_sync(model):
+        with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
             losses = [super(DualSpeedTrainer, self).training_step(model, part, num_items_in_batch) for part in first]
         losses.append(super().training_step(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
@@ -120,6 +136,7 @@ class DualSpeedTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, DualSpeedOutput]:
         """Loss of a micro-batch in the mode of its step; in evaluation, the cross-entropy on all tokens."""
         mode = self.mode_of_step(self.state.global_step) if model.training else Mode.SLOW
+        self._forget_order_of_calls()
         outputs = model(
             **{name: values for name, values in inputs.items() if name != "num_images"},  # for `training_step` only
             mode=mode,
@@ -135,13 +152,23 @@ class DualSpeedTrainer(Trainer):
         loss = outputs.loss * scale
         return (loss, outputs) if return_outputs else loss
 
+    def _forget_order_of_calls(self) -> None:
+        """Let ZeRO-3 expect no order of calls: fast steps, slow steps and recomputed layers differ in theirs.
+
+        It would compare each micro-batch with the order of an earlier one, and may raise where they begin alike.
+        """
+        if self.sharding == ZERO3:
+            coordinator = self.model_wrapped.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
     def _record(self, inputs: dict[str, Any], outputs: DualSpeedOutput, mode: Mode, scale: int) -> None:
         """Accumulate a micro-batch's losses and counts on the device; `log` copies them to the host."""
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self._steps[mode].add(self.state.global_step)
         self._sums["tokens"].append(inputs["attention_mask"].sum())
-        self._sums["samples"].append(inputs["input_ids"].new_tensor(len(inputs["input_ids"])))
-        self._sums["batches_without_supervision"].append(inputs["input_ids"].new_tensor(len(outputs.logits) == 0))
+        self._sums["samples"].append(inputs["input_ids"].new_full((), len(inputs["input_ids"])))
+        self._sums["batches_without_supervision"].append(inputs["input_ids"].new_full((), len(outputs.logits) == 0))
         self._losses[mode, "ce_loss"].append(outputs.ce_loss.detach() * scale)
         if outputs.distillation_loss is not None:
             self._losses[mode, "distillation_loss"].append(outputs.distillation_loss.detach() * scale)
@@ -149,20 +176,30 @@ class DualSpeedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training record also gets mean losses by mode, throughput and learning rates since the last one."""
         if "loss" in logs:
-            for (mode, name), values in self._losses.items():
-                # The loss of a step is the sum over its micro-batches, which are shares of it.
-                logs[f"{mode}/{name}"] = torch.stack(values).sum().item() / len(self._steps[mode])
-            totals = {name: torch.stack(values).sum().item() for name, values in self._sums.items()}
-            seconds = time.perf_counter() - self._logged_at
-            for name in ("tokens", "samples"):
-                logs[f"{name}_per_second"] = totals[name] * self.accelerator.num_processes / seconds
-            logs["batches_without_supervision"] = totals["batches_without_supervision"]
-            logs |= self._learning_rates
+            logs |= self._totals_of_ranks(time.perf_counter() - self._logged_at) | self._learning_rates
             self._losses.clear()
             self._steps.clear()
             self._sums.clear()
             self._logged_at = time.perf_counter()
         super().log(logs, start_time)
+
+    def _totals_of_ranks(self, seconds: float) -> dict[str, float]:
+        """Mean losses by mode, and throughput over `seconds`, of all ranks together; each rank must call it."""
+        # The loss of a step is the sum over its micro-batches, which are shares of it, and the mean over ranks.
+        losses = {
+            f"{mode}/{name}": torch.stack(values).sum() / len(self._steps[mode])
+            for (mode, name), values in self._losses.items()
+        }
+        totals = {name: torch.stack(values).sum() for name, values in self._sums.items()}
+        logs, sums = self._reduced(losses, "mean"), self._reduced(totals, "sum")
+        for name in ("tokens", "samples"):
+            logs[f"{name}_per_second"] = sums[name] / seconds
+        return logs | {"batches_without_supervision": sums["batches_without_supervision"]}
+
+    def _reduced(self, values: dict[str, Tensor], reduction: str) -> dict[str, float]:
+        """Scalars of the same names on every rank -> their `mean` or `sum` over ranks, copied to the host at once."""
+        stacked = torch.stack([value.float() for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, reduction).tolist(), strict=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without an effect on training: random state and throughput stay as they were."""
@@ -195,11 +232,28 @@ class DualSpeedTrainer(Trainer):
             {
                 "name": f"{group}{'' if decays else '_no_decay'}",
                 "params": parameters,
-                "lr": self.learning_rates.get(group) or self.args.learning_rate,
+                "lr": self._learning_rate(group),
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
             for (group, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
+
+    def _learning_rate(self, group: str) -> float:
+        """Learning rate of a group of parts; 0 holds its weights as they are."""
+        rate = self.learning_rates.get(group)
+        return self.args.learning_rate if rate is None else rate
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model, gathered from all ranks; each rank must call it.
+
+        The stock trainer writes no weights under FSDP with sharded checkpoints, which are enough to resume from.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint to resume from, with adapters alone: training doesn't change the weights they adapt."""

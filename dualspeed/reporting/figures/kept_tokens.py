@@ -18,6 +18,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 
 from dualspeed.benchmarks import Question, get_benchmark
 from dualspeed.data.collator import generation_inputs
+from dualspeed.device import best_device
 from dualspeed.errors import ModelError
 from dualspeed.method.checkpoint import load_vlm
 from dualspeed.method.fast_mode import observe_pruning
@@ -41,7 +42,7 @@ def draw_kept_tokens(model_folder: Path, out: Path, settings: KeptTokensSettings
         model_folder: checkpoint with its processor; methods that can't prune it are left out.
     """
     processor = AutoProcessor.from_pretrained(model_folder)
-    vlm = load_vlm(model_folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    vlm = load_vlm(model_folder).to(best_device()).eval()
     models = models_by_pruner(vlm, settings.pruning_ratio)
     if family_of(vlm).has_3d_positions or not models:
         # Towers of such families take any number of single patches, which need not form a square.
