@@ -7,6 +7,7 @@ JSON lists are parsed here and not by ijson, which is slower, names no line in i
 pair as "?" (measurements/annotations.py).
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ MAX_ENTRY_LENGTH = 1 << 26
 """Longest entry in characters; a longer text without a complete entry is an error."""
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 PARQUET_COLUMNS = ("id", "image", "conversations")
+MISNAMED_IMAGES = ("images", "img", "imgs", "image_path", "image_paths", "image_file", "picture", "pictures")
+"""Names that other formats have for `image`, in lower case; an entry with one of them in its place is unusable."""
+UNREAD_MEDIA = ("video", "videos", "video_path", "audio", "audios", "audio_path")
+"""Names of what no model here can read, likewise."""
+CHECKSUM_DIGITS = 16
+"""Hexadecimal digits of an image's checksum in its name."""
 PARQUET_ROWS = 32
 """Rows in memory at once, with their images."""
 
@@ -40,7 +47,8 @@ class Entry:
     value: Any
     """Parsed JSON, or the `json.JSONDecodeError` of an invalid line."""
     image: bytes | None = None
-    """File content of an image in a parquet row; `value["image"]` is the path to save it under."""
+    """File content of an image in a parquet row; `value["image"]` is the path to save it under, which follows from the
+    path of the parquet file below the root folder, the row and the content."""
 
     @property
     def place(self) -> str:
@@ -56,7 +64,7 @@ def read_entries(path: Path) -> Iterator[Entry]:
     """
     if is_parquet(path):
         for part in parquet_files(path):
-            yield from read_parquet(part)
+            yield from read_parquet(part, path if path.is_dir() else path.parent)
         return
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -150,33 +158,44 @@ def open_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
 
     try:
         opened = pyarrow.parquet.ParquetFile(file)
+        found = opened.schema_arrow.names
     except FileNotFoundError:
         raise AnnotationsError(f"{file}: does not exist; valid: a file of LLaVA conversations") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names that are no UTF-8
         raise AnnotationsError(f"{file}: cannot be read as parquet: {error}") from error
-    if "conversations" not in opened.schema_arrow.names:
-        names = ", ".join(opened.schema_arrow.names)
-        raise AnnotationsError(f"{file}: has columns {names}; valid: {', '.join(PARQUET_COLUMNS)}")
+    if "conversations" not in found:
+        raise AnnotationsError(f"{file}: has columns {', '.join(found)}; valid: {', '.join(PARQUET_COLUMNS)}")
     return opened
 
 
-def read_parquet(file: Path) -> Iterator[Entry]:
-    """Yield the rows of a parquet file; an image in a row is named `<file>/<row>.<type>`."""
+def read_parquet(file: Path, root: Path) -> Iterator[Entry]:
+    """Yield the rows of a parquet file.
+
+    An image in a row is named `<path of the file below root>/<row>-<digits of its checksum>.<type>`: files of one name
+    in several folders, and data sets that share a folder of images, each keep their own.
+    """
     import pyarrow
 
     opened, number = open_parquet(file), 0
-    columns = [name for name in PARQUET_COLUMNS if name in opened.schema_arrow.names]
+    folder = file.relative_to(root).with_suffix("").as_posix()
+    known = (*PARQUET_COLUMNS, *MISNAMED_IMAGES, *UNREAD_MEDIA)
+    columns = [name for name in opened.schema_arrow.names if name.strip().casefold() in known]
     try:
         for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 image = row.pop("image", None)
                 content = image.get("bytes") if isinstance(image, dict) else None
-                if content is not None:
-                    image = f"{file.stem}/{number - 1:07d}{suffix_of(content)}"
-                yield Entry(file, number, row | {"image": image}, content)
-    except (OSError, pyarrow.ArrowException) as error:
+                if isinstance(content, bytes):
+                    digits = hashlib.sha256(content).hexdigest()[:CHECKSUM_DIGITS]
+                    image = f"{folder}/{number - 1:07d}-{digits}{suffix_of(content)}"
+                    yield Entry(file, number, row | {"image": image}, content)
+                else:
+                    yield Entry(file, number, row | {"image": image})
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: of values that Python can't hold
         raise AnnotationsError(f"{file}: is damaged after row {number}: {error}") from error
+    if number != opened.metadata.num_rows:
+        raise AnnotationsError(f"{file}: is damaged: it states {opened.metadata.num_rows} rows and holds {number}")
 
 
 def suffix_of(content: bytes) -> str:

@@ -3,18 +3,29 @@
 Input: entries {id, image, conversations: [{from: human | gpt, value}]}; `image` is a path, a list of paths or absent,
 and `<image>` in the human's turns marks the position of an image. Output: for each entry a record {id, messages,
 images}, or a `Problem` if the entry is unusable. Nothing is repaired silently, and no entry raises an error.
+
+The rule for paths: an image path is relative to the folder of images, has / between its parts, no `..` among them and
+no blank at its ends, and is taken letter by letter. Anything else is a problem.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dualspeed.data.annotations import Entry
+from dualspeed.data.annotations import MISNAMED_IMAGES, UNREAD_MEDIA, Entry
 from dualspeed.errors import RecordError
 
 IMAGE_MARK = "<image>"
+MARK_LIKE = re.compile(r"<[^<>\w]{0,4}im(?:age|g)[^<>\n]{0,24}>", re.IGNORECASE)
+"""Marks that other formats have for IMAGE_MARK, such as <IMAGE> and <image 1>."""
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")
+"""Text that is longer than any sensible path, without the dot of a suffix."""
 ROLES = {"human": "user", "gpt": "assistant"}
+SHOWN = 80
+"""Characters of a bad value that a problem shows."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,9 @@ def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
     if isinstance(entry, json.JSONDecodeError):
         raise RecordError("malformed JSON line", str(entry))
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise RecordError("not a conversation", "valid: an object with a list `conversations`")
+        seen = f"keys {', '.join(map(str, entry))}" if isinstance(entry, dict) else type(entry).__name__
+        raise RecordError("not a conversation", f"{shortened(seen)}; valid: an object with a list `conversations`")
+    check_keys(entry)
     paths = parse_images(entry.get("image"))
     turns = drop_unpaired_ends(entry["conversations"])
     if not turns or len(turns) % 2:
@@ -63,8 +76,25 @@ def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
     messages = [parse_turn(turn, number) for number, turn in enumerate(turns)]
     num_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
     if num_marks != len(paths):
-        raise RecordError("number of <image> marks is not the number of images", f"{num_marks} marks, {len(paths)}")
+        others = {mark for turn in turns for mark in MARK_LIKE.findall(turn["value"]) if mark != IMAGE_MARK}
+        seen = f" and {', '.join(sorted(others)[:3])}" if others else ""
+        raise RecordError(
+            "number of <image> marks is not the number of images",
+            f"{num_marks} x <image>{seen}, {len(paths)} images; valid: <image>, just so, once for each image",
+        )
     return {"messages": messages, "images": [str(images / path) for path in paths]}
+
+
+def check_keys(entry: dict[str, Any]) -> None:
+    """Raise RecordError for pictures under another key than `image`, and for what no model here can read."""
+    for key, value in entry.items():
+        name = str(key).strip().casefold()
+        if value in (None, "", [], {}):
+            continue
+        if name in UNREAD_MEDIA:
+            raise RecordError("video or audio", f"key {key!r}; valid: images alone, under `image`")
+        if (name in MISNAMED_IMAGES or (name == "image" and key != "image")) and not entry.get("image"):
+            raise RecordError("images under another key", f"key {key!r}; valid: `image`, a path or a list of paths")
 
 
 def drop_unpaired_ends(turns: list[Any]) -> list[Any]:
@@ -83,20 +113,54 @@ def parse_images(image: Any) -> list[str]:
     """Return the entry's image paths: none, one or several."""
     paths = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise RecordError("image is not a path", f"{image!r}; valid: a path, a list of paths, or no such key")
+        valid = "valid: a path, a list of paths, or no such key; in parquet {bytes, path} with the file's bytes"
+        raise RecordError("image is not a path", f"{shortened(repr(image))}; {valid}")
     check_unicode(*paths)
+    for path in paths:
+        check_path(path)
     return paths
+
+
+def check_path(path: str) -> None:
+    """Raise RecordError for what is no path inside the folder of images, by the rule of this module."""
+    reason = None
+    if path[:5].casefold() == "data:":
+        reason, valid = "image is a data: URL", "a file, with its path in its place"
+    elif ADDRESS.match(path):
+        reason, valid = "image is an address", "a file that was downloaded, with its path in its place"
+    elif BASE64.fullmatch(path):
+        reason, valid = "image is base64 text", "a file, with its path in its place"
+    elif path != path.strip():
+        reason, valid = "image path with blanks at its ends", "the path without them"
+    elif "\\" in path:
+        reason, valid = "image path with backslashes", "/ between its parts"
+    elif path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        reason, valid = "image path is absolute", "a path relative to `images`"
+    elif ".." in path.split("/"):
+        reason, valid = "image path with ..", "a path inside the folder `images`"
+    if reason is not None:
+        raise RecordError(reason, f"{shortened(repr(path))}; valid: {valid}")
+
+
+def shortened(text: str) -> str:
+    """Return the start of a long text."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def parse_turn(turn: Any, number: int) -> dict[str, Any]:
     """Return the message of turn `number`: even turns are the human's, odd ones the model's."""
     speaker = list(ROLES)[number % 2]
+    if isinstance(turn, dict) and "from" not in turn:
+        seen = shortened(", ".join(map(str, turn)))
+        raise RecordError("turn without `from`", f"turn {number + 1} has keys {seen}; valid: from and value")
     if not isinstance(turn, dict) or turn.get("from") != speaker:
         found = turn.get("from") if isinstance(turn, dict) else turn
-        raise RecordError("turns do not alternate", f"turn {number + 1} is from {found!r}; valid: {speaker!r}")
+        raise RecordError(
+            "turns do not alternate", f"turn {number + 1} is from {shortened(repr(found))}; valid: {speaker!r}"
+        )
     text = turn.get("value")
     if not isinstance(text, str):
-        raise RecordError("text is not a string", f"turn {number + 1}: {text!r}")
+        raise RecordError("text is not a string", f"turn {number + 1}: {shortened(repr(text))}")
     check_unicode(text)
     if not text.strip():
         raise RecordError("empty question" if speaker == "human" else "empty answer", f"turn {number + 1}")
@@ -136,7 +200,7 @@ def check_unicode(*texts: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RecordError("text is not valid Unicode", f"{text!r}: {error.reason}") from None
+            raise RecordError("text is not valid Unicode", f"{shortened(repr(text))}: {error.reason}") from None
 
 
 def text_item(text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SPARE = 1 << 30
 """Bytes that a disk keeps free beyond what a download needs."""
+MEMBERS_SUFFIX = ".members"
 
 
 def download(
@@ -123,7 +124,7 @@ def download_file(
     part, there = folder / ".download" / file.name, folder / file.name
     if not is_remote(file):
         path = local_path(file)
-    elif there.exists():
+    elif is_from_user(folder, file):
         path = there  # put there by the user, or by a run that was killed before it wrote the receipt
         expected = ({"size": size} if size else {}) | expected
     else:
@@ -137,19 +138,25 @@ def download_file(
                 part.unlink()  # complete but wrong: the next run has to fetch all of it
             raise DownloadError(f"{file.url}: {key} is {found[key]}, expected {value}: damaged, or another version")
     lock.check(name, file.name, found)
-    put_in_place(path, folder, file, is_own=path == part)
-    write_json(receipt_path(folder, file), found)
+    put_in_place(path, folder, file, found, is_own=path == part)
     return found
 
 
-def put_in_place(path: Path, folder: Path, file: SourceFile, is_own: bool) -> None:
-    """Unpack the archive at `path` into the source's folder, or move or link the file to its place there."""
-    target = folder / file.name
+def put_in_place(path: Path, folder: Path, file: SourceFile, found: dict[str, Any], is_own: bool) -> None:
+    """Unpack the archive at `path` into the source's folder, or move or link the file to its place; write a receipt.
+
+    Args:
+        found: {size, sha256} of the file.
+        is_own: True if the file was fetched for this and belongs to nobody else.
+    """
+    target, receipt = folder / file.name, receipt_path(folder, file)
+    receipt.unlink(missing_ok=True)  # until all is in place, the folder may hold some of the old and some of the new
     if file.unpack is not None:
         logger.info("unpacking %s", path)
         bar = tqdm(desc=f"unpacking {path.name}", unit="file", mininterval=1)
         with bar:
-            unpack(path, folder / file.unpack, bar.update)
+            members = unpack(path, folder / file.unpack, bar.update)
+        replace_members(folder, file, members)
         if is_own:
             path.unlink()  # the receipt records its content
     elif is_own:
@@ -157,6 +164,24 @@ def put_in_place(path: Path, folder: Path, file: SourceFile, is_own: bool) -> No
         path.replace(target)
     elif path != target:
         link(path, target)
+    write_json(receipt, found)
+
+
+def replace_members(folder: Path, file: SourceFile, members: list[str]) -> None:
+    """Record what an archive made, and delete what only its earlier version made."""
+    record = members_path(folder, file)
+    made = {str(PurePosixPath(file.unpack or ".") / member) for member in members}
+    before = set(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else set()
+    if stale := before - made:
+        others = (path for path in record.parent.rglob(f"*{MEMBERS_SUFFIX}") if path != record)
+        for path in stale.difference(*(json.loads(other.read_text(encoding="utf-8")) for other in others)):
+            (folder / path).unlink(missing_ok=True)
+    write_json(record, sorted(made))
+
+
+def members_path(folder: Path, file: SourceFile) -> Path:
+    """Path of the list of files that an archive made, relative to the source's folder."""
+    return folder / ".download" / f"{file.name}{MEMBERS_SUFFIX}"
 
 
 def expectation(name: str, file: SourceFile, lock: DataLock) -> dict[str, Any]:
@@ -185,7 +210,7 @@ def check_space(folder: Path, files: list[SourceFile], sizes: dict[str, int]) ->
     for file in files:
         part = folder / ".download" / f"{file.name}.part"
         fetched = part.stat().st_size if part.exists() else 0
-        fetches = is_remote(file) and not (folder / file.name).exists()
+        fetches = is_remote(file) and not is_from_user(folder, file)
         needed += sizes[file.name] * (fetches + (file.unpack is not None)) - fetched
     free = shutil.disk_usage(folder).free
     if files and needed + SPARE > free:
@@ -208,8 +233,23 @@ def read_receipt(folder: Path, file: SourceFile) -> dict[str, Any] | None:
     receipt = json.loads(path.read_text())
     stated = {"size": file.size, "sha256": file.sha256 and file.sha256.lower()}
     fits = all(value in (None, receipt[key]) for key, value in stated.items())
-    there = (folder / file.unpack).is_dir() if file.unpack is not None else (folder / file.name).exists()
+    there = is_unpacked(folder, file) if file.unpack is not None else (folder / file.name).exists()
     return receipt if fits and there else None
+
+
+def is_unpacked(folder: Path, file: SourceFile) -> bool:
+    """True if all that an archive made lies where the configuration wants it."""
+    record = members_path(folder, file)
+    if not record.exists():
+        return (folder / (file.unpack or ".")).is_dir()  # left by a version that kept no list
+    made = json.loads(record.read_text(encoding="utf-8"))
+    target = PurePosixPath(file.unpack or ".")
+    return all(PurePosixPath(path).is_relative_to(target) and (folder / path).exists() for path in made)
+
+
+def is_from_user(folder: Path, file: SourceFile) -> bool:
+    """True if a file lies in its place and no download of ours put it there, or none that got to its end."""
+    return (folder / file.name).exists() and not receipt_path(folder, file).exists()
 
 
 def is_remote(file: SourceFile) -> bool:
@@ -246,10 +286,9 @@ def download_repository(name: str, source: Source, lock: DataLock, workers: int)
         snapshot.check_lock(path, found, lock)
     for path in snapshot.paths:
         targets = [file.unpack for file in source.files if file.unpack is not None and matches(path, file.name)]
-        receipt = receipt_path(folder, SourceFile(path=path))
+        archive = SourceFile(path=path, unpack=targets[0] if targets else None)
         if not targets:
             link(snapshot.folder / path, folder / path)
-        elif not receipt.exists() or json.loads(receipt.read_text()) != files[path]:
-            put_in_place(snapshot.folder / path, folder, SourceFile(path=path, unpack=targets[0]), is_own=False)
-            write_json(receipt, files[path])
+        elif read_receipt(folder, archive) != files[path]:
+            put_in_place(snapshot.folder / path, folder, archive, files[path], is_own=False)
     return {"revision": snapshot.commit, "files": files}

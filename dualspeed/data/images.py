@@ -1,27 +1,32 @@
 """Image files: checks before training, with the reason of a failure, and opening.
 
-An image is usable if it decodes completely, is a single still picture with at least MIN_SIDE pixels on each side and an
-aspect ratio of at most MAX_ASPECT_RATIO, and its pixel mode converts to RGB. Grey, palette, CMYK and transparent images
-are converted; `inspect_image` reports their mode.
+An image is usable if it decodes completely, has at least MIN_SIDE pixels on each side, an aspect ratio of at most
+MAX_ASPECT_RATIO and no more pixels than the limit, and if its pixel mode has an RGB form (dualspeed.data.rgb). Of an
+animation, the first frame counts. `inspect_image` reports what is converted.
 """
 
+import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dualspeed.data.rgb import conversion_of, to_rgb
 from dualspeed.errors import ImageError
+from dualspeed.settings.recipe import MAX_IMAGE_PIXELS
 
 MIN_SIDE = 2
 """Fewest pixels on a side; an image of one pixel or one line is a placeholder or an accident."""
 MAX_ASPECT_RATIO = 100
 """Longest side over shortest. Longer strips leave no row of patches in LLaVA-NeXT's grid, and LLaVA-1.5's processor
 enlarges them to 100 MB."""
-CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr")
-"""Pixel modes that convert to RGB without loss of range; 16-bit and float modes would be clipped."""
 SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 """Suffixes that are tried for a missing image: LLaVA's annotations name all images of OCR-VQA .jpg, but the downloaded
 files keep their own suffixes."""
+
+# Pillow's own limit warns at one size and raises an error at twice that; ours (`max_image_pixels`) is checked here.
+Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +38,25 @@ class ImageReport:
     """None for a usable image."""
     detail: str = ""
     mode: str = ""
-    """Pixel mode in the file; other modes than RGB are converted when the image is opened."""
+    """Pixel mode in the file, and what else differs from plain RGB; all of it is converted when the image is opened."""
     height: int = 0
     """Pixels, of the upright image."""
     width: int = 0
     """Pixels, of the upright image."""
+    checksum: str = ""
+    """SHA-256 of the file."""
 
 
 def find_image(path: str | Path) -> Path:
-    """Return the path of the image that annotations name `path`: itself, or the same name with another suffix."""
+    """Return the path of the image that annotations name `path`: itself, or the one file of another suffix."""
     path = Path(path)
-    if path.exists():
+    try:
+        if path.exists():
+            return path
+        others = [other for suffix in SUFFIXES if (other := path.with_suffix(suffix)).exists()]
+    except (OSError, ValueError):  # a name that no file can have; `inspect_image` says why
         return path
-    others = (path.with_suffix(suffix) for suffix in SUFFIXES)
-    return next((other for other in others if other.exists()), path)
+    return others[0] if len(others) == 1 else path
 
 
 def check_image(path: str | Path) -> str | None:
@@ -54,53 +64,57 @@ def check_image(path: str | Path) -> str | None:
     return inspect_image(path).reason
 
 
-def inspect_image(path: str | Path) -> ImageReport:
+def inspect_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageReport:
     """Decode the image at `path` completely and report on it; an unusable file raises no error."""
     path = str(path)
-    if not Path(path).is_file():
+    try:
+        content = Path(path).read_bytes() if Path(path).is_file() else None
+    except (OSError, ValueError) as error:
+        return ImageReport(path, "cannot be read", detail=getattr(error, "strerror", None) or str(error))
+    if content is None:
         return ImageReport(path, "missing")
-    if Path(path).stat().st_size == 0:
+    if not content:
         return ImageReport(path, "zero bytes")
     try:
-        with Image.open(path) as image:
-            return _inspect(path, image)
+        with Image.open(io.BytesIO(content)) as image:
+            return _inspect(path, image, max_pixels, hashlib.sha256(content).hexdigest())
     except UnidentifiedImageError:
         return ImageReport(path, "not an image")
-    except Image.DecompressionBombError as error:
-        return ImageReport(path, "too large", detail=str(error))
     except Exception as error:
         # Decoders raise OSError, ValueError, SyntaxError, struct.error and more; each means an unusable image.
         return ImageReport(path, "truncated or damaged", detail=f"{type(error).__name__}: {error}")
 
 
-def _inspect(path: str, image: Image.Image) -> ImageReport:
-    # Cameras write multi-picture JPEGs (MPO): one photograph with previews.
-    num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if num_frames > 1:
-        return ImageReport(path, "animated", detail=f"{num_frames} frames")
-    if image.mode != "RGB" and image.mode not in CONVERTIBLE_MODES:
+def _inspect(path: str, image: Image.Image, max_pixels: int, checksum: str) -> ImageReport:
+    if image.width * image.height > max_pixels:
+        size = f"{image.width} x {image.height} pixels; max_image_pixels is {max_pixels}"
+        return ImageReport(path, "too large", detail=size)
+    conversion = conversion_of(image)
+    if conversion is None:
         return ImageReport(path, "pixel mode without an RGB form", detail=image.mode)
-    mode = image.mode
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    width, height = image.size
+    width, height = upright_rgb(image).size
     if min(width, height) < MIN_SIDE:
         return ImageReport(path, "too small", detail=f"{width} x {height} pixels; at least {MIN_SIDE} on a side")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         return ImageReport(path, "too narrow", detail=f"{width} x {height} pixels; at most 1 : {MAX_ASPECT_RATIO}")
-    return ImageReport(path, mode=mode, height=height, width=width)
+    return ImageReport(path, mode=conversion, height=height, width=width, checksum=checksum)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image: its first frame, turned as EXIF says, in RGB."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Open the image at `path`, upright and in RGB; ImageError names a file that can't be opened.
 
-    These are the two steps of transformers' own loader, so a stock processor that is given the path sees the same
-    pixels.
+    For a plain RGB image these are the two steps of transformers' own loader, so a stock processor that is given the
+    path sees the same pixels.
     """
     try:
         with Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return upright_rgb(image)
     except Exception as error:
         raise ImageError(f"image {path}: {inspect_image(path).reason or error}") from error

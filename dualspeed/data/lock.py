@@ -36,7 +36,7 @@ class DataLock:
             raise LockError(
                 f"{self.path}: {source}, {name}: locked are {locked['size']} bytes with sha256 {locked['sha256']}, "
                 f"found are {found['size']} with {found['sha256']}: the file is damaged or was replaced. Download it "
-                "again to see which; to accept a new version, remove the entry from the lock"
+                "again to see which; to accept a new version, remove the entry from the lock and state its sha256"
             )
 
     def record(self, source: str, entry: dict[str, Any]) -> None:

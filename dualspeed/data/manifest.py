@@ -7,6 +7,7 @@ from typing import Any
 
 from dualspeed.data.conversations import Problem
 from dualspeed.errors import PreparationError
+from dualspeed.files import sha256_of_json
 from dualspeed.settings.recipe import DataRecipe
 
 NUM_LISTED = 10
@@ -30,9 +31,11 @@ class Tally:
     problems: list[Problem] = field(default_factory=list)
     """Dropped samples."""
     converted: dict[str, str] = field(default_factory=dict)
-    """Image path -> pixel mode in the file, of images that aren't RGB."""
+    """Image path -> pixel mode in the file and what else is converted, of images that aren't plain RGB."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Image path in the annotations -> path at which the image was found, if it differs."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Image path -> SHA-256 of the file, of usable images."""
 
     def manifest(self) -> dict[str, Any]:
         """Return the content of manifest.json."""
@@ -42,6 +45,8 @@ class Tally:
             "num_dropped": len(self.problems),
             "num_cut_at_max_length": self.num_cut,
             "num_tokens": self.num_tokens,
+            "num_images": len(self.checksums),
+            "images_sha256": sha256_of_json(self.checksums),
             "dropped_by_reason": count_reasons(self.problems),
             "converted_by_mode": dict(modes.most_common()),
             "dropped": [problem.to_dict() for problem in self.problems],

@@ -10,6 +10,7 @@ inside the annotations (parquet) are written to the image folder once.
 """
 
 import json
+import os.path
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ from dualspeed.data.lengths import TokensOf, choose_method, tokens_by_size, trun
 from dualspeed.data.manifest import Tally, check_share
 from dualspeed.data.processing import load_processor
 from dualspeed.errors import AnnotationsError, PreparationError
-from dualspeed.files import atomic_folder
+from dualspeed.files import atomic_folder, write_atomic
 from dualspeed.layout import VALIDATION_FOLDER
 from dualspeed.settings.recipe import DataRecipe
 
@@ -96,7 +97,7 @@ def prepare_dataset(recipe: DataRecipe, model: str | Path, out: str | Path, work
 def check_folders(recipe: DataRecipe, model: Path, out: Path) -> None:
     """Raise PreparationError for a missing input or a full disk, before any work."""
     annotations, images = Path(recipe.annotations), Path(recipe.images)
-    if not annotations.exists():
+    if not os.path.exists(annotations):  # Path.exists fails at a name that is too long
         raise PreparationError(
             f"annotations: {annotations} does not exist; valid: LLaVA conversations, JSON or parquet"
         )
@@ -161,6 +162,8 @@ def usable_rows(recipe: DataRecipe, processor: ProcessorMixin, workers: int, tal
                 tally.num_seen += len(chunk)
                 progress.update(len(chunk))
                 check_share(recipe, tally)
+        except OSError as error:  # here, where nothing is written to the dataset, it is one of input
+            raise PreparationError(f"{recipe.annotations}: its samples cannot be read: {error}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -179,11 +182,11 @@ def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[C
             return (
                 record,
                 record["images"],
-                [pool.submit(extract_image, path, entry.image) for path in record["images"]],
+                [pool.submit(extract_image, path, entry.image, recipe.max_image_pixels) for path in record["images"]],
             )
         for path in record["images"]:
             if path not in seen:
-                seen[path] = pool.submit(find_and_inspect, path)
+                seen[path] = pool.submit(find_and_inspect, path, recipe.max_image_pixels)
         return record, record["images"], []
 
     def collect(chunk: list) -> Chunk:
@@ -205,18 +208,26 @@ def inspected_chunks(recipe: DataRecipe, pool: ThreadPoolExecutor) -> Iterator[C
         yield collect(waiting.popleft())
 
 
-def find_and_inspect(path: str) -> ImageReport:
+def find_and_inspect(path: str, max_pixels: int) -> ImageReport:
     """Find the image that the annotations name `path` and report on it."""
-    return inspect_image(find_image(path))
+    return inspect_image(find_image(path), max_pixels)
 
 
-def extract_image(path: str, content: bytes) -> ImageReport:
-    """Write an image from the annotations to `path`, unless it exists, and report on it."""
+def extract_image(path: str, content: bytes, max_pixels: int) -> ImageReport:
+    """Write an image from the annotations to `path`, unless just that is there, and report on it.
+
+    Atomic, since another stage that shares the folder may write or read the same image.
+
+    Raises:
+        PreparationError: it can't be written.
+    """
     file = Path(path)
-    if not (file.is_file() and file.stat().st_size == len(content)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-    return inspect_image(file)
+    try:
+        if not (file.is_file() and file.read_bytes() == content):
+            write_atomic(file, content)
+    except OSError as error:
+        raise PreparationError(f"images: {file} cannot be written: {error.strerror or error}") from error
+    return inspect_image(file, max_pixels)
 
 
 def split_by_images(chunk: Chunk, tally: Tally) -> tuple[list[dict[str, Any]], dict[str, ImageReport]]:
@@ -232,6 +243,8 @@ def split_by_images(chunk: Chunk, tally: Tally) -> tuple[list[dict[str, Any]], d
                 tally.converted[report.path] = report.mode
             if report.path != path:
                 tally.renamed[path] = report.path
+            if report.reason is None:
+                tally.checksums[report.path] = report.checksum
         unusable = next((report for _, report in reports if report.reason), None)
         if isinstance(record, Problem):
             tally.problems.append(record)

@@ -1,12 +1,11 @@
 """User questions as tokens, `question_ids`: input of query-based pruners beside the prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from dualspeed.batch import QUESTION_PADDING
 
@@ -17,7 +16,7 @@ def text_of_user(messages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(item["text"] for item in items if item["type"] == "text")
 
 
-def tokenize_questions(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def tokenize_questions(texts: Sequence[str], tokenizer: Callable[..., Mapping]) -> Tensor:
     """Tokenize texts without special tokens: (B, Q), shorter texts padded on the right with QUESTION_PADDING."""
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+from PIL import Image
+
 from dualspeed.benchmarks import Question
-from dualspeed.data.images import inspect_image
+from dualspeed.data.images import inspect_image, open_image
 from dualspeed.errors import BenchmarkError
-from dualspeed.files import sha256_of_json
+from dualspeed.files import sha256_of_file, sha256_of_json
 
 
 def images_checksum(name: str, questions: list[Question]) -> str:
-    """Digest of names and sizes in bytes of a benchmark's images: cheap, and different for regenerated images.
+    """Digest of names and content of a benchmark's images.
 
     Raises:
         BenchmarkError: images are missing; the message lists the first ones.
@@ -18,7 +20,12 @@ def images_checksum(name: str, questions: list[Question]) -> str:
     missing = [str(image) for image in images if not image.is_file()]
     if missing:
         raise BenchmarkError(f"{name}: {len(missing)} of {len(images)} images are missing: {', '.join(missing[:5])}")
-    return sha256_of_json([(image.name, image.stat().st_size) for image in images])
+    return sha256_of_json([(image.name, sha256_of_file(image)) for image in images])
+
+
+def image_as_asked(path: Path) -> Image.Image:
+    """Image in RGB as models get it, upright and on white, which pages show beside the question."""
+    return open_image(path)
 
 
 def check_images(questions: list[Question]) -> dict[Path, tuple[int, int]]:
@@ -29,7 +36,8 @@ def check_images(questions: list[Question]) -> dict[Path, tuple[int, int]]:
     """
     images = sorted({question.image for question in questions if question.image is not None})
     reports = {image: inspect_image(image) for image in images}
-    bad = [f"{image} ({report.reason})" for image, report in reports.items() if report.reason]
+    unusable = {image: report for image, report in reports.items() if report.reason}
+    bad = [f"{image} ({report.reason}{report.detail and f', {report.detail}'})" for image, report in unusable.items()]
     if bad:
         raise BenchmarkError(f"{len(bad)} of {len(images)} images cannot be used: {', '.join(bad[:5])}")
     return {image: (report.height, report.width) for image, report in reports.items()}

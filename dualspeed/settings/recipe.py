@@ -1,7 +1,9 @@
 """The recipe of a training stage: its data and its `transformers.TrainingArguments`, by a global batch size."""
 
 import dataclasses
+import os.path
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dualspeed.chat_templates import TEMPLATE_NAMES
@@ -13,6 +15,10 @@ from dualspeed.settings.training_arguments import check_training_arguments
 
 IMAGE_ASPECT_RATIOS = ("anyres", "pad", "square")
 """LLaVA's names: `square` crops the middle, `pad` adds borders, `anyres` cuts tiles beside a view of the whole."""
+PARQUET_SUFFIXES = ("", ".parquet")
+"""Suffixes of annotations that hold their images: folders and files of parquet."""
+MAX_IMAGE_PIXELS = 178_956_970
+"""Largest image; from here on Pillow itself takes a file for an attack on memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +39,21 @@ class DataRecipe:
     """Way to fit an image into the tower's square tiles; null: as the checkpoint's processor does it."""
     validation_annotations: str | None = None
     """Held-out conversations, in the same format and with images in the same folder; null: no validation."""
+    max_image_pixels: int = number(above=0, default=MAX_IMAGE_PIXELS)
+    """Largest image in pixels; larger ones are unusable."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.validation_annotations == self.annotations:
-            raise ConfigError(f"validation_annotations: {self.annotations!r} is trained on; valid: another file")
+        if self.validation_annotations is not None and is_shared(self.validation_annotations, self.annotations):
+            valid = f"valid: another file or folder, beside {self.annotations!r}"
+            raise ConfigError(f"validation_annotations: {self.validation_annotations!r} is trained on; {valid}")
+
+
+def is_shared(one: str, other: str) -> bool:
+    """True if two paths are the same, or one is parquet inside the other: a folder stands for all parquet below it."""
+    first, second = (Path(os.path.abspath(path)) for path in (one, other))
+    inside = [inner for inner, outer in ((first, second), (second, first)) if inner.is_relative_to(outer)]
+    return any(path.suffix in PARQUET_SUFFIXES for path in inside) or first == second
 
 
 @dataclass(frozen=True, kw_only=True)

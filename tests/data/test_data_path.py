@@ -1,5 +1,6 @@
 """Data path from a server to a prepared dataset, in LLaVA's published layouts: small files, real processes."""
 
+import hashlib
 import io
 import json
 import os
@@ -172,7 +173,11 @@ def test_parquet_data_of_llava_next(server):
         tiny.llava_next_processor, annotations="data/next/data", images="data/next-images", max_dropped_share=0.5
     )
     folder = "data/next-images/train-00000-of-00001"
-    assert rows == {"jpeg": [f"{folder}/0000000.jpg"], "text": [], "png": [f"{folder}/0000002.png"]}
+    assert rows.keys() == {"jpeg", "text", "png"} and rows["text"] == []
+    for name, start in {"jpeg": f"{folder}/0000000-", "png": f"{folder}/0000002-"}.items():
+        (path,) = rows[name]
+        assert path.startswith(start)
+        assert hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] == Path(path).stem.partition("-")[2]
     assert manifest["num_dropped"] == 2
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,43 @@ def test_a_source_is_fetched_unpacked_and_locked_once(server, tmp_path):
     assert num_gets(server) == 3
     assert get(source, tmp_path) == entry
     assert num_gets(server) == 3
+
+
+def test_an_archive_that_its_publisher_replaced_replaces_its_content(server, tmp_path):
+    """Its members have the old names and sizes; one is new, and one is gone."""
+
+    def only_images(content):
+        (server.folder / "images.zip").write_bytes(zipped(content))
+        url, digest = f"{server.url}/images.zip", sha256((server.folder / "images.zip").read_bytes())
+        return genome(server, tmp_path, files=[{"url": url, "unpack": "in", "sha256": digest}])
+
+    old = {"a.jpg": b"old" * 1000, "b.jpg": b"gone"}
+    new = {"a.jpg": b"new" * 1000, "c.jpg": b"more"}
+    get(only_images(old), tmp_path)
+    (tmp_path / "data/vg/in/own.jpg").write_bytes(b"the user's")
+    with pytest.raises(DownloadError, match=r"images\.zip: s.* in the configuration and .* in .*data\.lock"):
+        get(only_images(new), tmp_path)
+    (tmp_path / "config/data.lock").unlink()
+    get(only_images(new), tmp_path)
+    expected = {f"in/{name}": content for name, content in new.items()}
+    assert tree(tmp_path / "data/vg") == expected | {"in/own.jpg": b"the user's"}
+
+
+def test_a_file_that_its_publisher_replaced_is_fetched_again(server, tmp_path):
+    for content in (b"old" * 100, b"new" * 100):
+        (tmp_path / "config/data.lock").unlink(missing_ok=True)
+        (server.folder / "vg.json").write_bytes(content)
+        files = [{"url": f"{server.url}/vg.json", "sha256": sha256(content)}]
+        get(genome(server, tmp_path, files=files), tmp_path)
+        assert tree(tmp_path / "data/vg") == {"vg.json": content}
+
+
+def test_content_of_another_place_or_that_was_deleted_is_unpacked_again(server, tmp_path):
+    for target in ("in", ".", "."):
+        files = [{"url": f"{server.url}/images.zip", "unpack": target}]
+        get(genome(server, tmp_path, files=files), tmp_path)
+        assert tree(tmp_path / "data/vg" / target) == PICTURES
+        next((tmp_path / "data/vg" / target).rglob("1.jpg")).unlink()
 
 
 @pytest.mark.parametrize("fault", ["break", "stall", "truncate", 500])
@@ -236,7 +274,7 @@ def test_tar_archives_are_unpacked(tmp_path):
     (tmp_path / "in/a.jpg").write_bytes(b"a" * 1000)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "in", "images")
-    assert unpack(tmp_path / "a.tar.gz", tmp_path / "out") == 1
+    assert unpack(tmp_path / "a.tar.gz", tmp_path / "out") == ["images/a.jpg"]
     assert tree(tmp_path / "out") == {"images/a.jpg": b"a" * 1000}
 
 
@@ -262,6 +300,21 @@ def test_an_archive_that_leaves_its_folder_is_refused(member, message, tmp_path)
     with pytest.raises(ArchiveError, match=message):
         unpack(tmp_path / "bad.tar", tmp_path / "out/in")
     assert tree(tmp_path / "out") == {}
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path):
+    link = zipfile.ZipInfo("images/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(ArchiveError, match="'images/link' is a link or a device; refused"):
+        unpack(tmp_path / "bad.zip", tmp_path / "out")
+
+
+def test_two_members_of_one_path_are_refused(tmp_path):
+    (tmp_path / "bad.zip").write_bytes(zipped({"a/b.jpg": b"one", "a//b.jpg": b"two"}))
+    with pytest.raises(ArchiveError, match=r"two members are written to 'a/b\.jpg'"):
+        unpack(tmp_path / "bad.zip", tmp_path / "out")
 
 
 def test_a_zip_that_leaves_its_folder_is_refused_whole(tmp_path):

@@ -1,5 +1,7 @@
 """Preparation of data: a dataset of all usable samples and a manifest of the others, complete or not at all."""
 
+import hashlib
+import io
 import json
 import resource
 import signal
@@ -19,7 +21,7 @@ from dualspeed.batch import IGNORE_INDEX
 from dualspeed.chat_templates import use_template
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.conversations import Problem
-from dualspeed.data.images import inspect_image
+from dualspeed.data.images import inspect_image, open_image
 from dualspeed.data.lengths import choose_method, tokens_by_pixels, tokens_by_size, truncated_length
 from dualspeed.data.prepare import prepare_dataset
 from dualspeed.errors import AnnotationsError, PreparationError
@@ -125,7 +127,9 @@ def test_samples_that_a_template_cannot_hold_are_dropped(models_folder, tmp_path
 
 def test_an_image_is_opened_once_however_often_it_is_asked_about(models_folder, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("dualspeed.data.prepare.inspect_image", lambda path: opened.append(path) or inspect_image(path))
+    monkeypatch.setattr(
+        "dualspeed.data.prepare.inspect_image", lambda path, *limit: opened.append(path) or inspect_image(path, *limit)
+    )
     entries = [entry("<image>\nq", "a", name=str(index), image="a.png") for index in range(300)]
     recipe = make_recipe(tmp_path, [*good_entries(tmp_path), *entries])
     manifest = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out", workers=2)
@@ -189,8 +193,9 @@ def test_a_file_without_conversations_is_one_clear_error(content, error, message
 
 @pytest.mark.parametrize("model", ["llava", "llava_next"])
 def test_parquet_rows_become_files_and_a_dataset(model, models_folder, tmp_path):
-    write_parquet(tmp_path / "data", parquet_rows(), "train-00000-of-00002.parquet")
-    write_parquet(tmp_path / "data", parquet_rows()[:2], "train-00001-of-00002.parquet")
+    rows = parquet_rows()
+    write_parquet(tmp_path / "data", rows, "train-00000-of-00002.parquet")
+    write_parquet(tmp_path / "data", rows[:2], "train-00001-of-00002.parquet")
     images = tmp_path / "images"
     settings = {"chat_template": "turns", "max_length": 400, "max_dropped_share": 0.5}
     recipe = DataRecipe(annotations=str(tmp_path / "data"), images=str(images), **settings)
@@ -198,7 +203,8 @@ def test_parquet_rows_become_files_and_a_dataset(model, models_folder, tmp_path)
     dataset = load_from_disk(tmp_path / "out")
     assert dataset["id"][:] == ["jpeg", "text", "png", "jpeg", "text"]
     first, second = images / "train-00000-of-00002", images / "train-00001-of-00002"
-    files = [[first / "0000000.jpg"], [], [first / "0000002.png"], [second / "0000000.jpg"], []]
+    jpeg, _, png, *_ = (row["image"] and hashlib.sha256(row["image"]["bytes"]).hexdigest()[:16] for row in rows)
+    files = [[first / f"0000000-{jpeg}.jpg"], [], [first / f"0000002-{png}.png"], [second / f"0000000-{jpeg}.jpg"], []]
     assert dataset["images"][:] == [[str(path) for path in paths] for paths in files]
     processor = AutoProcessor.from_pretrained(models_folder / model)
     use_template(processor, "turns")
@@ -211,6 +217,97 @@ def test_parquet_rows_become_files_and_a_dataset(model, models_folder, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in images.rglob("*.*")}
     prepare_dataset(recipe, models_folder / model, tmp_path / "again")
     assert {path: path.stat().st_mtime_ns for path in images.rglob("*.*")} == before
+
+
+def picture_rows(colour):
+    """One sample whose image has the same number of bytes in every colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(buffer, format="BMP")
+    return [entry("<image>\nq", "a", name=colour, image={"bytes": buffer.getvalue(), "path": None})]
+
+
+def colours_of(dataset):
+    """Id of each sample, and the colour of its image."""
+    return {row["id"]: open_image(row["images"][0]).getpixel((0, 0)) for row in dataset}
+
+
+def test_parquet_files_of_one_name_keep_their_own_images(models_folder, tmp_path):
+    """As LLaVA-OneVision-Data is laid out, one folder a subset; with held-out data that shares the folder of images."""
+    for colour, folder in {"red": "data/one", "lime": "data/two", "blue": "held_out/one", "black": "data"}.items():
+        write_parquet(tmp_path / folder, picture_rows(colour))
+    settings = {"chat_template": "turns", "validation_annotations": str(tmp_path / "held_out")}
+    recipe = DataRecipe(annotations=str(tmp_path / "data"), images=str(tmp_path / "images"), **settings)
+    prepare_dataset(recipe, models_folder / "llava", tmp_path / "out", workers=2)
+    trained = load_from_disk(tmp_path / "out")
+    assert colours_of(trained) == {"red": (255, 0, 0), "lime": (0, 255, 0), "black": (0, 0, 0)}
+
+    # Another stage with the same folder of images, and a file of the old name and size, leave all that is there.
+    write_parquet(tmp_path / "data/one", picture_rows("white"))
+    other = DataRecipe(annotations=str(tmp_path / "data"), images=str(tmp_path / "images"), chat_template="turns")
+    prepare_dataset(other, models_folder / "llava", tmp_path / "other")
+    assert colours_of(load_from_disk(tmp_path / "other"))["white"] == (255, 255, 255)
+    assert colours_of(trained) == {"red": (255, 0, 0), "lime": (0, 255, 0), "black": (0, 0, 0)}
+    assert colours_of(load_from_disk(tmp_path / "out" / VALIDATION_FOLDER)) == {"blue": (0, 0, 255)}
+
+
+def test_a_torn_image_of_an_earlier_preparation_is_written_again(models_folder, tmp_path):
+    write_parquet(tmp_path / "data", picture_rows("red"))
+    recipe = DataRecipe(annotations=str(tmp_path / "data"), images=str(tmp_path / "images"), chat_template="turns")
+    prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    (file,) = (tmp_path / "images").rglob("*.*")
+    file.write_bytes(bytes(file.stat().st_size))
+    prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    assert colours_of(load_from_disk(tmp_path / "out")) == {"red": (255, 0, 0)}
+
+
+def test_a_name_that_no_file_can_have_is_one_bad_row(models_folder, tmp_path):
+    entries = [*good_entries(tmp_path), entry("<image>", "a", name="long", image="x" * 300 + ".png")]
+    entries.append(entry("<image>", "a", name="zero", image="x\0.png"))
+    manifest = prepare_dataset(make_recipe(tmp_path, entries), models_folder / "llava", tmp_path / "out")
+    reasons = {item["id"]: (item["reason"], item["detail"]) for item in manifest["dropped"]}
+    assert reasons["long"] == ("image: cannot be read", "File name too long")
+    assert reasons["zero"][0] == "image: missing" and manifest["num_samples"] == 3
+
+
+def test_an_error_of_input_is_not_one_of_output(models_folder, tmp_path, monkeypatch):
+    def fail(path, max_pixels):
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr("dualspeed.data.prepare.inspect_image", fail)
+    recipe = make_recipe(tmp_path, good_entries(tmp_path))
+    with pytest.raises(PreparationError, match=r"data\.json: its samples cannot be read: .*Input/output error"):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+
+
+def test_images_that_cannot_be_written_are_named(models_folder, tmp_path):
+    write_parquet(tmp_path / "data", picture_rows("red"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/train-00000-of-00001").write_text("a file in the folder's place")
+    recipe = DataRecipe(annotations=str(tmp_path / "data"), images=str(tmp_path / "images"), chat_template="turns")
+    with pytest.raises(PreparationError, match=r"images: .*train-00000-of-00001.* cannot be written"):
+        prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+
+
+def test_the_manifest_changes_with_the_content_of_an_image(models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path))
+    before = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    assert before["num_images"] == 3
+    Image.new("RGB", (28, 28), "lime").save(tmp_path / "images/a.png")
+    after = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    assert before.pop("images_sha256") != after.pop("images_sha256")
+    assert before == after
+
+
+def test_the_limit_of_pixels_is_a_setting(models_folder, tmp_path):
+    recipe = make_recipe(tmp_path, good_entries(tmp_path), max_image_pixels=1500)
+    manifest = prepare_dataset(recipe, models_folder / "llava", tmp_path / "out")
+    (dropped,) = manifest["dropped"]
+    assert dropped == {
+        "id": "two",
+        "file": str(tmp_path / "images/b.png"),
+        "reason": "image: too large",
+        "detail": "90 x 20 pixels; max_image_pixels is 1500",
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,18 @@ def picture_bytes(size, kind="JPEG"):
     return buffer.getvalue()
 
 
-def write_parquet(folder, rows, name="train-00000-of-00001.parquet"):
-    """Write rows in the columns of LLaVA-NeXT-Data."""
-    folder.mkdir(exist_ok=True)
+def parquet_schema():
+    """The columns of LLaVA-NeXT-Data."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
     columns = {"id": pa.string(), "image": image, "conversations": turns, "data_source": pa.string()}
-    table = pa.Table.from_pylist(rows, schema=pa.schema(columns.items()))
-    pq.write_table(table, folder / name, row_group_size=2)
+    return pa.schema(columns.items())
+
+
+def write_parquet(folder, rows, name="train-00000-of-00001.parquet"):
+    """Write rows in the columns of LLaVA-NeXT-Data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=parquet_schema()), folder / name, row_group_size=2)
 
 
 def parquet_rows():

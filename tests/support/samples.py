@@ -83,10 +83,10 @@ def write_image(path, kind):
         Image.new("RGB", (1, 40)).save(path)
     elif kind == "strip":
         Image.new("RGB", (1000, 3)).save(path)
-    elif kind == "animated":
-        image.save(path, format="GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")])
-    elif kind == "16 bit":
-        Image.new("I;16", (40, 30), 40_000).save(path)
+    elif kind == "float":
+        Image.new("F", (40, 30), 0.5).save(path, format="TIFF")
+    elif kind == "too large":
+        Image.new("1", (30_000, 6_000)).save(path)
     else:
         image.convert(kind).save(path, format="TIFF" if kind == "CMYK" else "PNG")
 
@@ -100,6 +100,6 @@ BAD_IMAGES = {
     "1 pixel": "too small",
     "line": "too small",
     "strip": "too narrow",
-    "animated": "animated",
-    "16 bit": "pixel mode without an RGB form",
+    "float": "pixel mode without an RGB form",
+    "too large": "too large",
 }
