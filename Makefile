@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Spinning OpenMP threads make a step ten times slower where cores are busy.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo demo-full resume show report ui test test-all pictures lint clean
+.PHONY: help install demo demo-full resume show report ui test test-all fuzz gpu wheels pictures lint clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,20 @@ test: install  ## the tests, a few minutes
 
 test-all: install  ## the longer ones too
 	$(BIN)/pytest
+
+fuzz: install  ## mutated inputs for every reader of files, 20000 each, or N=1000
+	$(BIN)/pytest tests/fuzz --fuzz-inputs $(or $(N),20000)
+
+# No `install`: a machine with a GPU may have no network, and another Python and torch (PYTHON=...).
+gpu:  ## the figures that need a GPU, 8 minutes, with PYTHON=<interpreter that has torch and transformers>
+	$(PYTHON) -m measurements.gpu
+	$(PYTHON) -m measurements.gpu_tables
+
+# What a machine without internet installs: pip install --no-index --find-links wheels 'dualspeed[workflow,slurm]'.
+WHEELS ?= wheels
+PACKAGES ?= '.[workflow,slurm,lora]'
+wheels:  ## a folder of wheels of everything, to be taken to machines without internet
+	$(PYTHON) -m pip wheel --quiet -c constraints.txt --wheel-dir $(WHEELS) $(PACKAGES)
 
 pictures: install  ## screenshots for docs/img of what `make demo` left; needs Chromium
 	$(BIN)/pytest tests/reporting/test_pictures.py --pictures docs/img

@@ -15,13 +15,14 @@ from pathlib import Path
 from dualspeed.evaluation.answering import generate_answers
 from dualspeed.evaluation.scoring import score
 from dualspeed.files import sha256_of_json
+from dualspeed.fingerprints import checkpoint_fingerprint, dataset_fingerprint
 from dualspeed.layout import Layout
 from dualspeed.settings.identity import key_of
 from dualspeed.settings.jobs import answer_settings
 from dualspeed.settings.project import BenchmarkConfig, Project, load_project
 from dualspeed.settings.sheet import Row
 from dualspeed.settings.stage import StageSettings
-from dualspeed.training.stage import fingerprint, train
+from dualspeed.training.stage import train
 
 LONGER = 1.5
 LARGEST_GAIN = 1.5
@@ -64,7 +65,7 @@ def longer_model(project: Project, row: Row) -> Path:
     """Folder of a row's model with 1.5 times the steps; trains it if the folder is missing."""
     layout, settings = Layout(project.results), lengthened(project.finetune_settings(row))
     start, data = Path(layout.pretraining(row.pretrain_key)), Path(layout.prepared(row.model, "finetune"))
-    inputs = [key_of(settings), fingerprint(start, "*.safetensors"), fingerprint(data, "*.arrow")]
+    inputs = [key_of(settings), checkpoint_fingerprint(start), dataset_fingerprint(data)]
     model = recipe_folder(project) / f"{row.id}-longer-{sha256_of_json(inputs)[:8]}"
     if not model.is_dir():
         train(settings, start, data, Path(layout.state), model)

@@ -14,24 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
-from transformers import (
-    CLIPImageProcessorPil,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    ProcessorMixin,
-)
 
-from dualspeed.chat_templates import load_template
 from dualspeed.data.collator import ConversationCollator
-from dualspeed.training.step_times import machine
-from tests.support.word_tokenizer import word_tokenizer
+from dualspeed.device import machine
+from measurements.training_pictures import example, processor_of
 
-SIDE, PATCH, BATCH = 336, 14, 16
+BATCH = 16
 PEAK_FLOPS, UTILISATION = 989e12, 0.4
 """Dense bfloat16 FLOPs a second of an H100 or H200 (NVIDIA's data sheet), and the share that good training reaches."""
 LLM_PARAMETERS, TOWER_PARAMETERS = 6.7e9, 0.3e9
@@ -55,7 +45,7 @@ def main() -> None:
 
 def row(name: str, examples: list[dict]) -> dict[str, str]:
     """Cells of a model's line of the table."""
-    collate = ConversationCollator(processor_of(name))
+    collate = ConversationCollator(processor_of(name == "llava-next-7b"))
     batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
     seconds = [processor_seconds(collate, batch) for batch in batches]
     per_core = BATCH / statistics.median(seconds[1:])
@@ -74,35 +64,6 @@ def processor_seconds(collate: ConversationCollator, batch: list[dict]) -> float
     start = time.process_time()
     collate(batch)
     return time.process_time() - start
-
-
-def example(folder: Path, number: int) -> dict:
-    """Row of a prepared dataset; writes its picture."""
-    noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    path = folder / f"{number}.jpg"
-    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
-    question = [{"type": "image", "text": None}, {"type": "text", "text": "what is in the picture ? " * 8}]
-    answer = [{"type": "text", "text": "there is a picture of many colours . " * 8}]
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": str(number), "messages": messages, "images": [str(path)]}
-
-
-def processor_of(name: str) -> ProcessorMixin:
-    """Processor of the model, with a tokenizer of a few words."""
-    words = "<unk> <s> </s> <pad> <image> what is in the picture ? there a of many colours .".split()
-    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    if name == "llava-next-7b":
-        kind, pictures = LlavaNextProcessor, LlavaNextImageProcessorPil(image_grid_pinpoints=[[672, 672]], **size)
-    else:
-        kind, pictures = LlavaProcessor, CLIPImageProcessorPil(**size)
-    return kind(
-        image_processor=pictures,
-        tokenizer=word_tokenizer(words),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=load_template("vicuna_v1"),
-    )
 
 
 if __name__ == "__main__":

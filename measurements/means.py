@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dualspeed.device import machine, peak_memory_bytes
 from dualspeed.method.fast_mode import encode_batch
 from dualspeed.method.losses import supervised_positions
 from dualspeed.method.model import DualSpeedModel
@@ -30,7 +31,7 @@ from dualspeed.method.sequences import Sequences
 from dualspeed.method.vlm.vision import EncodedImages
 from dualspeed.settings.modes import Mode
 from dualspeed.training.micro_batches import micro_batches
-from dualspeed.training.step_times import machine, peak_memory_bytes, timed
+from dualspeed.training.step_times import timed
 from measurements.models import MODELS, batch_of
 from measurements.train_step import Step, backward, in_fresh_process, make_steps, optimised
 

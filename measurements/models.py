@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dualspeed.device import best_device
+
 IMAGE_TOKEN, PAD_TOKEN = 3, 0
 PATCH = 14
 
@@ -75,7 +77,7 @@ MODELS = {
 
 def build(size: Size) -> PreTrainedModel:
     """LLaVA-1.5, or LLaVA-NeXT with four tiles and a base tile per image, with random weights."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     torch.manual_seed(0)
     vision = CLIPVisionConfig(**size.vision, image_size=size.side, patch_size=PATCH)
     text = LlamaConfig(**size.text, vocab_size=size.vocabulary, pad_token_id=PAD_TOKEN, max_position_embeddings=4096)
@@ -93,7 +95,7 @@ def build(size: Size) -> PreTrainedModel:
 
 def batch_of(size: Size) -> dict[str, torch.Tensor]:
     """One global batch: an image per sample, text before and after it, the answer at the end."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     generator = torch.Generator().manual_seed(0)
     row_length = size.side // PATCH
     # A square image in four tiles: the base tile, and rows that end with a newline token.

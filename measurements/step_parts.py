@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from dualspeed.device import machine
 from dualspeed.method import fast_mode, model
 from dualspeed.reporting.figures.style import LIGHT, styled
-from dualspeed.training.step_times import count_flops, machine
+from dualspeed.training.step_times import count_flops
 from measurements.models import MODELS
 from measurements.stopwatch import Stopwatch
 from measurements.train_step import PRUNING_RATIO, SLOW_MODE_RATIO, Step, make_steps, mixed

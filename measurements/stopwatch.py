@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-from dualspeed.training.step_times import synchronize
+from dualspeed.device import synchronize
 
 
 class Stopwatch:

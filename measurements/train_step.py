@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from dualspeed import DualSpeedConfig
+from dualspeed.device import machine, peak_memory_bytes
 from dualspeed.method.model import DualSpeedModel
 from dualspeed.settings.modes import Mode
 from dualspeed.training.micro_batches import micro_batches
-from dualspeed.training.step_times import count_flops, machine, peak_memory_bytes, time_pruner, timed
+from dualspeed.training.step_times import count_flops, time_pruner, timed
 from dualspeed.training.trainable import set_trainable
 from measurements import plain_step
 from measurements.models import MODELS, Size, batch_of, build

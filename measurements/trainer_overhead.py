@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
+from dualspeed.device import machine
 from dualspeed.method.model import DualSpeedModel
 from dualspeed.tracking.metric_log import MetricLog, RunSpec
 from dualspeed.training.callbacks import MetricLogCallback
-from dualspeed.training.step_times import machine
 from dualspeed.training.trainable import set_trainable
 from measurements.models import MODELS, batch_of, build
 from measurements.stopwatch import Stopwatch
