@@ -22,9 +22,9 @@ def find_path(folder: Path, *names: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Content of a UTF-8 file. Raises BenchmarkError if it can't be read or is empty."""
+    """Content of a UTF-8 file, without its byte order mark. Raises BenchmarkError if it can't be read or is empty."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BenchmarkError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -34,12 +34,20 @@ def read_text(path: Path) -> str:
     return text
 
 
+def parse_json(text: str, place: str, names_line: bool = False) -> Any:
+    """JSON value of a text; errors name its `place`, and the line in it if asked for."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if names_line else ""
+        raise BenchmarkError(f"{place}{line}: not valid JSON ({error.msg}); is it truncated?") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise BenchmarkError(f"{place}: not readable as JSON ({error})") from error
+
+
 def read_json(path: Path, expected: type) -> Any:
     """JSON value of a file, which must be of type `expected` (dict or list)."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is it truncated?") from error
+    value = parse_json(read_text(path), str(path), names_line=True)
     if not isinstance(value, expected):
         raise BenchmarkError(f"{path}: holds a JSON {type(value).__name__}, expected a {expected.__name__}")
     return value
@@ -53,10 +61,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BenchmarkError(f"{place}: not valid JSON ({error.msg}); is it truncated?") from error
+        value = parse_json(line, place)
         if not isinstance(value, dict):
             raise BenchmarkError(f"{place}: expected a JSON object, found {line.strip()[:40]!r}")
         lines.append((place, value))

@@ -4,16 +4,19 @@ A question is right only if the answers to all rotations are.
 
 Files: mmbench_dev_20230712.tsv and mmbench_dev_cn_20231003.tsv (official, with the images in the table), and those of
 test, whose answers go to a server. Each rotation is a row, whose index is the question's plus a multiple of 1,000,000.
-There is no judge: the rule is the option matching of VLMEvalKit's exact_matching, by which exactly one option's letter
-must be among the words of an answer, and there among the last four. Images are written to images/ beside the table when
-questions are loaded.
+There is no judge: the rule is VLMEvalKit's exact_matching. Exactly one option's letter must be among the words of an
+answer, and there among the last four; where there is no such letter, the answer must hold the text of exactly one
+option. Images are written to images/ beside the table when questions are loaded.
+
+Cells of options are text here: an option `None` or `N/A` is shown and can be right. LLaVA's loader (pandas) takes it
+for an empty cell and leaves out this option and those behind it.
 """
 
 import base64
-import binascii
 import csv
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,6 +36,7 @@ from dualspeed.errors import BenchmarkError
 from dualspeed.files import write_atomic
 
 OPTIONS = ("A", "B", "C", "D")
+INDEX = re.compile("[0-9]{1,18}")
 ROTATION = 1_000_000
 LAST_WORDS = 4
 LETTER_ANSWER_CN = "\n请直接回答选项字母。"
@@ -40,6 +44,13 @@ LETTER_ANSWER_CN = "\n请直接回答选项字母。"
 EMPTY = frozenset(
     "#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split()
 ) | {"", "#N/A N/A"}
+# Sentences by which VLMEvalKit knows that a model refused to answer, whatever else it said.
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 NOT_WORDS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 LONGEST_REFERENCE = 64
 NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -58,38 +69,49 @@ def question_file(names: Sequence[str], folder: Path) -> Path:
 
 def read_rows(path: Path, *columns: str) -> list[tuple[str, dict[str, str]]]:
     """(place, row) of the table; it must have `columns` beside index, question and options."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
-    header = next(reader)
+    (_, header), *lines = read_table(path)
     for column in ("index", "question", "A", "B", *columns):
         if column not in header:
             raise BenchmarkError(f"{path}, line 1: there is no column {column!r}")
+    if repeated := next((column for column in header if header.count(column) > 1), None):
+        raise BenchmarkError(f"{path}, line 1: column {repeated!r} is there twice")
     rows = []
-    for fields in reader:
-        place = f"{path}, line {reader.line_num}"
+    for number, fields in lines:
+        place = f"{path}, line {number}"
         if len(fields) != len(header):
             raise BenchmarkError(f"{place}: {len(fields)} fields, expected {len(header)}; is the file truncated?")
         row = dict(zip(header, fields, strict=True))
-        if not row["index"].isdecimal():
+        if not INDEX.fullmatch(row["index"]):
             raise BenchmarkError(f"{place}: field 'index' is {row['index']!r}, expected a number")
         rows.append((place, row))
     reject_duplicates([row["index"] for _, row in rows], path)
     return rows
 
 
+def read_table(path: Path) -> list[tuple[int, list[str]]]:
+    """(number of its last line, fields) of each row of the table, as text; blank lines are no rows."""
+    csv.field_size_limit(sys.maxsize)
+    # The last row shows that no quote is open: one that is never closed would swallow the rows behind it.
+    end = ["end of the table"]
+    reader = csv.reader(io.StringIO(f"{read_text(path)}\n{end[0]}", newline=""), delimiter="\t")
+    try:
+        *rows, last = [(reader.line_num, fields) for fields in reader if fields]
+    except csv.Error as error:
+        raise BenchmarkError(f"{path}, line {reader.line_num}: not a tab-separated table ({error})") from error
+    if last[1] != end:
+        start = rows[-1][0] + 1 if rows else 1
+        raise BenchmarkError(f"{path}, line {start}: a quote is opened and never closed; is the file truncated?")
+    return rows
+
+
 def is_empty(cell: str) -> bool:
-    """True if LLaVA reads a cell as empty."""
+    """True if LLaVA reads a hint as empty."""
     return cell in EMPTY or cell.lower() in ("nan", "none")
 
 
 def get_options(row: Mapping[str, str]) -> dict[str, str]:
-    """{letter: text} up to the first empty option."""
-    options = {}
-    for letter in OPTIONS:
-        if is_empty(row.get(letter, "")):
-            break
-        options[letter] = row[letter]
-    return options
+    """{letter: text} up to the last option that isn't empty; of empty ones before it there is no letter."""
+    return {letter: row[letter] for letter in OPTIONS if row.get(letter, "").strip()}
 
 
 def make_prompt(row: Mapping[str, str], request: str) -> str:
@@ -106,7 +128,7 @@ def write_image(content: str, folder: Path, place: str) -> Path:
     if not path.exists():
         try:
             write_atomic(path, base64.b64decode(content, validate=True))
-        except binascii.Error as error:
+        except ValueError as error:
             raise BenchmarkError(f"{place}: field 'image' is not base64 ({error}); is the file truncated?") from error
         except OSError as error:
             raise BenchmarkError(
@@ -135,13 +157,19 @@ def parse_letter(text: str, options: Mapping[str, str]) -> str:
     words = text.translate(NOT_WORDS).split()
     named = [letter for letter in options if letter in words]
     is_clear = len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS
-    return named[0] if is_clear else ""
+    return named[0] if is_clear and not is_refusal(text) else ""
 
 
-def parse_letter_or_text(text: str, options: Mapping[str, str]) -> str:
+def is_refusal(text: str) -> bool:
+    """True for an answer that VLMEvalKit reads as Z, none of the options."""
+    return any(sentence in text for sentence in REFUSALS)
+
+
+def parse_answer(text: str, options: Mapping[str, str]) -> str:
     """Option that a text names by its letter or else by its words: VLMEvalKit's reading without a judge."""
-    letter = parse_letter(text, options)
-    if letter or len(text) > 2 * sum(map(len, options.values())):
+    letter, words = parse_letter(text, options), text.translate(NOT_WORDS).split()
+    says_none = is_refusal(text) or ("Z" in words and not any(option in words for option in options))
+    if letter or says_none or len(text) > 2 * sum(map(len, options.values())):
         return letter
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else ""
@@ -157,18 +185,21 @@ def score_answers(names: Sequence[str], folder: Path, answers: Mapping[str, str]
         groups.setdefault(str(int(row["index"]) % ROTATION), []).append((place, row))
     records = []
     for index, group in groups.items():
-        golds = [get_choice(row, "answer", OPTIONS, place) for place, row in group]
         options = [get_options(row) for _, row in group]
+        golds = [
+            get_choice(row, "answer", tuple(each), place) for (place, row), each in zip(group, options, strict=True)
+        ]
         texts = [answers.get(row["index"], "") for _, row in group]
-        read = [parse_letter(text, each) for text, each in zip(texts, options, strict=True)]
+        read = [parse_answer(text, each) for text, each in zip(texts, options, strict=True)]
+        score = float(read == golds)
         others = {
-            "vlmevalkit": float([parse_letter_or_text(*each) for each in zip(texts, options, strict=True)] == golds),
+            "vlmevalkit": score,
+            "letter": float([parse_letter(*each) for each in zip(texts, options, strict=True)] == golds),
             "first_rotation": float(read[0] == golds[0]),
         }
         is_missing = any(row["index"] not in answers for _, row in group)
         category = group[0][1].get("l2-category") or group[0][1].get("category", "")
         gold, predicted = " ".join(golds), " ".join(letter or "?" for letter in read)
-        score = float(read == golds)
         records.append(Record(index, score, gold, predicted, category, is_missing=is_missing, other_scores=others))
     return records
 
@@ -189,7 +220,7 @@ def submission(names: Sequence[str], folder: Path, answers: Mapping[str, str]) -
         cells = row | {"prediction": answers.get(row["index"], "")}
         for position, column in enumerate(columns, start=1):
             text = ILLEGAL_CHARACTERS_RE.sub("", cells[column])
-            if column == "index" or not is_empty(text):
+            if text:
                 cell = sheet.cell(number, position)
                 # With its type, so that a text that begins with = is no formula.
                 cell.value, cell.data_type = (int(text), "n") if column == "index" else (text, "s")

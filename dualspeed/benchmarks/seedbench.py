@@ -5,6 +5,7 @@ here), which also names the image files. The rule is that of LLaVA's convert_see
 letter and nothing else. Ids are numbers in answers and text in annotations.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dualspeed.benchmarks.records import (
 from dualspeed.errors import BenchmarkError
 
 OPTIONS = ("A", "B", "C", "D")
+NUMBER = re.compile("[0-9]+")
 
 
 def question_file(folder: Path) -> Path:
@@ -30,7 +32,7 @@ def question_file(folder: Path) -> Path:
 def answer_key(record: dict, place: str) -> str:
     """Id as text, without leading zeros if it is a number."""
     key = official_key(record, place)
-    return str(int(key)) if key.isdecimal() else key
+    return (key.lstrip("0") or "0") if NUMBER.fullmatch(key) else key
 
 
 def read_official(folder: Path) -> tuple[dict[str, tuple[str, dict]], dict[int, str]]:

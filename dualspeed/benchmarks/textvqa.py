@@ -7,6 +7,7 @@ key counts for both; questions without an answer are left out of the mean.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from dualspeed.errors import BenchmarkError
 NUM_ANNOTATORS = 10
 OCR = "Reference OCR token: "
 WITHOUT_OCR = " (without OCR)"
+WITH = "with_ocr"
+KINDS = {WITH: "", "without_ocr": WITHOUT_OCR}
+"""Kind of prompt -> what the ids of its questions end with."""
 # Older form of LLaVA's prompts, which its scorer still reads.
 OLD_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
@@ -97,29 +101,49 @@ def read_annotations(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
     return keys, annotators
 
 
+def pair_answers(keys: Sequence[str], answers: Mapping[str, str]) -> tuple[list[dict[str, str]], bool]:
+    """({kind of prompt: answer} of each annotation, True if a question has answers of both kinds).
+
+    Two annotations with the same key have two answers, of whatever kind.
+    """
+    ids = {kind: number_repeats(f"{key}{ending}" for key in keys) for kind, ending in KINDS.items()}
+    pairs = [
+        {kind: answers[name] for kind, name in zip(ids, names, strict=True) if name in answers}
+        for names in zip(*ids.values(), strict=True)
+    ]
+    given: dict[str, list[tuple[str, str]]] = {}
+    for key, pair in zip(keys, pairs, strict=True):
+        given.setdefault(key, []).extend(pair.items())
+    num_asked = Counter(keys)
+    if any(len(found) > num_asked[key] for key, found in given.items()):
+        return pairs, True
+    return [dict([given[key].pop(0)]) if given[key] else {} for key in keys], False
+
+
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per annotation. Answers without OCR tokens count only if there is no answer with them."""
+    """One record per annotation.
+
+    LLaVA's script takes every answer, whatever the form of its prompt. But where a question has one with OCR tokens and
+    one without them, as ours have, only those with them count.
+    """
     keys, annotators = read_annotations(folder)
-    numbered = [number_repeats(f"{key}{ending}" for key in keys) for ending in ("", WITHOUT_OCR)]
-    reject_unknown(answers, {*numbered[0], *numbered[1]}, annotation_file(folder))
-    has_ocr = not answers.keys().isdisjoint(numbered[0])
+    ids = number_repeats(keys)
+    reject_unknown(answers, {*ids, *number_repeats(f"{key}{WITHOUT_OCR}" for key in keys)}, annotation_file(folder))
+    pairs, is_asked_twice = pair_answers(keys, answers)
     records = []
-    for key, *ids in zip(keys, *numbered, strict=True):
+    for question_id, key, pair in zip(ids, keys, pairs, strict=True):
         golds = [evalai(answer) for answer in annotators[key]]
-        scores = [leave_one_out(evalai(answers[each]), golds) if each in answers else None for each in ids]
-        score = scores[0] if has_ocr else scores[1]
-        text = answers.get(ids[0] if has_ocr else ids[1], "")
-        names = ("with_ocr", "without_ocr")
-        others = {name: value for name, value in zip(names, scores, strict=True) if value is not None}
-        gold = max(golds, key=golds.count)
-        records.append(Record(ids[0], score or 0.0, gold, text, is_missing=score is None, other_scores=others))
+        scores = {kind: leave_one_out(evalai(text), golds) for kind, text in pair.items()}
+        counted = WITH if is_asked_twice else next(iter(pair), WITH)
+        score, text, gold = scores.get(counted), pair.get(counted, ""), max(golds, key=golds.count)
+        records.append(Record(question_id, score or 0.0, gold, text, is_missing=score is None, other_scores=scores))
     return records
 
 
 def metrics(records: Sequence[Record]) -> dict[str, float]:
     """LLaVA's accuracy, which ignores missing answers; with missing answers as wrong; per kind of prompt."""
     result = answered_accuracy(records) | {"num_answered": float(sum(not record.is_missing for record in records))}
-    for name in ("with_ocr", "without_ocr"):
+    for name in KINDS:
         chosen = [record for record in records if name in record.other_scores]
         if chosen:
             result[f"accuracy_{name}"] = other_accuracy(chosen, name)

@@ -3,7 +3,8 @@
 Files of val: val.json (official), images in val/. Files of test: llava_test.jsonl (questions with LLaVA's prompts),
 images in test/. The id of a question of val in an answers file is its image's name, with or without ending, or the
 number in that name; if there is a llava_val.jsonl, it is that file's question_id. The rule is that of the official API,
-which normalises the model's answer but not those of the annotators.
+which normalises the model's answer but not those of the annotators; in its public copies most contractions are written
+with a curly apostrophe, so that `dont` becomes an answer that equals no annotator's `don't`.
 """
 
 import json
@@ -23,12 +24,30 @@ from dualspeed.benchmarks.records import (
     reject_duplicates,
     reject_unknown,
 )
-from dualspeed.benchmarks.vqa_accuracy import clean, evalai, leave_one_out, normalise, read_annotators
+from dualspeed.benchmarks.vqa_accuracy import (
+    CONTRACTIONS,
+    clean,
+    evalai,
+    leave_one_out,
+    normalise_words,
+    read_annotators,
+    strip_punctuation,
+)
 from dualspeed.errors import BenchmarkError
 
-NUMBERED_IMAGE = re.compile(r"VizWiz_val_(\d+)")
+NUMBERED_IMAGE = re.compile(r"VizWiz_val_([0-9]{1,18})")
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 PROMPT_END = UNANSWERABLE + SHORT_ANSWER
+CURLY = str.maketrans("'", "\u2019")
+# Of the official table: words whose contraction has a straight apostrophe all the same, and words written with one.
+STRAIGHT_CONTRACTIONS = frozenset("aint arent cant couldve couldnt weve wheres whove".split())
+STRAIGHT_WORDS = frozenset(("couldn'tve", "hadn'tve"))
+CURLY_CONTRACTIONS = {
+    word if word in STRAIGHT_WORDS else word.translate(CURLY): (
+        whole if word in STRAIGHT_CONTRACTIONS else whole.translate(CURLY)
+    )
+    for word, whole in CONTRACTIONS.items()
+}
 
 
 def question_file(folder: Path) -> Path:
@@ -80,7 +99,7 @@ def by_image(folder: Path, answers: Mapping[str, str], known: set[str]) -> dict[
 
 def official_score(answer: str, annotators: Sequence[str]) -> float:
     """Score of one answer by the official API."""
-    return leave_one_out(normalise(clean(answer)), annotators)
+    return leave_one_out(normalise_words(strip_punctuation(clean(answer)), CURLY_CONTRACTIONS), annotators)
 
 
 def lmms_score(answer: str, annotators: Sequence[str]) -> float:

@@ -2,14 +2,15 @@
 
 The score of an answer is min(1, matches / 3) among nine of ten annotators, averaged over the one left out. Answers are
 compared in a normal form, which differs by benchmark. `normalise` is that of the official VQA evaluation
-(GT-Vision-Lab/VQA), which VizWiz shares; `evalai` is that of the m4c evaluator, with which LLaVA scores TextVQA and
-writes files for servers. Both reproduce the originals exactly, oddities included: punctuation becomes a space, but is
-removed where a space is beside it, and everywhere if the text has a comma between digits; only the first 32 periods are
-removed (the original passes a flag of `re` as the count); `twenty-one` becomes `twenty 1`.
+(GT-Vision-Lab/VQA), which VizWiz shares but for its table of contractions; `evalai` is that of the m4c evaluator, with
+which LLaVA scores TextVQA and writes files for servers. Both reproduce the originals exactly, oddities included:
+punctuation becomes a space, but is removed where a space is beside it, and everywhere if the text has a comma between
+digits; only the first 32 periods are removed (the original passes a flag of `re` as the count); `twenty-one` becomes
+`twenty 1`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from dualspeed.benchmarks.files import get_field
@@ -58,10 +59,10 @@ def strip_punctuation(text: str, digit_comma: re.Pattern = DIGIT_COMMA) -> str:
     return PERIOD.sub("", stripped, count=MAX_PERIODS)
 
 
-def normalise_words(text: str) -> str:
+def normalise_words(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     """Text in lower case, numbers up to ten as digits, no articles, apostrophes of contractions restored."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -65,7 +65,7 @@ def lmms_score(answer: str, annotators: Sequence[str]) -> float:
 
 
 def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
-    """One record per annotated question. A missing answer scores 0; the official script would stop at it."""
+    """One record per annotated question. A missing answer is the empty one, as for the server; it may earn credit."""
     path = annotation_file(folder)
     asked = {official_key(entry, place) for place, entry in read_entries(question_file(folder), "questions")}
     reject_unknown(answers, asked, question_file(folder))
@@ -78,8 +78,7 @@ def score_answers(folder: Path, answers: Mapping[str, str]) -> list[Record]:
         gold = get_field(entry, "multiple_choice_answer", str, place)
         category = get_field(entry, "answer_type", str, place)
         answer, is_missing = answers.get(question_id, ""), question_id not in answers
-        score = 0.0 if is_missing else official_score(answer, annotators)
-        others = {"lmms_eval": 0.0 if is_missing else lmms_score(answer, annotators)}
+        score, others = official_score(answer, annotators), {"lmms_eval": lmms_score(answer, annotators)}
         records.append(Record(question_id, score, gold, answer, category, is_missing=is_missing, other_scores=others))
     reject_duplicates([record.question_id for record in records], path)
     if len(records) < len(asked):

@@ -5,6 +5,7 @@ is a key of everything that decides the answers, so that other settings or weigh
 and the model loaded only if a question is left to answer.
 """
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from dualspeed.benchmarks import Question, QuestionSet, get_question_set
 from dualspeed.benchmarks.records import PROMPT_VERSION
-from dualspeed.errors import BenchmarkError, ConfigError
+from dualspeed.errors import BenchmarkError, CheckpointError, ConfigError
 from dualspeed.evaluation.answers import PartialAnswers, write_answers
 from dualspeed.evaluation.images import check_images, images_checksum
 from dualspeed.files import sha256_of_file, sha256_of_json, write_json
+from dualspeed.fingerprints import checkpoint_fingerprint
 from dualspeed.layout import METHOD_FILE
 from dualspeed.settings.identity import identity, key_of, record
 from dualspeed.settings.jobs import AnswerSettings
@@ -30,9 +32,6 @@ from dualspeed.tracking.store import Store
 if TYPE_CHECKING:
     from dualspeed.evaluation.generator import AnswerGenerator
 
-# Files of a checkpoint that decide its answers. The record of its training differs from run to run, so it is not here.
-CHECKPOINT_FILES = ("*.safetensors", "config.json", "generation_config.json", METHOD_FILE)
-PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.*")
 KEY_DIGITS = 16
 
 
@@ -121,11 +120,16 @@ def make_task(
 
 
 def checkpoint_checksum(model_folder: Path) -> str:
-    """Digest of the files of a checkpoint that decide its answers."""
-    files = sorted({path for pattern in CHECKPOINT_FILES + PROCESSOR_FILES for path in model_folder.glob(pattern)})
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ConfigError(f"{model_folder}: there is no *.safetensors; expected a checkpoint folder")
-    return sha256_of_json([(path.name, sha256_of_file(path)) for path in files])
+    """Digest of all that decides a checkpoint's answers: its own files, and the CLIP of its relevance if it has one."""
+    try:
+        found = [checkpoint_fingerprint(model_folder)]
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; expected a checkpoint folder") from None
+    method = model_folder / METHOD_FILE
+    clip = json.loads(method.read_text(encoding="utf-8")).get("relevance_clip") if method.exists() else None
+    if clip is not None and Path(clip).is_dir():
+        found.append(checkpoint_fingerprint(Path(clip)))
+    return sha256_of_json(found)
 
 
 def load_generator(settings: AnswerSettings, model_folder: Path) -> "AnswerGenerator":

@@ -45,7 +45,14 @@ def bootstrap_interval(
 ) -> list[float]:
     """Lower and upper end of the 95 % interval of one score with these `statistics` (units, m)."""
     (drawn,) = _resample(benchmark, statistics[None], from_sums)
-    return np.percentile(drawn[1:], INTERVAL).tolist()
+    return interval_of(drawn).tolist()
+
+
+def interval_of(values: np.ndarray) -> np.ndarray:
+    """Lower and upper end of the 95 % interval of (1 + RESAMPLES,) values, the real one first; an end may be inf."""
+    if np.isfinite(values[1:]).all():
+        return np.percentile(values[1:], INTERVAL)
+    return np.percentile(values[1:], INTERVAL, method="inverted_cdf")  # between two infs is nothing to interpolate
 
 
 def _resample(benchmark: str, statistics: np.ndarray, from_sums: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -70,7 +77,8 @@ def relative(
 ) -> np.ndarray | None:
     """Rel. in percent of each (experiment, its Baseline): (experiments, 1 + RESAMPLES).
 
-    An experiment is left out if it or its Baseline lacks the score of a benchmark; None if none remains.
+    It is inf, and means nothing, where the Baseline scores 0 on a benchmark. An experiment is left out if it or its
+    Baseline lacks the score of a benchmark; None if none remains.
     """
     relatives = []
     for experiment, baseline in experiments_and_baselines:
@@ -78,6 +86,6 @@ def relative(
         baseline_cells = [(baseline, "full", benchmark) for benchmark in benchmarks]
         if all(cell in scores for cell in own_cells + baseline_cells):
             own, full = (np.stack([scores[cell] for cell in cells]) for cells in (own_cells, baseline_cells))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                relatives.append(100 * np.mean(own / full, axis=0))
+            shares = np.divide(own, full, out=np.full_like(own, np.inf), where=full != 0)
+            relatives.append(100 * np.mean(shares, axis=0))
     return np.stack(relatives) if relatives else None

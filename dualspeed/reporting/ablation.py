@@ -1,5 +1,6 @@
 """Rows of Table 3: the line of the paper's ablation that each row's settings make."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -49,11 +50,14 @@ def ablation_rows(summary: pd.DataFrame, benchmarks: Sequence[str]) -> pd.DataFr
 def gains(rows: pd.DataFrame) -> list[float | None]:
     """Change of Rel. of each line against the step before; None for the first step.
 
-    NaN if either Rel. is missing, or if the step before has several lines.
+    NaN if either Rel. is missing, or if the step before has several lines; inf if a Baseline scored 0.
     """
     found = []
     for line in rows.itertuples():
         before = rows["rel"][rows["step"] == line.step - 1]
-        known = line.rel - before.iloc[0] if len(before) == 1 else float("nan")
+        known = float("nan")
+        if len(before) == 1:
+            both = line.rel, before.iloc[0]
+            known = math.inf if math.inf in both and not any(map(math.isnan, both)) else both[0] - both[1]
         found.append(None if line.step == 0 else known)
     return found

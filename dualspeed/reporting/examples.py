@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from dualspeed.benchmarks import Benchmark, Question, Record, get_benchmark
 from dualspeed.evaluation.answers import read_answers
+from dualspeed.evaluation.images import image_as_asked
 from dualspeed.layout import Layout
 from dualspeed.settings.jobs import ReportSettings
 from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS, in_paper_order
@@ -134,9 +134,8 @@ def make_example(question: Question, chosen: str, scored: Sequence[Scored]) -> E
 
 def embed_image(path: Path) -> str:
     """Picture as a data URI, scaled down to MAX_PIXELS a side."""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-        small.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    small = image_as_asked(path)
+    small.thumbnail((MAX_PIXELS, MAX_PIXELS))
     content = io.BytesIO()
     small.save(content, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -6,7 +6,9 @@ line for every row of the sheet, with empty cells.
 """
 
 import json
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,23 @@ def read_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
         valid = (int, float) if kind is float else (kind,)
         if not isinstance(content.get(name), valid):
             raise ResultsError(f"{path}: field {name!r} is missing or no {kind.__name__}; {again}")
+    if wrong := next(_not_finite({name: content[name] for name in fields if name != "statistics"}), None):
+        raise ResultsError(f"{path}: field {wrong[0]!r} is {wrong[1]}; valid: a finite number; {again}")
     return content
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(name, what it is) of each number in a JSON value that a table can't show: NaN, inf, or too large for one."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, str(value)
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        yield name, "too large"
 
 
 def _cells(sheet: Sheet) -> list[tuple[Row, str, str]]:
@@ -204,8 +222,8 @@ def _statistics(path: Path, content: dict[str, Any]) -> np.ndarray:
         values = np.asarray(content["statistics"], dtype=float)
     except ValueError as error:
         raise ResultsError(f"{path}: field 'statistics' is no table of numbers ({error}); score it again") from error
-    if values.ndim != 2:
-        raise ResultsError(f"{path}: field 'statistics' is no table of numbers; score it again")
+    if values.ndim != 2 or not len(values) or not np.isfinite(values).all():
+        raise ResultsError(f"{path}: field 'statistics' is no table of numbers, all finite; score it again")
     return values
 
 
@@ -235,7 +253,14 @@ def _speed_line(layout: Layout, row: Row) -> dict[str, Any]:
 def _read_times(layout: Layout, row: Row) -> dict[str, float]:
     """Step times of a row; empty if not measured yet, and for a Baseline."""
     path = Path(layout.speed(row.speed_key)) if row.speed_key else None
-    return read_fields(path, SPEED_FIELDS) if path and path.exists() else {}
+    if path is None or not path.exists():
+        return {}
+    times = read_fields(path, SPEED_FIELDS)
+    for name in (*STEP_COLUMNS, "theory_u"):
+        if times[name] <= 0:
+            valid = "valid: above 0; delete it to have it made again"
+            raise ResultsError(f"{path}: field {name!r} is {times[name]}; {valid}")
+    return times
 
 
 def _cost_line(layout: Layout, row: Row) -> dict[str, Any]:

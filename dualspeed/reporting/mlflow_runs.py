@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dualspeed.errors import TrackingError
-from dualspeed.evaluation.bootstrap import INTERVAL, relative
+from dualspeed.evaluation.bootstrap import interval_of, relative
 from dualspeed.files import write_json
 from dualspeed.layout import TRAINING_RECORD, Layout
 from dualspeed.reporting.frames import TRAINING_FIELDS, Results, read_fields, read_results
@@ -29,12 +29,14 @@ from dualspeed.tracking.store import (
     Store,
     find_or_create_run,
     find_runs,
+    lifecycle,
     log_params,
     log_points,
     log_tags,
     metric_name,
     open_store,
-    redact,
+    project_id,
+    refusal,
     warn_undelivered,
 )
 
@@ -87,15 +89,15 @@ def sync(state: Path, tracking: Store) -> int:
     """
     from filelock import Timeout
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         num_sent = sync_state(state, tracking)
         for file in sorted((state / SHEETS).glob("*.json")):
             note = read_dataclass(SheetNote, read_fields(file, {}), str(file))
             log_sheet(open_store(tracking), read_results(note.sheet), note)
-    except (MlflowException, Timeout) as error:
-        where, reason = redact(tracking.uri), redact(str(error))
-        raise TrackingError(f"MLflow at {where}: {reason}. Nothing is lost: run this again later.") from error
+    except (MlflowException, SQLAlchemyError, OSError, Timeout) as error:
+        raise TrackingError(f"{refusal(tracking.uri, error)}. Nothing is lost: run this again later.") from error
     return num_sent
 
 
@@ -110,6 +112,8 @@ def log_sheet(store: OpenStore, results: Results, note: SheetNote) -> None:
         mlflow_views.arrange(store, {name for values in metrics for name in values})
         identity = {"kind": "sheet", "sheet": sheet.name}
         run_id = find_or_create_run(store, state / LOCK_FILE, f"tables of {sheet.name}", identity)
+        if lifecycle(store, run_id) == "deleted":
+            return
         for folder in map(Path, note.folders):
             store.client.log_artifacts(run_id, str(folder), folder.parent.name)
         store.client.set_terminated(run_id)
@@ -124,9 +128,11 @@ def log_row(store: OpenStore, results: Results, row: Row) -> dict[str, float]:
     lock = Path(results.layout.state) / LOCK_FILE
     parent = ParentRun(row.id, row.settings_hash)
     run_id = find_parent_run(store, lock, parent, _started_ms(results.layout, row))
+    if lifecycle(store, run_id) == "deleted":  # by a person, and stays so
+        return {}
     log_params(store, run_id, row_params(row))
     link = {"pretrain_key": row.pretrain_key}
-    pretrain = find_runs(store, {"kind": "stage"} | link)
+    pretrain = find_runs(store, {"kind": "stage"} | link, project_id(lock.parent))
     log_tags(store, run_id, link | ({"pretrain_run_id": pretrain[0].info.run_id} if pretrain else {}))
     run = store.client.get_run(run_id)
     finished_ms = _finished_ms(results, row)
@@ -162,8 +168,10 @@ def row_metrics(results: Results, row: Row) -> dict[str, float]:
             metrics[f"{prefix}/mean"] = group["score"].mean()
     rel = relative(results.draws, with_baseline(results.sheet, [row]), "full", benchmarks)
     if rel is not None:
-        low, high = np.percentile(rel[0, 1:], INTERVAL)
-        metrics |= {"rel": rel[0, 0], "rel_low": low, "rel_high": high}
+        low, high = interval_of(rel[0])
+        # MLflow's databases would keep an inf, of a Baseline that scored 0, as the largest number that they have.
+        shown = {"rel": rel[0, 0], "rel_low": low, "rel_high": high}
+        metrics |= {key: value for key, value in shown.items() if np.isfinite(value)}
     for frame in (results.speed, results.costs):
         numbers = frame.drop(columns=["pruning_ratio", "slow_mode_ratio", "seed"], errors="ignore")
         values = numbers[frame["experiment"] == row.id].iloc[0]
@@ -174,11 +182,16 @@ def row_metrics(results: Results, row: Row) -> dict[str, float]:
 def log_scores(store: OpenStore, parent_id: str, results: Results, row: Row) -> None:
     """Log a child run for each score of a row: all of its metrics, at the time when its file was written."""
     tags = {"kind": "score", "mlflow.parentRunId": parent_id}
-    known = {(run.data.tags["inference"], run.data.tags["benchmark"]): run for run in find_runs(store, tags)}
+    runs = find_runs(store, tags, with_deleted=True)
+    runs.sort(key=lambda run: run.info.lifecycle_stage == "active")  # of two, the one that is there
+    known = {(run.data.tags["inference"], run.data.tags["benchmark"]): run for run in runs}
     detail = results.detail[results.detail["experiment"] == row.id]
     for (inference, benchmark), metrics in detail.groupby(["inference", "benchmark"]):
         written_ms = _modified_ms(Path(results.layout.score(row.id, inference, benchmark)))
-        run = known.get((inference, benchmark)) or store.client.create_run(
+        run = known.get((inference, benchmark))
+        if run and run.info.lifecycle_stage == "deleted":
+            continue
+        run = run or store.client.create_run(
             store.experiment_id,
             written_ms,
             tags | {"inference": inference, "benchmark": benchmark},

@@ -3,8 +3,8 @@
 A summary is a DataFrame. Its columns: `model`, `method`, SETTINGS (pruner and pruning ratio empty for a Baseline),
 `inference`, `num_seeds` and `experiments` (a tuple of the rows' ids); mean and standard deviation over the seeds (with
 the ending `_std`) of each benchmark, of the benchmarks' `mean` and of `rel`; `rel_low` and `rel_high`, the 95 %
-interval of `rel`; MEANS; and `not_run` (missing scores, a tuple of "row: benchmark"). A value that doesn't exist yet is
-NaN.
+interval of `rel`, which are inf where a Baseline scored 0 on a benchmark; MEANS; and `not_run` (missing scores, a tuple
+of "row: benchmark"). A value that doesn't exist yet is NaN.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualspeed.evaluation.bootstrap import INTERVAL, relative
+from dualspeed.evaluation.bootstrap import interval_of, relative
 from dualspeed.reporting.frames import Results
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.names import METHOD_LABELS, averaged
@@ -149,7 +149,7 @@ def _mean_relative(results: Results, group: list[Row], inference: str) -> dict[s
     rel = relative(results.draws, with_baseline(results.sheet, group), inference, averaged(results.benchmarks))
     if rel is None:
         return {}
-    low, high = np.percentile(rel.mean(axis=0)[1:], INTERVAL)
+    low, high = interval_of(rel.mean(axis=0))
     return _mean_and_std("rel", rel[:, 0]) | {"rel_low": low, "rel_high": high}
 
 
@@ -158,5 +158,5 @@ def _mean_and_std(name: str, values: np.ndarray) -> dict[str, float]:
     values = values[~np.isnan(values)]
     return {
         name: values.mean() if len(values) else np.nan,
-        f"{name}_std": values.std(ddof=1) if len(values) > 1 else np.nan,
+        f"{name}_std": values.std(ddof=1) if len(values) > 1 and np.isfinite(values).all() else np.nan,
     }

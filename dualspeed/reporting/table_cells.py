@@ -3,10 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dualspeed.reporting.summary import is_baseline, varied_settings
-from dualspeed.reporting.table_format import NOT_APPLICABLE, find_best, format_mean, format_number, format_setting
+from dualspeed.reporting.table_format import (
+    NO_RATIO,
+    NOT_APPLICABLE,
+    find_best,
+    format_mean,
+    format_number,
+    format_setting,
+)
 from dualspeed.settings.names import BENCHMARK_LABELS, METHOD_LABELS, PRUNER_LABELS
 
 REL = "Rel. %"
@@ -83,7 +91,12 @@ def paper_cells(summary: pd.DataFrame, name: str, label: str) -> dict[str, list[
 
 
 def format_relative(line: Any) -> str:
-    """Rel. of a summary's line with its interval; a Baseline on full tokens has none, its Rel. is 100 by definition."""
+    """Rel. of a summary's line with its interval; a Baseline on full tokens has none, its Rel. is 100 by definition.
+
+    NO_RATIO where a Baseline scored 0 on one of the benchmarks.
+    """
+    if np.isinf(line.rel):
+        return NO_RATIO
     if pd.isna(line.rel) or (is_baseline(line) and line.inference == "full"):
         return format_number(line.rel)
     return f"{format_mean(line.rel, line.rel_std)} [{line.rel_low:.1f}, {line.rel_high:.1f}]"

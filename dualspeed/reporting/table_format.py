@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
@@ -12,6 +13,7 @@ from dualspeed.reporting.frames import to_csv
 
 NOT_RUN = "not run"
 NOT_APPLICABLE = "-"
+NO_RATIO = "Baseline is 0"
 TEXT_COLUMNS = ("Model", "Method", "Training", "Pruner", "Inference")  # aligned left
 LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -107,7 +109,7 @@ def find_best(rows: pd.DataFrame, columns: dict[str, str], group: Callable[[pd.S
     best = set()
     for key, positions in groups.items():
         for label, column in columns.items():
-            values = rows[column].iloc[positions].astype(float).round(1)
+            values = rows[column].iloc[positions].astype(float).round(1).replace(np.inf, np.nan)
             if key is not None and values.notna().sum() > 1:
                 best |= {(at, label) for at, value in zip(positions, values, strict=True) if value == values.max()}
     return frozenset(best)
@@ -131,6 +133,13 @@ def format_number(value: float, digits: int = 1, unit: str = "") -> str:
 def format_mean(mean: float, std: float) -> str:
     """`mean ± std`; the mean alone if there is one seed."""
     return format_number(mean) if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+
+
+def format_gain(gain: float | None) -> str:
+    """Change of Rel.; empty for the line that has none before it."""
+    if gain is None:
+        return ""
+    return NO_RATIO if np.isinf(gain) else NOT_RUN if pd.isna(gain) else f"{gain:+.2f}"
 
 
 def format_setting(value: object) -> str:

@@ -5,6 +5,7 @@ on pruned ones, the mismatch of training and inference. Table 3: the ablation of
 times, speedup and cost. The cell of a missing result says so in the text formats and is empty in the csv.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,7 @@ from dualspeed.reporting.table_cells import (
     setting_cells,
     time_unit,
 )
-from dualspeed.reporting.table_format import NOT_APPLICABLE, NOT_RUN, Table, format_number, write_table
+from dualspeed.reporting.table_format import NO_RATIO, NOT_APPLICABLE, Table, format_gain, format_number, write_table
 from dualspeed.settings.names import PRUNER_LABELS
 from dualspeed.settings.sheet import Sheet
 
@@ -36,6 +37,7 @@ PAPER_SUMMARY = (
     "The paper's own figures at p = 0.9: 2.1x on LLaVA-1.5 and 4.0x on LLaVA-NeXT (abstract); Rel. with DivPrune "
     "99.61 and 99.04 (second-hand, medium certainty)."
 )
+NO_RATIO_NOTE = f"{NO_RATIO}: the Baseline scored 0 on a benchmark, so no share of its score can be told."
 
 
 def write_tables(sheet: Sheet, out: Path) -> None:
@@ -52,7 +54,11 @@ def write_tables(sheet: Sheet, out: Path) -> None:
 
 def make_tables(results: Results) -> list[Table]:
     """All tables of a sheet, columns in the paper's order."""
-    return [make_table(results) for make_table in (table1, table2, table3, table_speed)]
+    tables = [make_table(results) for make_table in (table1, table2, table3, table_speed)]
+    return [
+        replace(table, notes=(*table.notes, NO_RATIO_NOTE)) if (table.cells == NO_RATIO).any(axis=None) else table
+        for table in tables
+    ]
 
 
 def table1(results: Results) -> Table:
@@ -112,7 +118,7 @@ def table3(results: Results) -> Table:
     cells = {"Training": [STEPS[step] for step in rows["step"]]} | setting_cells(rows, leave_out=["Method"])
     cells |= {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, results.benchmarks)
     cells |= {
-        "Change": ["" if gain is None else NOT_RUN if pd.isna(gain) else f"{gain:+.2f}" for gain in gains(rows)],
+        "Change": [format_gain(gain) for gain in gains(rows)],
         "Rel. % (paper)": [str(paper.ABLATION[step]) for step in rows["step"]],
     }
     notes = (

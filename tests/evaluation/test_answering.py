@@ -30,6 +30,7 @@ from dualspeed.settings.reading import read_dataclass
 from dualspeed.tracking.delivery import ParentRun
 from dualspeed.tracking.store import Store
 from tests.support import official, tiny
+from tests.support.stand_in import NAME, host_syncs
 
 NAMES = ("gqa", "mme", "pope", "scienceqa")
 LIMITS = {"gqa": 10, "mme": 1, "pope": 4, "scienceqa": 10}
@@ -89,6 +90,17 @@ def test_batches_of_eight_answer_as_each_question_alone(inference, model, folder
     assert (
         len({text for answers in alone.values() for text in answers}) > 15
     )  # equal answers to all would hide a mistake
+
+
+@pytest.mark.parametrize("inference", [{}, PRUNED], ids=["full", "pruned"])
+def test_an_accelerator_is_used_and_gives_the_cpus_answers(inference, model, folders, tmp_path):
+    chosen = settings(folders, **inference)
+    generate_answers(chosen, model, tmp_path / "state", tmp_path / "cpu")
+    with host_syncs() as syncs:
+        generate_answers(chosen, model, tmp_path / "other_state", tmp_path / "accelerator")
+        assert AnswerGenerator(model, 6).device.type == NAME
+    assert len(syncs) > 0 and AnswerGenerator(model, 6).device.type == "cpu"
+    assert texts(tmp_path / "accelerator") == texts(tmp_path / "cpu")
 
 
 def test_answers_are_those_of_the_stock_model(model, folders, tmp_path):

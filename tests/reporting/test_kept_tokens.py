@@ -22,6 +22,7 @@ from dualspeed.reporting.figures.kept_tokens import (
 from dualspeed.settings.jobs import KeptTokensSettings, write_settings
 from dualspeed.settings.names import PRUNER_LABELS
 from tests.support import official, tiny
+from tests.support.stand_in import host_syncs
 
 RATIO = 0.7
 
@@ -89,14 +90,18 @@ def test_each_picture_is_shown_once(gqa):
     assert len(pick_questions(questions, 100)) == 4
 
 
-def test_the_command_writes_the_same_figure_twice(gqa, tmp_path):
+def test_the_command_writes_the_same_figure_again_and_on_an_accelerator(gqa, tmp_path):
     tiny.make_llava(tmp_path / "model")
     settings = KeptTokensSettings(benchmark="gqa", folder=str(gqa), pruning_ratio=RATIO)
     file = str(write_settings(settings, tmp_path / "settings"))
+    arguments = ["--settings", file, "--model", str(tmp_path / "model")]
     for name in ("one", "two"):
-        arguments = ["--settings", file, "--model", str(tmp_path / "model")]
         assert main(["kept-tokens", *arguments, "--out", str(tmp_path / name)]) == 0
+    with host_syncs() as syncs:  # an accelerator is used, and keeps the CPU's tokens
+        assert main(["kept-tokens", *arguments, "--out", str(tmp_path / "accelerator")]) == 0
+    assert any("kept_tokens.py" in sync for sync in syncs.ours())
     for kind in ("png", "svg"):
-        assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+        for other in ("two", "accelerator"):
+            assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"{other}.{kind}").read_bytes()
     with Image.open(tmp_path / "one.png") as image:
         assert image.width > 1500

@@ -78,7 +78,7 @@ VIZWIZ = [
     ("other", {"dog": 3, "cat": 7}, "Dog.", 0.9, 0.9),
     ("other", {"dog": 4, "cat": 6}, "dog", 1, 1),
     ("other", {"dog": 5, "cat": 5}, "cat", 1, 1),
-    ("other", {"don't know": 10}, "dont know", 1, 1),
+    ("other", {"don't know": 10}, "dont know", 0, 1),  # it becomes one with a curly apostrophe
     ("other", {"dont know": 10}, "dont know", 0, 1),
     ("number", {"1,000": 10}, "1,000", 0, 1),
     ("number", {"1000": 10}, "1,000", 1, 1),

@@ -87,10 +87,11 @@ def draw_training_time(rows: pd.DataFrame) -> Figure:
 
 def draw_trade_off(rows: pd.DataFrame) -> Figure:
     """Figure 5: Rel. against measured speedup, over p at the usual r and over r at the usual p, for each model."""
-    rows = rows[(rows["inference"] == "full") & rows["rel"].notna() & rows["speedup_measured"].notna()]
+    has_ratio = np.isfinite(rows["rel"].astype(float))
+    rows = rows[(rows["inference"] == "full") & has_ratio & rows["speedup_measured"].notna()]
     models = list(dict.fromkeys(rows["model"][rows["method"] == "dualspeed"]))
     if not models:
-        return empty_figure("Speed against performance: not run")
+        return empty_figure("Speed against performance: not run, or the Baseline scored 0")
     figure = Figure(figsize=(9.2, 0.6 + 3.5 * len(models)))
     panels = figure.subplots(len(models), 2, sharex="row", sharey="row", squeeze=False)
     for model, (left, right) in zip(models, panels, strict=True):
@@ -122,7 +123,7 @@ def draw_curve(axes: Axes, rows: pd.DataFrame, setting: str, symbol: str) -> Non
         axes.errorbar(
             group["speedup_measured"],
             group["rel"],
-            yerr=np.clip(np.array(errors, dtype=float), 0, None),
+            yerr=np.nan_to_num(np.clip(np.array(errors, dtype=float), 0, None), posinf=0),
             color=COLORS[method],
             marker=MARKERS[method],
             markersize=11 if method == "baseline" else 6,
