@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualspeed.cluster.gpus import take_gpus
-from dualspeed.cluster.launch import launch, must_launch
+from dualspeed.cluster.heartbeat import watch_nodes
+from dualspeed.cluster.launch import add_hosts, launch, must_launch, place_of
 from dualspeed.errors import DualSpeedError
 from dualspeed.layout import Layout
 from dualspeed.settings.jobs import read_settings
@@ -64,10 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=int, default=1, help="processes that check images")
     train = add_settings(add("train", run_train, "model", "data", "state", "out"))
     train.add_argument("--time-limit", type=float, help="minutes that the job has: it ends in time, with a checkpoint")
-    train.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job that train together")
+    train.add_argument("--nodes", type=int, default=1, help="nodes that train together")
     train.add_argument("--processes", type=int, default=1, help="training processes on each node")
     train.add_argument("--accelerate-config", help="file for `accelerate launch`: how processes share the model")
     train.add_argument("--cpus", type=int, default=1, help="CPU cores on each node, shared by its processes")
+    add_hosts(train)
     add_gpus(train)
     add_tracking(train)
     answer = add_gpus(add_settings(add("answer", run_answer, "model", "state", "out")))
@@ -79,7 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     submit.add_argument("benchmark", help="name of the test split")
     lmms = add("lmms", run_lmms, "model", "scores", "work", "out")
     lmms.add_argument("--batch-size", type=int, default=1, help="lmms-eval's batch size")
-    add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
+    speed = add_gpus(add_settings(add("speed", run_speed, "model", "data", "out")))
+    speed.add_argument("--processes", type=int, default=1, help="processes of the training; one's steps are timed")
+    speed.add_argument("--sharded", action="store_true", help="they share the model: each updates its part of it")
     tables = add_settings(add("tables", run_tables, "out", "figures"))
     tables.add_argument("--tracking", type=STORE, help="JSON: MLflow uri and experiment")
     comparison = add("compare", run_compare)
@@ -211,22 +215,17 @@ def run_prepare(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Train one stage; resumes from its state."""
     from dualspeed.settings.stage import StageSettings
+    from dualspeed.training.start import check_start
 
-    settings = read_settings(StageSettings, options.settings)
+    inputs = read_settings(StageSettings, options.settings), options.model, options.data, options.state
+    check_start(*inputs, options.nodes, options.processes, options.accelerate_config)
     if must_launch(options.nodes, options.processes, options.accelerate_config):
-        launch(options.arguments, options.nodes, options.processes, options.cpus, options.accelerate_config)
+        resources = options.nodes, options.processes, options.cpus, options.accelerate_config
+        launch(options.arguments, *resources, place_of(options))
     from dualspeed.training.stage import train
 
-    train(
-        settings,
-        model_folder=options.model,
-        data_folder=options.data,
-        state_root=options.state,
-        out=options.out,
-        tracking=store_of(options),
-        parent=parent_of(options),
-        time_limit=options.time_limit,
-    )
+    with watch_nodes():
+        train(*inputs, options.out, store_of(options), parent_of(options), options.time_limit)
 
 
 def run_answer(options: argparse.Namespace) -> None:
@@ -271,7 +270,8 @@ def run_speed(options: argparse.Namespace) -> None:
     from dualspeed.settings.speed import SpeedSettings
     from dualspeed.training.step_times import measure_speed
 
-    measure_speed(options.model, options.data, options.out, read_settings(SpeedSettings, options.settings))
+    settings = read_settings(SpeedSettings, options.settings)
+    measure_speed(options.model, options.data, options.out, settings, options.processes, options.sharded)
 
 
 def run_tables(options: argparse.Namespace) -> None:

@@ -99,6 +99,14 @@ class WorldSizeError(DualSpeedError, ValueError):
     """Run resumed on another number of processes than it was started with."""
 
 
+class ShardingError(DualSpeedError, ValueError):
+    """Sharding that isn't in force, or that can't read what another sharding wrote; the message says what would."""
+
+
+class IncompleteModelError(DualSpeedError, RuntimeError):
+    """Saved model that lacks a part, or whose weights are not finite; the message names it."""
+
+
 class InterruptedTrainingError(DualSpeedError, RuntimeError):
     """Training stopped before its last step, with a checkpoint that the next job resumes from."""
 

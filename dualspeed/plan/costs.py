@@ -5,17 +5,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from dualspeed.errors import ConfigError
 from dualspeed.layout import Layout
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
-from dualspeed.plan.memory import RESERVED, Peak, peak_memory
+from dualspeed.plan.memory import ERROR, RESERVED, Peak, peak_memory
 from dualspeed.plan.shapes import ModelShape, shape_of
 from dualspeed.settings.plan import DatasetEstimate, Gpu
 from dualspeed.settings.project import Project
 from dualspeed.settings.recipe import Recipe, batch_plan
 from dualspeed.settings.resources import JobResources
+from dualspeed.settings.sharding import read_sharding
 from dualspeed.settings.stage import StageSettings
 
 
@@ -71,6 +70,10 @@ class StageCost:
         """Bytes of memory that each GPU needs."""
         return self.peak.total + RESERVED
 
+    def fits(self, gpu: Gpu) -> bool:
+        """True if the memory that is needed leaves room on this GPU for what the arithmetic may be wrong by."""
+        return self.memory * (1 + ERROR) <= gpu.memory
+
     def hours(self, gpu: Gpu, utilisation: float) -> float:
         """Wall-clock hours."""
         return self.flops / (self.processes.num_gpus * gpu.flops * utilisation) / 3600
@@ -78,23 +81,7 @@ class StageCost:
 
 def processes_of(recipe: Recipe, wanted: JobResources) -> Processes:
     """Number of processes from a job's resources, and their sharding from the recipe's file for accelerate."""
-    num_gpus = wanted.num_processes
-    if recipe.accelerate_config is None:
-        return Processes(num_gpus=num_gpus, sharding="ddp")
-    file = Path(recipe.accelerate_config)
-    launcher = yaml.safe_load(file.read_text(encoding="utf-8"))
-    kind = launcher.get("distributed_type", "NO")
-    if kind == "DEEPSPEED":
-        settings = launcher.get("deepspeed_config", {})
-        if "deepspeed_config_file" in settings:
-            settings = json.loads(Path(settings["deepspeed_config_file"]).read_text())["zero_optimization"]
-        stage = settings.get("stage", settings.get("zero_stage"))
-        sharding = f"zero{stage}"
-    else:
-        sharding = {"FSDP": "fsdp2"}.get(kind, "ddp")
-    if sharding not in ("ddp", "zero2", "zero3", "fsdp2"):
-        raise ConfigError(f"{file}: the plan doesn't know {sharding}; valid: DDP, ZeRO-2, ZeRO-3, FSDP2")
-    return Processes(num_gpus=num_gpus, sharding=sharding)
+    return Processes(num_gpus=wanted.num_processes, sharding=read_sharding(recipe.accelerate_config).strategy)
 
 
 def trained_by(settings: StageSettings) -> Trained:

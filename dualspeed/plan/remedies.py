@@ -17,17 +17,21 @@ FSDP2 = "config/accelerate/fsdp2.yaml"
 
 def remedies(project: Project, settings: StageSettings, model: str) -> str:
     """Text that names the first set of changes that fits; small sets and mild changes are tried first."""
-    capacity = GPUS[project.plan.gpu].memory
-    changes = list(possible_changes(settings, stage_cost(project, settings, model).processes.num_gpus))
+    gpu = GPUS[project.plan.gpu]
+    as_is = stage_cost(project, settings, model)
+    changes = list(possible_changes(settings, as_is.processes.num_gpus))
     for count in range(1, len(changes) + 1):
         for chosen in combinations(changes, count):
             recipe = settings.recipe
             for _, change in chosen:
                 recipe = change(recipe)
             cost = try_cost(project, dataclasses.replace(settings, recipe=recipe), model)
-            if cost is not None and cost.memory <= capacity:
+            if cost is not None and cost.fits(gpu):
                 words = " and ".join(name for name, _ in chosen)
                 return f"{words} would fit ({cost.memory / 1e9:.0f} GB)"
+    larger = [key for key, other in GPUS.items() if as_is.fits(other)]
+    if larger:
+        return f"no change of the recipe that was tried would; plan.gpu: {' or '.join(larger)} would fit"
     return "none of the changes tried would fit: more GPUs, or larger ones"
 
 

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from dualspeed.errors import ConfigError, PlanError
 from dualspeed.plan.costs import StageCost, stage_cost
+from dualspeed.plan.memory import ERROR
 from dualspeed.plan.remedies import remedies
 from dualspeed.settings.plan import GPUS
 from dualspeed.settings.project import Project, load_project
@@ -25,6 +26,7 @@ HEADERS = (
     "EFLOPs",
     "speedup",
     "GB/GPU",
+    "margin",
     *(f"{gpu.name} h" for gpu in GPUS.values()),
     *(f"{gpu.name} GPU h" for gpu in GPUS.values()),
     "disk GB",
@@ -59,7 +61,7 @@ def plan(config: Path, sheet: Path | None = None) -> str:
     project = load_project(config / CONFIG_FILE if config.is_dir() else config, experiments=sheet)
     lines = lines_of(project)
     text = f"{table(project, lines)}\n\n{notes(project, lines)}"
-    refused = [refusal(project, line) for line in lines if line.cost.memory > GPUS[project.plan.gpu].memory]
+    refused = [refusal(project, line) for line in lines if not line.cost.fits(GPUS[project.plan.gpu])]
     if refused:
         raise PlanError("\n".join(["some rows can't run:", text, "", *refused]))
     return text
@@ -105,7 +107,7 @@ def cells_of(project: Project, line: Line) -> list[str | float]:
     """Cells of one stage's line."""
     cost = line.cost
     hours = [cost.hours(gpu, project.plan.utilisation) for gpu in GPUS.values()]
-    fits = cost.memory <= GPUS[project.plan.gpu].memory
+    gpu = GPUS[project.plan.gpu]
     return [
         line.name,
         line.settings.stage + (" LoRA" if line.settings.recipe.lora else ""),
@@ -115,7 +117,8 @@ def cells_of(project: Project, line: Line) -> list[str | float]:
         round(cost.lengths.mean("fast_tokens")) if line.settings.dualspeed.slow_mode_ratio < 1 else "-",
         cost.flops / 1e18,
         cost.baseline_flops / cost.flops,
-        f"{cost.memory / 1e9:.0f}" + ("" if fits else " !"),
+        f"{cost.memory / 1e9:.0f}" + ("" if cost.fits(gpu) else " !"),
+        f"{1 - cost.memory / gpu.memory:.0%}",
         *hours,
         *(hour * cost.processes.num_gpus for hour in hours),
         cost.checkpoint_bytes / 1e9,
@@ -132,7 +135,8 @@ def notes(project: Project, lines: list[Line]) -> str:
         [
             f"Hours: FLOPs over {project.plan.utilisation:.0%} of the peak that the GPU's maker states "
             "(plan.utilisation); speedup: FLOPs of training on full tokens over these.",
-            f"Memory: of the longest samples; rows have to fit an {GPUS[project.plan.gpu].name} (plan.gpu).",
+            f"Memory: of the longest samples; margin: share of an {GPUS[project.plan.gpu].name} (plan.gpu) that left; "
+            f"rows have to fit it with {ERROR:.0%} more than they need, by which the arithmetic may be wrong.",
             "Disk: checkpoints that stay, and beside them, while a stage trains, what it resumes from.",
             f"Downloads: {known:.0f} GB in files whose size is stated, and {sizes.count(None)} files or patterns of "
             "unknown size." if sizes else "Downloads: none.",
@@ -148,5 +152,7 @@ def refusal(project: Project, line: Line) -> str:
     cost, gpu = line.cost, GPUS[project.plan.gpu]
     return (
         f"{line.name}: {line.settings.stage}: needs {cost.memory / 1e9:.0f} GB on each of {cost.processes.num_gpus} "
-        f"GPUs, and an {gpu.name} has {gpu.memory / 1e9:.0f}; {remedies(project, line.settings, line.model)}"
+        f"GPUs, "
+        f"with a margin of {ERROR:.0%}, and an {gpu.name} has {gpu.memory / 1e9:.0f}; "
+        f"{remedies(project, line.settings, line.model)}"
     )

@@ -29,7 +29,7 @@ class DualSpeedConfig:
     prune_budget: str = choice(PRUNE_BUDGETS, default="image")
     """Unit that p is a share of: an `image`'s packed tokens, or each any-resolution `tile`'s."""
     relevance_clip: str | None = None
-    """Folder of the CLIP whose text tower tells cdpruner what matters to the user's text; None: the language model."""
+    """Folder of the CLIP whose text tower tells pruners what matters to the user's text; None: the language model."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -71,7 +71,7 @@ class ModelConfig:
     prune_budget: str = choice(PRUNE_BUDGETS, default="image")
     """See DualSpeedConfig."""
     relevance_clip: str | None = None
-    """See DualSpeedConfig; for rows with cdpruner."""
+    """See DualSpeedConfig; for rows with a pruner that reads the user's text."""
     resources: ModelResources = field(default_factory=ModelResources)
     """Resources that its jobs ask a scheduler for."""
 

@@ -10,20 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dualspeed.errors import ConfigError
+from dualspeed.layout import Layout
 from dualspeed.settings.demo import BaseModelSettings, SceneSettings
 from dualspeed.settings.fields import number
 from dualspeed.settings.model import ModelConfig
 from dualspeed.settings.names import BENCHMARK_NAMES, SERVER_FILES
+from dualspeed.settings.paths import check_no_wildcard, check_paths, check_results
 from dualspeed.settings.plan import PlanSettings
 from dualspeed.settings.reading import check_choice, check_name, read_dataclass, read_value
-from dualspeed.settings.sheet import PrunedInference, Row, Sheet, read_row
+from dualspeed.settings.sheet import PrunedInference, Row, Sheet, read_rows
 from dualspeed.settings.sheet_file import read_sheet
-from dualspeed.settings.sources import Source, check_folders, sources_of
+from dualspeed.settings.sources import Source, check_folders
 from dualspeed.settings.speed import SpeedSettings, speed_settings
 from dualspeed.settings.stage import StageSettings, finetune_settings, pretrain_settings
+from dualspeed.settings.yaml_file import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +124,10 @@ class Project:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        for name, model in self.models.items():
-            check_name("models", name)
-            for key, path in model.inputs.items():
-                if not Path(path).exists() and not sources_of(path, self.downloads):
-                    raise ConfigError(
-                        f"models.{name}.{key}: {path!r} does not exist; valid: what exists, or a download"
-                    )
+        check_name("experiments", self.sheet_name)  # what its file's name adds names folders too
+        check_results(self.results)
+        for model in self.models:
+            check_name("models", model)
         for download in self.downloads:
             check_name("downloads", download)
         check_folders(self.downloads)
@@ -137,6 +135,10 @@ class Project:
             check_choice("benchmarks", benchmark, (*BENCHMARK_NAMES, *SERVER_FILES))
         if not self.benchmarks:
             raise ConfigError(f"benchmarks: empty; valid: some of {', '.join(BENCHMARK_NAMES)}")
+        folders = {name: benchmark.folder for name, benchmark in self.benchmarks.items()}
+        for name, folder in folders.items():
+            check_no_wildcard(f"benchmarks.{name}.folder", folder)
+        check_paths(self.models, folders, self.downloads, Layout(self.results).demo_data)
 
 
 def load_project(
@@ -157,21 +159,7 @@ def load_project(
     if isinstance(data, Mapping) and "source" in data:
         check_choice(f"{file}: data.source", data["source"], ("demo",))
         values["data"] = {key: value for key, value in data.items() if key != "source"}
-    rows = tuple(read_row(cells, models, str(sheet_path)) for cells in read_sheet(sheet_path))
+    rows = read_rows(read_sheet(sheet_path), models, str(sheet_path))
     added = sheet_path.stem.removeprefix("experiments").strip("-")
     sheet_name = f"{values.get('name')}-{added}" if added else values.get("name")
     return read_dataclass(Project, values, file, rows=rows, sheet_name=sheet_name)
-
-
-def read_yaml(path: Path) -> Any:
-    """Content of a YAML file; ConfigError names the file, and the line where it is no YAML."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; valid: a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None

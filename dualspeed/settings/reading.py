@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,13 +17,17 @@ from typing import Any
 from dualspeed.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 100
+"""Characters of a name; names of folders and files are made of several."""
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
 
 
 def check_choice(key: str, value: str, valid: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `valid`."""
     valid = sorted(valid)
     if value not in valid:
-        raise ConfigError(f"{key}: {value!r} is unknown{did_you_mean(value, valid)}; valid: {', '.join(valid)}")
+        raise ConfigError(f"{key}: {quote(value)} is unknown{did_you_mean(value, valid)}; valid: {', '.join(valid)}")
 
 
 def check_range(key: str, value: float, is_valid: bool, valid: str) -> None:
@@ -36,12 +41,19 @@ def check_name(key: str, name: str, taken: Iterable[str] = ()) -> None:
     if name in taken:
         raise ConfigError(f"{key}: {name!r} is taken; valid: any other name")
     if not NAME.fullmatch(str(name)):
-        raise ConfigError(f"{key}: {name!r} cannot name a folder; valid: letters, digits, '.', '_' and '-'")
+        raise ConfigError(f"{key}: {quote(name)} cannot name a folder; valid: letters, digits, '.', '_' and '-'")
+    if len(str(name)) > LONGEST_NAME:
+        raise ConfigError(f"{key}: {quote(name)} has {len(name)} characters; valid: at most {LONGEST_NAME}")
+
+
+def quote(value: object) -> str:
+    """Value as messages show it, cut where it is long."""
+    return _short.repr(value)
 
 
 def did_you_mean(word: object, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` if something in `valid` comes close to `word`, else nothing."""
-    matches = difflib.get_close_matches(str(word), list(valid), n=1)
+    matches = difflib.get_close_matches(str(word)[:LONGEST_NAME], list(valid), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
@@ -59,7 +71,7 @@ def read_dataclass(cls: type, data: Any, file: str, key: str = "", **derived: An
     for name in data:
         if name not in fields:
             known = ", ".join(fields)
-            raise ConfigError(f"{file}: {prefix}{name}: unknown key{did_you_mean(name, fields)}; valid: {known}")
+            raise ConfigError(f"{file}: {prefix}{_key(name)}: unknown key{did_you_mean(name, fields)}; valid: {known}")
     for name, field in fields.items():
         if name not in data and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{file}: {prefix}{name}: missing; valid: {_name_of(hints[name])}")
@@ -87,6 +99,9 @@ def read_value(hint: Any, value: Any, file: str, key: str) -> Any:
             return read_value(hint, value, file, key)
         hint = (hint, *others)
     elif origin is dict and isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise ConfigError(f"{file}: {key}: key {_describe(name)}; valid: str, in quotes if it looks otherwise")
         return {name: read_value(arguments[1], item, file, f"{key}.{name}") for name, item in value.items()}
     elif origin in (list, tuple) and isinstance(value, list | tuple):
         items = [read_value(arguments[0], item, file, f"{key}[{index}]") for index, item in enumerate(value)]
@@ -95,7 +110,14 @@ def read_value(hint: Any, value: Any, file: str, key: str) -> Any:
         hint = origin
     if not is_instance(value, hint):
         raise ConfigError(f"{file}: {key}: {_describe(value)}; valid: {_name_of(hint)}{exponent_hint(value)}")
+    if isinstance(value, str) and not is_text(value):
+        raise ConfigError(f"{file}: {key}: {quote(value)} holds a character that no name and no path can; valid: text")
     return float(value) if hint is float else value
+
+
+def is_text(value: str) -> bool:
+    """False for a text with a zero byte or half a character, which no file's name and no UTF-8 file can hold."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
 def is_instance(value: object, hint: Any) -> bool:
@@ -116,8 +138,12 @@ def exponent_hint(value: object) -> str:
     return f" (YAML reads {value} as a string; write {mantissa}e{exponent})" if exponent else ""
 
 
+def _key(name: object) -> str:
+    return name if isinstance(name, str) and len(name) <= LONGEST_NAME else quote(name)
+
+
 def _describe(value: object) -> str:
-    return f"{value!r} is {'empty' if value is None else f'of type {type(value).__name__}'}"
+    return f"{quote(value)} is {'empty' if value is None else f'of type {type(value).__name__}'}"
 
 
 def _name_of(hint: Any) -> str:

@@ -63,6 +63,10 @@ class JobResources:
         options = f"--nodes {self.nodes} --processes {self.processes} --cpus {self.cpus}"
         return options + (f" --accelerate-config {shlex.quote(accelerate_config)}" if accelerate_config else "")
 
+    def share_options(self, accelerate_config: str | None) -> str:
+        """Options of `dualspeed speed` that say what share of such a training one process has."""
+        return f"--processes {self.num_processes}" + (" --sharded" if accelerate_config else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResources:

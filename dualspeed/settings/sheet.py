@@ -10,11 +10,13 @@ from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.identity import key_of
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.model import ModelConfig
-from dualspeed.settings.names import PRUNER_NAMES, TABLES
+from dualspeed.settings.names import PRUNER_NAMES, TABLES, TEXT_PRUNERS
 from dualspeed.settings.reading import check_choice, check_name, check_range
 from dualspeed.settings.sheet_file import METHODS, resolve_cells
 from dualspeed.settings.speed import speed_key
 from dualspeed.settings.stage import finetune_settings, pretrain_key, pretrain_settings
+
+LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,24 @@ class Sheet:
         return Path(self.results)
 
 
+def read_rows(sheet: list[dict[str, Any]], models: Mapping[str, ModelConfig], file: str) -> tuple[Row, ...]:
+    """The rows that typed cells describe.
+
+    Raises:
+        ConfigError: an invalid cell, or two rows that train the same model: tables would count one training as two.
+    """
+    rows: dict[tuple[str, str, str], Row] = {}
+    for cells in sheet:
+        row = read_row(cells, models, file)
+        first = rows.setdefault((row.model, row.method, row.settings_hash), row)
+        if first is not row:
+            raise ConfigError(
+                f"{file}: row {row.id}: trains the same as row {first.id}, every setting and the seed ({row.seed}) "
+                "are equal; valid: one row for each training, which several tables may show"
+            )
+    return tuple(rows.values())
+
+
 def read_row(cells: Mapping[str, Any], models: Mapping[str, ModelConfig], file: str) -> Row:
     """The row that typed cells (None: empty) describe; ConfigError names row and column."""
     try:
@@ -90,9 +110,9 @@ def read_row(cells: Mapping[str, Any], models: Mapping[str, ModelConfig], file: 
         for name in tables:
             check_choice("tables", name, TABLES)
         seed = cells["seed"] or 0
-        check_range("seed", seed, seed >= 0, "0 or more")
+        check_range("seed", seed, 0 <= seed <= LARGEST_SEED, f"0 or more, at most {LARGEST_SEED}")
         model, settings = models[cells["model"]], resolve_cells(cells)
-        relevance_clip = model.relevance_clip if settings.get("pruner") == "cdpruner" else None
+        relevance_clip = model.relevance_clip if settings.get("pruner") in TEXT_PRUNERS else None
         dualspeed = DualSpeedConfig(**settings, prune_budget=model.prune_budget, relevance_clip=relevance_clip)
         pretrain = pretrain_settings(model, dualspeed, seed)
         return Row(

@@ -2,11 +2,9 @@
 
 A checkpoint is written into the folder `.unfinished` and moved out of it when every process has written its part.
 Beside the trainer's own files it has `progress.json`: the seconds that the stage has taken so far, and the number of
-processes that it runs on.
+processes and the strategy of sharding that it runs with.
 """
 
-import json
-import logging
 import os
 import shutil
 import signal
@@ -19,46 +17,14 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dualspeed.errors import WorldSizeError
 from dualspeed.files import write_json
+from dualspeed.training.state import PROGRESS, last_checkpoint, list_checkpoints
 from dualspeed.training.trainer import DualSpeedTrainer
 
-TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
+__all__ = ["ResumableTrainer", "last_checkpoint", "list_checkpoints", "shield_workers", "unfinished_folder"]
+
 UNFINISHED = ".unfinished"
 NUM_KEPT = 2
-logger = logging.getLogger(__name__)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, the newest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Newest readable checkpoint in a folder, or None."""
-    for checkpoint in list_checkpoints(folder):
-        try:
-            json.loads((checkpoint / TRAINER_STATE).read_text())
-            return checkpoint
-        except (FileNotFoundError, json.JSONDecodeError):
-            logger.warning("%s is incomplete: training resumes from an older one, if there is one", checkpoint)
-    return None
-
-
-def read_progress(checkpoint: Path | None) -> dict[str, Any]:
-    """Content of a checkpoint's progress.json; empty without a checkpoint or without the file."""
-    file = checkpoint / PROGRESS if checkpoint else None
-    return json.loads(file.read_text()) if file and file.exists() else {}
-
-
-def check_num_processes(checkpoint: Path | None, num_processes: int) -> None:
-    """Raise WorldSizeError if the run was started on another number of processes."""
-    before = read_progress(checkpoint).get("num_processes", num_processes)
-    if checkpoint and before != num_processes:
-        raise WorldSizeError(
-            f"this run was started on {before} processes and this job has {num_processes}: it would see its data in "
-            f"another order. Run it on {before}, or delete {checkpoint.parent} to train it from its first step"
-        )
 
 
 class ResumableTrainer(DualSpeedTrainer):
@@ -115,6 +81,7 @@ class KeepWholeCheckpoints(TrainerCallback):
             unfinished = Path(args.output_dir)
             written, whole = (folder / f"checkpoint-{state.global_step}" for folder in (unfinished, unfinished.parent))
             progress = {"seconds": self.trainer.seconds(), "num_processes": args.world_size}
+            progress["sharding"] = self.trainer.sharding
             write_json(written / PROGRESS, progress)
             if whole.exists():  # torn by a crash of the machine
                 shutil.rmtree(whole)

@@ -1,7 +1,6 @@
 """Training of one stage, from one checkpoint to the next: the job of `dualspeed train`.
 
-A killed job resumes from its state folder, which is named by a hash of all that decides the result: settings, input
-weights and data. So the state of other settings is never resumed.
+A killed job resumes from its state folder (dualspeed.training.state).
 """
 
 import logging
@@ -18,12 +17,14 @@ from transformers import ProcessorMixin, TrainingArguments, set_seed
 from dualspeed.cluster.run_lock import run_lock
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.processing import load_processor
+from dualspeed.device import machine, peak_memory_bytes
 from dualspeed.environment import environment
-from dualspeed.errors import CheckpointError, InterruptedTrainingError
-from dualspeed.files import atomic_folder, sha256_of_file, sha256_of_json, write_json
+from dualspeed.errors import IncompleteModelError, InterruptedTrainingError, ShardingError
+from dualspeed.files import atomic_folder, write_json
 from dualspeed.layout import METRICS_FILE, TRAINING_RECORD, VALIDATION_FOLDER
+from dualspeed.method.checkpoint import check_checkpoint
 from dualspeed.method.model import DualSpeedModel
-from dualspeed.settings.identity import key_of, record
+from dualspeed.settings.identity import record
 from dualspeed.settings.modes import Mode
 from dualspeed.settings.recipe import batch_plan
 from dualspeed.settings.stage import StageSettings
@@ -32,14 +33,15 @@ from dualspeed.tracking.metric_log import MetricLog, RunSpec
 from dualspeed.tracking.store import Store
 from dualspeed.training.callbacks import MetricLogCallback, StopInTime
 from dualspeed.training.grouping import group_lengths
-from dualspeed.training.resume import (
-    ResumableTrainer,
+from dualspeed.training.resume import ResumableTrainer, unfinished_folder
+from dualspeed.training.state import (
+    CHECKPOINTS,
     check_num_processes,
+    check_sharding,
     last_checkpoint,
+    open_state,
     read_progress,
-    unfinished_folder,
 )
-from dualspeed.training.step_times import machine, peak_memory_bytes
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 from dualspeed.training.validation import count_answers, mean_of_answers
 
@@ -67,14 +69,15 @@ def train(
     Raises:
         InterruptedTrainingError: the time was over, or SIGTERM came.
         RunIsLiveError: another job trains this very run.
-        WorldSizeError: the run was started on another number of processes.
+        WorldSizeError, ShardingError: the run was started on another number of processes, or by another strategy.
+        IncompleteModelError: what was saved is not whole; the checkpoints are still there.
     """
     started = time.monotonic()
     state = open_state(state_root, settings, model_folder, data_folder)
     logger.info("state of this run: %s", state)
     is_first_process = os.environ.get("RANK", "0") == "0"
     with StopInTime(time_limit) as stop, run_lock(state) if is_first_process else nullcontext():
-        checkpoint = last_checkpoint(state / "checkpoints")
+        checkpoint = last_checkpoint(state / CHECKPOINTS)
         check_num_processes(checkpoint, world_size())
         model, processor = load_model(settings, model_folder)
         dataset, held_out = load_data(settings, data_folder)
@@ -82,7 +85,9 @@ def train(
         spec = run_spec(settings, out, parent)
         with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
             started -= read_progress(checkpoint).get("seconds", 0.0)
-            trainer = make_trainer(settings, model, processor, dataset, held_out, state / "checkpoints", started)
+            trainer = make_trainer(settings, model, processor, dataset, held_out, state / CHECKPOINTS, started)
+            check_strategy(trainer)
+            check_sharding(checkpoint, trainer.sharding)
             trainer.add_callback(stop)
             if metric_log:
                 trainer.add_callback(MetricLogCallback(metric_log))
@@ -92,12 +97,24 @@ def train(
                 raise InterruptedTrainingError(f"{stop.reason}: {steps} are done and kept; start it again to go on")
             save(trainer, settings, state, out)
         if is_first_process:
-            shutil.rmtree(state / "checkpoints", ignore_errors=True)  # `out` has all of their content
+            shutil.rmtree(state / CHECKPOINTS, ignore_errors=True)  # `out` has all of their content
 
 
 def world_size() -> int:
     """Number of processes that train together, as set by their launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_strategy(trainer: ResumableTrainer) -> None:
+    """Raise ShardingError if the launcher's file asks for shards, but each process has the whole model."""
+    asked = {"ACCELERATE_USE_FSDP": trainer.is_fsdp_enabled, "ACCELERATE_USE_DEEPSPEED": trainer.is_deepspeed_enabled}
+    for variable, is_enabled in asked.items():
+        if os.environ.get(variable) == "true" and not is_enabled:
+            kind, found = variable.rpartition("_")[2], trainer.accelerator.distributed_type.value
+            raise ShardingError(
+                f"accelerate_config: asks for {kind}, but accelerate shards on accelerators alone, and this is "
+                f"{found}; valid on CPUs: no accelerate_config"
+            )
 
 
 def run_spec(settings: StageSettings, out: Path, parent: ParentRun | None) -> RunSpec:
@@ -108,25 +125,6 @@ def run_spec(settings: StageSettings, out: Path, parent: ParentRun | None) -> Ru
         params=record(settings),
         tags={"stage": settings.stage} | ({"pretrain_key": out.name} if settings.stage == "pretrain" else {}),
     )
-
-
-def open_state(state_root: Path, settings: StageSettings, model_folder: Path, data_folder: Path) -> Path:
-    """Create or find the state folder of this stage, and write its settings and the hashes of its inputs to it."""
-    inputs = {
-        "model": fingerprint(model_folder, "*.safetensors", "config.json"),
-        "data": fingerprint(data_folder, "*.arrow", f"{VALIDATION_FOLDER}/*.arrow"),
-    }
-    name = sha256_of_json({"settings": key_of(settings, num_digits=64), **inputs})[:16]
-    write_json(state_root / name / "settings.json", {"settings": record(settings), **inputs})
-    return state_root / name
-
-
-def fingerprint(folder: Path, *patterns: str) -> str:
-    """Hash of the content of the files in a folder that match one of the patterns."""
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    if not files:
-        raise CheckpointError(f"{folder}: no {' or '.join(patterns)} in this folder")
-    return sha256_of_json({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
 
 
 def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, ProcessorMixin]:
@@ -184,6 +182,7 @@ def make_trainer(
             recipe.max_length,
             with_num_images=recipe.slow_per_device_batch_size is not None,
             question_tokenizer=model.question_tokenizer(processor),
+            positions=model.positions(),
         ),
         processing_class=processor,
         projector_learning_rate=recipe.projector_learning_rate,
@@ -217,16 +216,47 @@ def training_arguments(
 
 
 def save(trainer: ResumableTrainer, settings: StageSettings, state: Path, out: Path) -> None:
-    """Write checkpoint, training record and metrics to `out`, all of them or none."""
+    """Write checkpoint, training record and metrics to `out`, all of them or none.
+
+    Raises:
+        IncompleteModelError: what was written doesn't load as the model that was trained; nothing else was changed.
+    """
     trainer.save_dtype = trainer.accelerator.unwrap_model(trainer.model).stored_dtype
     if not trainer.is_world_process_zero():
         trainer.save_model(str(out))  # takes part in gathering sharded weights; only the first process writes
         return
-    with atomic_folder(out) as folder:
-        trainer.save_model(str(folder))
-        write_json(folder / TRAINING_RECORD, training_record(trainer, settings))
-        # Figures read declared outputs, and the state folder is none.
-        shutil.copyfile(state / METRICS_FILE, folder / METRICS_FILE)
+    try:
+        with atomic_folder(out) as folder:
+            trainer.save_model(str(folder))
+            write_json(folder / TRAINING_RECORD, training_record(trainer, settings))
+            # Figures read declared outputs, and the state folder is none.
+            shutil.copyfile(state / METRICS_FILE, folder / METRICS_FILE)
+            check_output(trainer, settings, folder)
+            sizes = file_sizes(folder)
+        if lost := sorted(name for name, size in sizes.items() if file_sizes(out).get(name) != size):
+            raise IncompleteModelError(f"{out}: {lost[0]} is missing or cut")
+    except IncompleteModelError as error:
+        raise IncompleteModelError(
+            f"the trained model was not saved whole ({error}), so its checkpoints in {state / CHECKPOINTS} were kept; "
+            "start the training again to save it from there"
+        ) from error
+
+
+def check_output(trainer: ResumableTrainer, settings: StageSettings, folder: Path) -> None:
+    """Raise IncompleteModelError unless model and processor load from `folder`, and the records are there."""
+    check_checkpoint(trainer.accelerator.unwrap_model(trainer.model), folder)
+    try:
+        load_processor(folder, settings.recipe.chat_template, settings.recipe.image_aspect_ratio)
+    except Exception as error:  # transformers raises a dozen kinds for a missing or torn file
+        raise IncompleteModelError(f"{folder}: no processor ({str(error).strip().splitlines()[0]})") from error
+    for name in (TRAINING_RECORD, METRICS_FILE):
+        if not (folder / name).is_file():
+            raise IncompleteModelError(f"{folder / name}: missing")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of each file below a folder, by its path from there."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def training_record(trainer: ResumableTrainer, settings: StageSettings) -> dict[str, Any]:
@@ -243,10 +273,11 @@ def training_record(trainer: ResumableTrainer, settings: StageSettings) -> dict[
         "num_slow_steps": sum(trainer.mode_of_step(step) is Mode.SLOW for step in range(num_steps)),
         "num_samples": num_samples,
         "samples_per_second": num_samples / seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
         "device": trainer.args.device.type,
         "num_processes": trainer.accelerator.num_processes,
+        "sharding": trainer.sharding,
         "final": losses,
-        "machine": machine(),
+        "machine": machine(trainer.args.device),
         **environment(),
     }

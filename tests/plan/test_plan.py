@@ -19,13 +19,15 @@ from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
 from dualspeed.plan.memory import activation_bytes, peak_memory
 from dualspeed.plan.report import lines_of, plan
 from dualspeed.plan.shapes import make_shape
+from dualspeed.settings.plan import GPUS
 from dualspeed.settings.project import load_project
 from dualspeed.settings.recipe import LoraRecipe
-from dualspeed.training.step_times import count_flops, training_steps
+from dualspeed.training.step_times import count_flops
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 from tests.support import tiny
 from tests.support.batches import IMAGE_TOKEN
 from tests.support.paths import REPOSITORY
+from tests.support.steps import training_steps
 
 SIZES = [(28, 28), (20, 60), (61, 20), (30, 50), (200, 90), (33, 64), (64, 48)]
 VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "image_size": 56, "patch_size": 7}
@@ -255,6 +257,26 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(in_repository, tmp_pat
     refused = [line for line in str(raised.value).split("\n") if "llava-1.5-7b-baseline: finetune: needs" in line]
     assert len(refused) == 1
     assert refused[0].endswith("GB)") and "accelerate_config: config/accelerate/fsdp2.yaml would fit (" in refused[0]
+
+
+def test_rows_that_fit_80_gb_are_refused_on_40_with_what_would_fit(in_repository, tmp_path):
+    text = Path("config/paper/config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("  gpu: a100\n", "  gpu: a100-40g\n"))
+    with pytest.raises(PlanError) as raised:
+        plan(tmp_path)
+    refused = [line for line in str(raised.value).split("\n") if "an A100-40G has 40; " in line]
+    assert refused and all("would fit" in line for line in refused)
+    assert any("plan.gpu: a100 or h100 or h200 would fit" in line for line in refused)
+    assert any("llava-1.5-7b-naive_prune-divprune-p0.9: finetune: needs 68 GB" in line for line in refused)
+    assert not any("llava-1.5-7b-baseline: finetune" in line for line in refused)
+
+
+def test_a_row_fits_only_with_a_margin(in_repository):
+    project = load_project("config/paper/config.yaml")
+    cost = stage_cost(project, project.finetune_settings(project.rows[0]), project.rows[0].model)
+    gpu = dataclasses.replace(GPUS["a100"], memory=1.05 * cost.memory)
+    assert not cost.fits(gpu)
+    assert cost.fits(dataclasses.replace(gpu, memory=1.11 * cost.memory))
 
 
 def test_lengths_are_counted_once_data_is_prepared(in_repository, tmp_path):

@@ -78,6 +78,7 @@ def test_defaults_are_those_of_this_generation():
         "chat_template": "vicuna_v1",
         "max_length": 2048,
         "max_dropped_share": 0.05,
+        "max_image_pixels": 178_956_970,
         "image_aspect_ratio": None,
         "validation_annotations": None,
         "global_batch_size": 4,

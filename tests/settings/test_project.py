@@ -265,7 +265,7 @@ def test_a_wrong_recipe_is_one_clear_error(key, value, message):
         ("num_virtual_tokens=4.0", "row x: num_virtual_tokens: '4.0' is no int"),
         (
             "pruner=fastvlm",
-            "row x: pruner: 'fastvlm' is unknown (did you mean 'fastervlm'?); valid: cdpruner, divprune",
+            "row x: pruner: 'fastvlm' is unknown (did you mean 'fastervlm'?); valid: cdpruner, cdpruner_cen, divprune",
         ),
         ("slow_mode_ratio=2", "row x: slow_mode_ratio: 2.0 is out of range; valid: in [0, 1]"),
         ("seed=-1", "row x: seed: -1 is out of range; valid: 0 or more"),

@@ -38,6 +38,13 @@ class GradientRecorder(TrainerCallback):
         self.steps.append(gradients)
 
 
+def uneven_sample(family: str, seed: int, num_images: int) -> dict:
+    """A sample of which fewer tokens are supervised on the second rank than on the first."""
+    made = sample(family, seed, num_images)
+    unsupervised = len(made["labels"]) - 5 + seed % 4
+    return made | {"labels": [-100] * unsupervised + made["labels"][unsupervised:]}
+
+
 def main(family: str, base: str, out: str, kind: str) -> None:
     num_images = [count for composition in COMPOSITIONS for _ in range(2) for count in composition]
     dataset = Dataset.from_list([{"seed": seed, "num_images": count} for seed, count in enumerate(num_images)])
@@ -65,11 +72,12 @@ def main(family: str, base: str, out: str, kind: str) -> None:
         eval_dataset=dataset.select(range(5)),  # odd, so that two processes get different numbers
         preprocess_logits_for_metrics=count_answers,
         compute_metrics=mean_of_answers,
-        data_collator=lambda rows: collate([sample(family, row["seed"], row["num_images"]) for row in rows]),
+        data_collator=lambda rows: collate([uneven_sample(family, row["seed"], row["num_images"]) for row in rows]),
     )
     recorder = GradientRecorder()
     trainer.add_callback(recorder)
     trainer.train()
+    is_sharded = {isinstance(parameter, DTensor) for parameter in trainer.model.parameters()}
     trainer.save_model(f"{out}/saved")
     validation = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -77,6 +85,9 @@ def main(family: str, base: str, out: str, kind: str) -> None:
         modes = [str(trainer.mode_of_step(step)) for step in range(NUM_STEPS)]
         record = {"losses": losses, "modes": modes, "gradients": recorder.steps}
         record["validation"] = [validation["eval_answer_accuracy"], validation["eval_ce_loss"]]
+        record["logs"] = trainer.state.log_history
+        record["distributed_type"] = trainer.accelerator.distributed_type.value
+        record["sharded"] = is_sharded
         record["find_unused_parameters"] = trainer.args.ddp_find_unused_parameters
         torch.save(record, Path(out) / "record.pt")
 

@@ -107,8 +107,8 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def stub_outputs(project: Path, *arguments: str) -> None:
-    """Let Snakemake take every job for done: its outputs are stand-ins, its records are real."""
+def write_stubs(project: Path, *arguments: str) -> None:
+    """Write a stand-in for every output of the workflow."""
     for line in snakemake(project, "--summary", *arguments).splitlines():
         path, *columns = line.split("\t")
         if len(columns) == 5 and path.startswith("results/"):
@@ -118,4 +118,9 @@ def stub_outputs(project: Path, *arguments: str) -> None:
                 output.mkdir()
             else:
                 output.write_text(path)
+
+
+def stub_outputs(project: Path, *arguments: str) -> None:
+    """Let Snakemake take every job for done: its outputs are stand-ins, its records are real."""
+    write_stubs(project, *arguments)
     snakemake(project, "--touch", "--forceall", *arguments)

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.support import tiny
 from tests.support.paths import REPOSITORY
+from tests.support.sharded import forced
 
 WORKER = "tests.support.distributed_worker"
 FAMILIES = {"llava": tiny.make_llava, "llava_next": tiny.make_llava_next}
@@ -25,6 +26,8 @@ def run(family: str, base: Path, out: Path, kind: str) -> dict:
     if kind != "single":
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    if kind == "fsdp":
+        environment = forced(environment)
     finished = subprocess.run(
         [*launcher, "-m", WORKER, family, str(base), str(out), kind],
         cwd=REPOSITORY,
@@ -45,14 +48,30 @@ def single(request, tmp_path_factory) -> tuple[str, Path, dict]:
     return request.param, folder, run(request.param, folder / "base", folder / "single", "single")
 
 
+def assert_same_logs(logs: list[dict], expected: list[dict]) -> None:
+    """Losses by mode, and counts, are those of both ranks: the first one has more supervised tokens than the second."""
+    for entry, wanted in zip(logs, expected, strict=True):
+        assert entry.keys() == wanted.keys()
+        losses = {name: value for name, value in wanted.items() if name.endswith(("ce_loss", "distillation_loss"))}
+        assert {name: entry[name] for name in losses} == pytest.approx(losses, rel=1e-4)
+        if "loss" in wanted:
+            assert len(losses) >= 1
+            one, other = (log["tokens_per_second"] / log["samples_per_second"] for log in (entry, wanted))
+            assert one == pytest.approx(other)  # tokens a sample, whatever the time
+            assert entry["batches_without_supervision"] == wanted["batches_without_supervision"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(single, kind):
     family, folder, expected = single
     record = run(family, folder / "base", folder / kind, kind)
     assert record["find_unused_parameters"] is False
+    assert record["distributed_type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind]
+    assert record["sharded"] == ({True} if kind == "fsdp" else {False})
     assert record["modes"] == expected["modes"]
     assert set(record["modes"][0:2]) == {"fast", "slow"}
     assert record["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert_same_logs(record["logs"], expected["logs"])
     assert record["validation"] == pytest.approx(expected["validation"], rel=1e-4)
     for step, gradients in enumerate(expected["gradients"]):
         assert record["gradients"][step].keys() == gradients.keys()

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualspeed.cluster.run_lock import run_lock
-from dualspeed.errors import InterruptedTrainingError, RunIsLiveError, WorldSizeError
+from dualspeed.errors import IncompleteModelError, InterruptedTrainingError, RunIsLiveError, WorldSizeError
 from dualspeed.settings.jobs import write_settings
 from dualspeed.settings.stage import StageSettings
-from dualspeed.training.resume import last_checkpoint, list_checkpoints, shield_workers
+from dualspeed.training.resume import ResumableTrainer, last_checkpoint, list_checkpoints, shield_workers
 from dualspeed.training.stage import open_state, train
 from measurements import kill
 from tests.support.stage import NUM_STEPS, assert_same_weights, interruptible_settings, stage_settings, train_stage
@@ -200,6 +200,62 @@ def test_a_job_that_ends_between_last_step_and_result_trains_no_step_more(
     train_stage(stage_inputs, tmp_path, interruptible_settings())
     assert_same_weights(tmp_path / "out", uninterrupted)
     assert json.loads((tmp_path / "out" / "training.json").read_text())["num_steps"] == NUM_STEPS + 1
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a file in place."""
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+NORM = "language_model.model.norm.weight"
+SPOILS = {
+    "a weight is missing": (lambda out: rewrite(out / "model.safetensors", lambda found: found.pop(NORM)), "missing"),
+    "a weight is not finite": (
+        lambda out: rewrite(out / "model.safetensors", lambda found: found[NORM].fill_(torch.nan)),
+        "not finite",
+    ),
+    "the weights are cut": (
+        lambda out: os.truncate(out / "model.safetensors", 1000),
+        "model.safetensors|header|offset",
+    ),
+    "no weights": (lambda out: (out / "model.safetensors").unlink(), "model.safetensors"),
+    "no isolator": (lambda out: (out / "mode_isolator.safetensors").unlink(), "mode_isolator"),
+    "another isolator": (
+        lambda out: rewrite(
+            out / "mode_isolator.safetensors",
+            lambda found: found.update({key: found[key][:1].clone() for key in found}),
+        ),
+        "has shape",
+    ),
+    "no tokenizer": (lambda out: (out / "tokenizer.json").unlink(), "no processor"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_a_model_that_is_not_saved_whole_keeps_its_checkpoints(stage_inputs, tmp_path, monkeypatch, name):
+    spoil, message = SPOILS[name]
+    chosen = stage_settings()
+    chosen.recipe.training_arguments.update(max_steps=1)
+    stock = ResumableTrainer.save_model
+    with monkeypatch.context() as patch:
+
+        def save_model(self, folder=None, _internal_call=False):
+            stock(self, folder, _internal_call)
+            if not _internal_call:
+                spoil(Path(folder))
+
+        patch.setattr(ResumableTrainer, "save_model", save_model)
+        with pytest.raises(
+            IncompleteModelError, match=f"was not saved whole .*({message}).* were kept; start"
+        ) as raised:
+            train_stage(stage_inputs, tmp_path, chosen)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob("state/*/checkpoints/checkpoint-1"))
+    AutoModelForImageTextToText.from_pretrained(train_stage(stage_inputs, tmp_path, chosen))
+    assert not list(tmp_path.glob("state/*/checkpoints"))
 
 
 def test_another_number_of_processes_is_refused(stage_inputs, tmp_path):

@@ -11,13 +11,15 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from dualspeed import DualSpeedConfig, DualSpeedTrainer, Mode
+from dualspeed import DualSpeedConfig, DualSpeedModel, DualSpeedTrainer, Mode
 from dualspeed.settings.modes import MODE_SCHEDULES, mode_of_step
+from dualspeed.training.trainable import parts_of, set_trainable
 from tests.support import tiny
 from tests.support.batches import collate, sample
 from tests.support.golden import CASES, batch, golden_model
 
 NUM_STEPS = 8
+OWN = ("projector_learning_rate", "vision_learning_rate", "slow_batch_size")
 
 
 def collate_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -29,7 +31,7 @@ def dataset(num_samples: int = 32) -> Dataset:
 
 
 def trainer(folder, model=None, dualspeed: DualSpeedConfig | None = None, **arguments) -> DualSpeedTrainer:
-    own = {name: arguments.pop(name, None) for name in ("projector_learning_rate", "slow_batch_size")}
+    own = {name: arguments.pop(name, None) for name in OWN}
     defaults = {
         "output_dir": str(folder),
         "max_steps": NUM_STEPS,
@@ -230,6 +232,17 @@ def test_isolator_learns_with_the_projector_and_never_decays(tmp_path):
     assert (by_name["model"]["lr"], by_name["model"]["weight_decay"]) == (1e-3, 0.1)
     trainable = {id(p) for p in prepared.model.parameters() if p.requires_grad}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trainable
+
+
+@pytest.mark.parametrize("part", ["projector", "vision"])
+def test_a_learning_rate_of_zero_holds_its_part(tmp_path, part):
+    model = DualSpeedModel(tiny.llava(), DualSpeedConfig(slow_mode_ratio=0.4, pruning_ratio=0.7))
+    set_trainable(model, "finetune", with_vision=True)
+    parts, before = parts_of(model), {name: values.clone() for name, values in model.named_parameters()}
+    held = trainer(tmp_path, model, model.dualspeed, weight_decay=0.1, max_steps=3, **{f"{part}_learning_rate": 0.0})
+    held.train()
+    changed = {parts[name] for name, values in model.named_parameters() if not torch.equal(values, before[name])}
+    assert changed == {"language", "projector", "vision"} - {part}
 
 
 def test_saved_model_is_stock_and_resumable(tmp_path):

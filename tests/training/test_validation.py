@@ -111,12 +111,22 @@ def test_settings_without_validation_are_what_they_were():
         ({"validation_annotations": "b.json"}, "validation_steps: None with .*; valid: both or neither"),
         ({"validation_annotations": "b.json", "validation_steps": 0}, "validation_steps: 0 is out of range"),
         ({"validation_annotations": "a.json", "validation_steps": 5}, "'a.json' is trained on; valid: another file"),
+        ({"validation_annotations": "./x/../a.json", "validation_steps": 5}, "'./x/../a.json' is trained on; valid:"),
+        ({"annotations": "data", "validation_annotations": "data/v", "validation_steps": 5}, "'data/v' is trained on"),
+        ({"annotations": "data/a", "validation_annotations": "data", "validation_steps": 5}, "'data' is trained on"),
         ({"training_arguments": {"eval_steps": 5}}, "eval_steps: not set here; valid: validation_steps"),
     ],
 )
 def test_an_impossible_validation_is_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
-        Recipe(annotations="a.json", images="images", global_batch_size=4, **keys)
+        Recipe(**{"annotations": "a.json", "images": "images", "global_batch_size": 4} | keys)
+    Recipe(
+        annotations="data",
+        images="images",
+        global_batch_size=4,
+        validation_annotations="data/v.json",
+        validation_steps=5,
+    )
 
 
 def test_full_marks_for_the_models_own_answers():
