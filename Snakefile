@@ -6,8 +6,8 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.project import read_yaml
 from dualspeed.settings.snapshot import freeze, read_frozen
+from dualspeed.settings.yaml_file import read_yaml
 
 min_version("9.27")
 
@@ -17,12 +17,18 @@ if not workflow.is_main_process and (frozen := read_frozen()):
     config.update(frozen)
 
 
-# Another configuration (--configfile) replaces the demo's; Snakemake would merge the two.
-if "models" not in config:
+# Our errors name file, line and column, Snakemake's own neither; and it takes the last of two equal keys. A file of
+# --configfile that is no YAML at all never comes here: `dualspeed plan --config` says what is wrong with it.
+if workflow.is_main_process:
     try:
-        read_yaml(Path("config/demo/config.yaml"))  # its error names file and line, Snakemake's own neither
+        for file in [*workflow.configfiles, *([] if "models" in config else ["config/demo/config.yaml"])]:
+            read_yaml(Path(file))
     except ConfigError as error:
         raise WorkflowError(error) from None
+
+
+# Another configuration (--configfile) replaces the demo's; Snakemake would merge the two.
+if "models" not in config:
 
     configfile: "config/demo/config.yaml"
 

@@ -24,6 +24,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--pictures", metavar="FOLDER", help="folder for the screenshots of tests/reporting/test_pictures.py"
     )
+    parser.addoption(
+        "--fuzz-inputs", type=int, default=300, help="mutated inputs for each reader in tests/fuzz (make fuzz: 20000)"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,13 @@ from dualspeed.tracking.store import (
     log_points,
     log_tags,
     open_store,
+    project_id,
     redact,
 )
 
 SPEC_FILE, RUN_FILE = "run_spec.json", "run.json"
 LOCK_FILE, DELIVERY_LOCK_FILE = "tracking.lock", "delivery.lock"
+DELETED = "the MLflow run of %s was deleted there, so its metrics are not delivered"
 logger = logging.getLogger(__name__)
 
 
@@ -95,13 +97,14 @@ def deliver(folder: Path, tracking: Store) -> int:
             write_json(folder / RUN_FILE, sent)
             num_sent += len(points)
         if spec != sent["spec"]:
-            _describe_run(store, sent["run_id"], spec, _identity(folder))
+            drop_twins(store, _identity(folder), project_id(folder.parent), keep=sent["run_id"])
+            _describe_run(store, sent["run_id"], spec)
             write_json(folder / RUN_FILE, sent | {"spec": spec})
     return num_sent
 
 
 def find_parent_run(store: OpenStore, lock: Path, parent: ParentRun, started_ms: int | None = None) -> str:
-    """Find or create a row's run; returns its id."""
+    """Find or create a row's run; returns its id, which may be that of a run that a person deleted."""
     tags = {"kind": "experiment", "row": parent.row, "settings_hash": parent.settings_hash}
     return find_or_create_run(store, lock, parent.row, tags, started_ms=started_ms)
 
@@ -134,19 +137,21 @@ def _find_run(store: OpenStore, folder: Path, spec: dict[str, Any], tracking: St
         if stage == "active":
             return sent
         if stage == "deleted":
-            logger.info("the MLflow run of %s was deleted there, so its metrics are not delivered", folder)
+            logger.info(DELETED, folder)
             return None
     lock, tags = folder.parent / LOCK_FILE, _identity(folder)
     if spec["parent"]:
         tags["mlflow.parentRunId"] = find_parent_run(store, lock, ParentRun(*spec["parent"]), spec["started"])
     run_id = find_or_create_run(store, lock, spec["name"], _identity(folder), tags, spec["started"])
+    if lifecycle(store, run_id) == "deleted":
+        logger.info(DELETED, folder)
+        return None
     sent = target | {"run_id": run_id, "bytes": 0, "spec": None}
     write_json(path, sent)
     return sent
 
 
-def _describe_run(store: OpenStore, run_id: str, spec: dict[str, Any], identity: dict[str, str]) -> None:
-    drop_twins(store, identity, keep=run_id)
+def _describe_run(store: OpenStore, run_id: str, spec: dict[str, Any]) -> None:
     log_params(store, run_id, spec["params"])
     log_tags(store, run_id, spec["tags"])
     if spec["status"] == "RUNNING":

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dualspeed.environment import environment
+from dualspeed.errors import TrackingError
 from dualspeed.files import write_json
 from dualspeed.layout import METRICS_FILE
 from dualspeed.tracking.delivery import SPEC_FILE, ParentRun, deliver
 from dualspeed.tracking.metrics_file import read_metrics
-from dualspeed.tracking.store import Store, flatten, open_store, warn_undelivered
+from dualspeed.tracking.store import Store, flatten, open_store, refusal, warn_undelivered
 
 DELIVERY_SECONDS = 5.0
 RETRY_SECONDS = 60.0
@@ -103,6 +104,7 @@ class MetricLog:
                     deliver(self.folder, tracking)
                 wait = DELIVERY_SECONDS
             except Exception as error:  # no error of MLflow may stop training
+                open_store.cache_clear()  # the next try opens it anew: its experiment may have been deleted meanwhile
                 wait = RETRY_SECONDS
                 if not has_warned:
                     warn_undelivered(tracking.uri, error)
@@ -110,16 +112,16 @@ class MetricLog:
 
 
 def init(tracking: Store) -> None:
-    """Create the store's database and the experiment if absent; warn if a server can't be reached.
+    """Create the store's database and the experiment if absent, restore a deleted one; warn if a server is away.
 
     Raises:
-        Exception: MLflow's own error if a local database can't be created.
+        TrackingError: a local database can't be used.
     """
     try:
         open_store(tracking)
     except Exception as error:
         if not tracking.uri.startswith("http"):
-            raise
+            raise TrackingError(refusal(tracking.uri, error)) from error
         warn_undelivered(tracking.uri, error)
 
 

@@ -9,7 +9,7 @@ import pytest
 from dualspeed.layout import Layout
 from dualspeed.settings.project import load_project
 from tests.support.results_tree import write, write_score, write_training
-from tests.support.workflow import copy_project, edit_config, snakemake, stub_outputs
+from tests.support.workflow import copy_project, edit_config, snakemake, write_stubs
 
 NUM_ROWS, NUM_SEEDS = 250, 5
 LONGEST_COMMAND = 1000
@@ -36,8 +36,8 @@ def write_sheet(path: Path) -> None:
 def test_a_sheet_of_250_rows_becomes_tables(tmp_path, monkeypatch):
     project = copy_project(tmp_path)
     write_sheet(project / SHEET)
-    edit_config(lambda content: [content["benchmarks"].pop(name) for name in ("mme", "pope")])(project)
-    stub_outputs(project, *CHOICE)
+    edit_config(lambda content: [content["benchmarks"].pop(name) for name in ("mme", "pope", "scienceqa")])(project)
+    write_stubs(project, *CHOICE)
     monkeypatch.chdir(project)
     many, layout = load_project("config/demo/config.yaml", experiments=SHEET), Layout("results")
     assert len(many.rows) == NUM_ROWS

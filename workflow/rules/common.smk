@@ -34,8 +34,9 @@ if "gpu" in workflow.global_resources:
 
 # Jobs find `dualspeed` beside this Python, activated or not. OpenMP's spinning makes busy cores ten times slower; memory
 # that glibc returned to the system would be paged in again by every training step.
+PYTHON_FOLDER = shlex.quote(str(Path(sys.executable).parent)).replace("{", "{{").replace("}", "}}")
 shell.prefix(
-    f"export PATH='{Path(sys.executable).parent}':\"$PATH\" OMP_WAIT_POLICY=PASSIVE "
+    f'export PATH={PYTHON_FOLDER}:"$PATH" OMP_WAIT_POLICY=PASSIVE '
     f"MALLOC_MMAP_THRESHOLD_={2**30} MALLOC_TRIM_THRESHOLD_={2**33}; "
 )
 
@@ -107,10 +108,11 @@ FIGURE_FILES = expand(
 )
 REPORT = LAYOUT.report(PROJECT.sheet_name)
 # What makes this sheet again; the page says so.
-COMMAND = " ".join(
+OTHER_FILES = [str(path) for path in workflow.configfiles if Path(path) != Path("config/demo/config.yaml")]
+COMMAND = shlex.join(
     ["snakemake"]
-    + [f"--configfile {path}" for path in workflow.configfiles if Path(path) != Path("config/demo/config.yaml")]
-    + [f"--config experiments={config['experiments']}"]
+    + [word for path in OTHER_FILES for word in ("--configfile", path)]
+    + ["--config", f"experiments={config['experiments']}"]
 )
 
 
@@ -183,6 +185,12 @@ def growing(minutes):
 def launch_options(model, stage):
     """Options of `dualspeed train` for its processes."""
     return wanted(model, stage).launch_options(recipe_of(model, stage).accelerate_config)
+
+
+def share_options(wildcards):
+    """Options of `dualspeed speed` for the finetuning whose steps are timed."""
+    model = SPEEDS[wildcards.speed].model
+    return wanted(model, "finetune").share_options(recipe_of(model, "finetune").accelerate_config)
 
 
 def parent_option(wildcards):

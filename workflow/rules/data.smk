@@ -18,7 +18,7 @@ rule init_tracking:
     message:
         "Make sure of the MLflow store"
     shell:
-        "dualspeed track init --tracking {params.store:q} > {log} 2>&1"
+        "dualspeed track init --tracking {params.store:q} > {log:q} 2>&1"
 
 
 # For after a server was away: `snakemake track_sync`. Nothing asks for it, so nothing else runs with it.
@@ -36,7 +36,7 @@ rule track_sync:
     message:
         "Deliver to MLflow what it lacks"
     shell:
-        "dualspeed track sync --tracking {params.store:q} --state {params.state} 2>&1 | tee {log}"
+        "dualspeed track sync --tracking {params.store:q} --state {params.state:q} 2>&1 | tee {log:q}"
 
 
 # On the machine that Snakemake runs on: compute nodes often have no way out.
@@ -55,8 +55,8 @@ rule download:
     message:
         "Download {wildcards.source} (progress: {log})"
     shell:
-        "exec dualspeed download {wildcards.source} --settings {params.settings} --lock {params.lock:q}"
-        " --out {output.receipt} --workers 4 > {log} 2>&1"
+        "exec dualspeed download {wildcards.source:q} --settings {params.settings:q} --lock {params.lock:q}"
+        " --out {output.receipt:q} --workers 4 > {log:q} 2>&1"
 
 
 rule downloads:
@@ -82,7 +82,7 @@ rule make_demo_data:
     message:
         "Draw the demo's pictures and questions (progress: {log})"
     shell:
-        "dualspeed demo-data --settings {params.settings} --out {output.data} > {log} 2>&1"
+        "dualspeed demo-data --settings {params.settings:q} --out {output.data:q} > {log:q} 2>&1"
 
 
 rule make_base_model:
@@ -105,7 +105,8 @@ rule make_base_model:
     message:
         "Make the base model {wildcards.model} (progress: {log})"
     shell:
-        "exec dualspeed base-model --settings {params.settings} --data {input.data} --out {output.model} > {log} 2>&1"
+        "exec dualspeed base-model --settings {params.settings:q} --data {input.data:q} --out {output.model:q}"
+        " > {log:q} 2>&1"
 
 
 rule assemble_base_model:
@@ -128,7 +129,7 @@ rule assemble_base_model:
     message:
         "Put the base model {wildcards.model} together (progress: {log})"
     shell:
-        "dualspeed assemble --settings {params.settings} --out {output.model} > {log} 2>&1"
+        "dualspeed assemble --settings {params.settings:q} --out {output.model:q} > {log:q} 2>&1"
 
 
 # A download's folder is no rule's output, and these links to its files are.
@@ -150,7 +151,7 @@ rule link_base_model:
     message:
         "Take the downloaded base model {wildcards.model}"
     shell:
-        "mkdir {output.model} 2> {log} && ln -s {params.source:q}/* {output.model} 2>> {log}"
+        "mkdir {output.model:q} 2> {log:q} && ln -s {params.source:q}/* {output.model:q} 2>> {log:q}"
 
 
 rule prepare_data:
@@ -174,5 +175,5 @@ rule prepare_data:
     message:
         "Check and prepare the {wildcards.stage} data of {wildcards.model} (progress: {log})"
     shell:
-        "dualspeed prepare --settings {params.settings} --model {input.model} --out {output.data}"
-        " --workers {threads} > {log} 2>&1"
+        "dualspeed prepare --settings {params.settings:q} --model {input.model:q} --out {output.data:q}"
+        " --workers {threads} > {log:q} 2>&1"

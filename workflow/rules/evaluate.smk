@@ -24,9 +24,9 @@ rule answer_shard:
     message:
         "Answer part {wildcards.shard} of {SHARDS} with {wildcards.experiment}, {wildcards.inference} tokens (progress: {log})"
     shell:
-        "exec dualspeed answer --settings {params.settings} --model {input.model} --state {params.state}"
-        ' --out {params.folder} --tracking "$DUALSPEED_TRACKING" {params.options}'
-        " --gpus {resources.gpu} > {log} 2>&1"
+        "exec dualspeed answer --settings {params.settings:q} --model {input.model:q} --state {params.state:q}"
+        ' --out {params.folder:q} --tracking "$DUALSPEED_TRACKING" {params.options}'
+        " --gpus {resources.gpu} > {log:q} 2>&1"
 
 
 use rule answer_shard as generate_answers with:
@@ -76,7 +76,7 @@ rule score:
         "Score {wildcards.experiment}, {wildcards.inference} tokens"
     shell:
         """
-        exec >{log} 2>&1
+        exec >{log:q} 2>&1
         benchmarks=({params.benchmarks:q}) folders=({params.folders:q})
         answers=({input.answers:q}) scores=({output.scores:q})
         for i in "${{!benchmarks[@]}}"; do
@@ -107,8 +107,8 @@ rule submission:
     message:
         "Write what the server of {wildcards.name} takes from {wildcards.experiment}"
     shell:
-        "dualspeed submit {wildcards.name} --data {params.folder:q} --answers {input.answers} --out {output}"
-        " > {log} 2>&1"
+        "dualspeed submit {wildcards.name:q} --data {params.folder:q} --answers {input.answers:q} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 # Not part of `all`: needs lmms-eval, its own data from the Hub, and a GPU. `snakemake evaluate_lmms` runs it for all.
@@ -138,5 +138,5 @@ rule compare_lmms:
     message:
         "Score {wildcards.experiment} with lmms-eval (progress: {log})"
     shell:
-        "dualspeed lmms --model {input.model} --scores {params.scores} --work {params.work} --out {output}"
-        " > {log} 2>&1"
+        "dualspeed lmms --model {input.model:q} --scores {params.scores:q} --work {params.work:q} --out {output:q}"
+        " > {log:q} 2>&1"

@@ -27,8 +27,8 @@ rule tables:
     message:
         "Write tables and figures of the sheet {PROJECT.sheet_name}"
     shell:
-        "dualspeed tables --settings {params.settings} --out {params.tables} --figures {params.figures}"
-        ' --tracking "$DUALSPEED_TRACKING" > {log} 2>&1'
+        "dualspeed tables --settings {params.settings:q} --out {params.tables:q} --figures {params.figures:q}"
+        ' --tracking "$DUALSPEED_TRACKING" > {log:q} 2>&1'
 
 
 # The sheet's first model shows it, for all methods alike.
@@ -51,7 +51,7 @@ rule draw_kept_tokens:
     message:
         "Draw which tokens each pruning method keeps"
     shell:
-        "dualspeed kept-tokens --settings {params.settings} --model {input.model} --out {params.path} > {log} 2>&1"
+        "dualspeed kept-tokens --settings {params.settings:q} --model {input.model:q} --out {params.path:q} > {log:q} 2>&1"
 
 
 rule report:
@@ -76,4 +76,5 @@ rule report:
     message:
         "Write the page that shows the sheet {PROJECT.sheet_name}: {output.page}"
     shell:
-        "dualspeed report --settings {params.settings} --figures {params.figures} --out {output.page} > {log} 2>&1"
+        "dualspeed report --settings {params.settings:q} --figures {params.figures:q} --out {output.page:q}"
+        " > {log:q} 2>&1"

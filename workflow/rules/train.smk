@@ -28,9 +28,9 @@ rule pretrain:
     message:
         "Pretrain {wildcards.pretraining} (progress: {log})"
     shell:
-        "exec dualspeed train --settings {params.settings} --model {input.model} --data {input.data}"
-        ' --state {params.state} --out {output.checkpoint} --tracking "$DUALSPEED_TRACKING" {params.parent}'
-        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} > {log} 2>&1"
+        "exec dualspeed train --settings {params.settings:q} --model {input.model:q} --data {input.data:q}"
+        ' --state {params.state:q} --out {output.checkpoint:q} --tracking "$DUALSPEED_TRACKING" {params.parent}'
+        " --time-limit {resources.runtime} --gpus {resources.gpu} {resources.launch} > {log:q} 2>&1"
 
 
 use rule pretrain as finetune with:
@@ -71,10 +71,11 @@ rule measure_speed:
     threads: workflow.cores or 1
     resources:
         **scheduled(lambda wildcards: SPEEDS[wildcards.speed].model, "speed"),
+        share=share_options,
     params:
         settings=lambda wildcards: settings_file(PROJECT.speed_settings(SPEEDS[wildcards.speed])),
     message:
         "Time the steps of {wildcards.speed}, alone on this machine"
     shell:
-        "dualspeed speed --settings {params.settings} --model {input.model}"
-        " --data {input.data} --out {output.times} --gpus {resources.gpu} > {log} 2>&1"
+        "dualspeed speed --settings {params.settings:q} --model {input.model:q}"
+        " --data {input.data:q} --out {output.times:q} --gpus {resources.gpu} {resources.share} > {log:q} 2>&1"
