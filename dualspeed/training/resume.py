@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class KeepWholeCheckpoints(TrainerCallback):
             if whole.exists():  # torn by a crash of the machine
                 shutil.rmtree(whole)
             os.replace(written, whole)
+            with suppress(OSError):  # beside the checkpoints stands nothing that is none
+                unfinished.rmdir()
             for old in list_checkpoints(whole.parent)[NUM_KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
         self.trainer.accelerator.wait_for_everyone()

@@ -50,7 +50,6 @@ def test_a_sheet_of_250_rows_becomes_tables(tmp_path, monkeypatch):
             times = {"baseline_step_seconds": 1.0, "fast_step_seconds": 0.25, "slow_step_seconds": 1.1}
             write(layout.speed(row.speed_key), times | {"theory_u": 0.2, "pruner_seconds": 0.005})
     snakemake(project, "--touch", "--forceall", *CHOICE)
-    Path(layout.store_ready).unlink()
     table = Path(layout.tables(many.sheet.name)) / "table1.csv"
     table.unlink()
     output = snakemake(project, "--cores", "2", "--printshellcmds", *CHOICE, "--", str(table))
