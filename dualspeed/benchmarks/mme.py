@@ -8,6 +8,7 @@ prompts. The rules are those of LLaVA's convert_answer_to_mme.py and the officia
 of an image are found by its name instead of by line.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -83,7 +84,7 @@ def load_questions(folder: Path) -> list[Question]:
     for place, line in read_json_lines(question_file(folder)):
         official_id, prompt = get_field(line, "question_id", str, place), get_field(line, "text", str, place)
         image = release / get_field(line, "image", str, place)
-        if not image.exists():
+        if not os.path.exists(image):
             image = image.parent / "images" / image.name
         questions.append(Question(key_of(official_id, prompt), official_id, image, prompt))
     reject_duplicates([question.question_id for question in questions], question_file(folder))

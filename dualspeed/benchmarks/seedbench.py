@@ -48,7 +48,8 @@ def read_official(folder: Path) -> tuple[dict[str, tuple[str, dict]], dict[int, 
         if key in questions:
             raise BenchmarkError(f"{place}: field 'question_id': {key!r} occurs twice")
         questions[key] = (place, entry)
-    return questions, {number: name for name, number in types.items()}
+    numbers = {name: get_field(types, name, int, f"{path}: field 'question_type'") for name in types}
+    return questions, {number: name for name, number in numbers.items()}
 
 
 def load_questions(folder: Path) -> list[Question]:

@@ -1,6 +1,7 @@
 """The file of a sheet of experiments: TSV with one row per trained model; an empty cell means the default."""
 
 import csv
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -48,8 +49,8 @@ def read_sheet(path: Path) -> list[dict[str, Any]]:
         ConfigError: no file, no row, a mistyped column, a row with fewer or more cells than columns, a cell of another
             type, a missing or repeated id.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; valid: a tab-separated sheet of experiments")
+    if not os.path.isfile(path):  # Path.is_file fails at a name that is too long
+        raise ConfigError(f"{str(path)[:200]}: no such file; valid: a tab-separated sheet of experiments")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -242,6 +242,12 @@ def test_textvqa_counts_answers_with_ocr_tokens_alone_where_a_question_has_both(
     [
         ("pope", ANSWERS, '{"question_id": ' + "9" * 5000 + "}", r"line 1: not readable as JSON \(Exceeds the limit"),
         ("gqa", "testdev_balanced_questions.json", "[" * 100_000, r"not readable as JSON \(maximum recursion depth"),
+        (
+            "seedbench",
+            "SEED-Bench.json",
+            '{"questions": [], "question_type": {"a": []}}',
+            r"'question_type': field 'a' is \[\]",
+        ),
         ("seedbench", ANSWERS, f'{{"question_id": "{"9" * 5000}", "text": "A"}}', r"line 1: field 'question_id': '9"),
     ],
 )
@@ -250,3 +256,12 @@ def test_numbers_and_brackets_without_end_are_errors_of_the_file(name, file, con
     (folder / file).write_text(content)
     with pytest.raises(BenchmarkError, match=message):
         score(name, folder, folder / ANSWERS, folder / "metrics.json")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_of_a_missing_image(tmp_path):
+    folder = official.write_benchmark("mme", tmp_path / "mme")
+    path = folder / "llava_mme.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [lines[0] | {"image": "n" * 300}, *lines[1:]])
+    asked = BENCHMARKS["mme"].load_questions(folder)
+    assert asked[0].image.name == "n" * 300 and asked[1].image.is_file()

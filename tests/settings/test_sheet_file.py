@@ -200,6 +200,11 @@ def test_a_text_that_is_none_is_refused_wherever_the_configuration_comes_from(va
         load_project(CONFIG | {"experiments": str(REPOSITORY / "config/demo/experiments.tsv"), "results": value})
 
 
+def test_a_path_that_is_too_long_for_a_file_is_none():
+    with pytest.raises(ConfigError, match=r"nnn: no such file; valid: a tab-separated sheet of experiments"):
+        load_project(CONFIG | {"experiments": "n" * 5000}, "config.yaml")
+
+
 def test_names_of_models_are_text():
     models = CONFIG["models"] | {1: CONFIG["models"]["tiny"]}
     content = CONFIG | {"experiments": str(REPOSITORY / "config/demo/experiments.tsv"), "models": models}
