@@ -61,5 +61,5 @@ def test_yaml(fuzz, tmp_path):
         return "read"
 
     json_text = json.dumps(CONTENT)
-    counts = fuzz("configuration (YAML)", mutated_text([TEXT, json_text]), check, share=0.5)
+    counts = fuzz("configuration (YAML)", mutated_text([TEXT, json_text]), check)
     assert {"read", "refused (ConfigError)"} <= set(counts)
