@@ -59,11 +59,6 @@ def find_image(path: str | Path) -> Path:
     return others[0] if len(others) == 1 else path
 
 
-def check_image(path: str | Path) -> str | None:
-    """Return the reason why the image at `path` is unusable, or None."""
-    return inspect_image(path).reason
-
-
 def inspect_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageReport:
     """Decode the image at `path` completely and report on it; an unusable file raises no error."""
     path = str(path)

@@ -98,7 +98,7 @@ def _deepspeed(file: str, settings: dict[str, Any], precision: str | None) -> Sh
 def read_deepspeed(file: Path) -> dict[str, Any]:
     """DeepSpeed's settings; ConfigError if the file is missing, or holds no JSON object."""
     try:
-        return read_value(dict[str, Any], json.loads(file.read_text(encoding="utf-8")), str(file), "top level")
+        return read_value(dict[str, Any], json.loads(file.read_text(encoding="utf-8-sig")), str(file), "top level")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{file}: {error}; valid: DeepSpeed's settings as JSON") from None
 

@@ -1,15 +1,14 @@
 """Hashes of all that decides the result of a stage beside its settings: files, and what launched the processes."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dualspeed.chat_templates import load_template
-from dualspeed.errors import ConfigError
 from dualspeed.files import sha256_of_json
 from dualspeed.fingerprints import checkpoint_fingerprint, dataset_fingerprint
 from dualspeed.settings.names import TEXT_PRUNERS
+from dualspeed.settings.sharding import read_deepspeed
 from dualspeed.settings.stage import StageSettings
 
 LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_DOWNCAST_BF16")
@@ -65,18 +64,9 @@ def launcher_settings(arguments: dict[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in found.items() if value not in ("", "no", "none", "auto", "false", "0")}
     file = os.environ.get(DEEPSPEED_FILE, "none")
     if file not in ("", "none"):
-        found |= _deepspeed_settings(Path(file))
+        deepspeed = read_deepspeed(Path(file))
+        found |= _decided({key: value for key, value in deepspeed.items() if key not in SHARES})
     return found
-
-
-def _deepspeed_settings(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: can't be read as DeepSpeed's JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: no JSON object; valid: DeepSpeed's settings")
-    return _decided({key: value for key, value in content.items() if key not in SHARES})
 
 
 def _decided(settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dualspeed.files import write_json
-from dualspeed.training.state import PROGRESS, last_checkpoint, list_checkpoints
+from dualspeed.training.state import PROGRESS, list_checkpoints
 from dualspeed.training.trainer import DualSpeedTrainer
-
-__all__ = ["ResumableTrainer", "last_checkpoint", "list_checkpoints", "shield_workers", "unfinished_folder"]
 
 UNFINISHED = ".unfinished"
 NUM_KEPT = 2

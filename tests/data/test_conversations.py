@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from dualspeed.data import annotations
 from dualspeed.data.annotations import count_entries, read_entries
-from dualspeed.data.images import check_image, find_image, inspect_image, open_image
+from dualspeed.data.images import find_image, inspect_image, open_image
 from dualspeed.errors import AnnotationsError, ImageError
 from tests.support.parquet import parquet_rows, write_parquet
 from tests.support.samples import BAD_IMAGES, entry, load, load_file, write_image
@@ -22,11 +22,11 @@ from tests.support.samples import BAD_IMAGES, entry, load, load_file, write_imag
 def test_a_bad_image_has_a_reason(kind, tmp_path):
     path = tmp_path / "image.png"
     write_image(path, kind)
-    assert check_image(path) == BAD_IMAGES[kind]
+    assert inspect_image(path).reason == BAD_IMAGES[kind]
 
 
 def test_a_folder_is_no_image(tmp_path):
-    assert check_image(tmp_path) == "missing"
+    assert inspect_image(tmp_path).reason == "missing"
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "L", "LA", "RGBA", "1"])

@@ -20,8 +20,9 @@ from dualspeed.cluster.run_lock import run_lock
 from dualspeed.errors import IncompleteModelError, InterruptedTrainingError, RunIsLiveError, WorldSizeError
 from dualspeed.settings.jobs import write_settings
 from dualspeed.settings.stage import StageSettings
-from dualspeed.training.resume import ResumableTrainer, last_checkpoint, list_checkpoints, shield_workers
-from dualspeed.training.stage import open_state, train
+from dualspeed.training.resume import ResumableTrainer, shield_workers
+from dualspeed.training.stage import train
+from dualspeed.training.state import last_checkpoint, list_checkpoints, open_state
 from measurements import kill
 from tests.support.stage import NUM_STEPS, assert_same_weights, interruptible_settings, stage_settings, train_stage
 
