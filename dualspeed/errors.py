@@ -25,6 +25,10 @@ class RunIsLiveError(DualSpeedError, RuntimeError):
     """Another job writes into this state folder."""
 
 
+class ProgramError(DualSpeedError, RuntimeError):
+    """Program of others that is missing, or that failed; the message names it and repeats its last line."""
+
+
 class SnakemakeIsLiveError(DualSpeedError, RuntimeError):
     """The snakemake process whose jobs are to be ended is still running."""
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.imports import arrows, longest_path, rooms
 from tests.support.paths import REPOSITORY
 
-ROOT = ("batch", "device", "environment", "errors", "files", "fingerprints", "layout")
+ROOT = ("batch", "device", "environment", "errors", "files", "fingerprints", "layout", "programs")
 # room -> the rooms that it may import, beside ROOT
 MAY_IMPORT = {
     **{room: () for room in ROOT},

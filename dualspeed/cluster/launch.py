@@ -9,13 +9,13 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from dualspeed.errors import ConfigError
+from dualspeed.programs import run_program
 
 ON_NODE = "DUALSPEED_ON_NODE"  # set for the processes that srun starts
 PORTS = range(20000, 30000)
@@ -122,7 +122,7 @@ def _first_address() -> str:
 
 
 def _scontrol(*what: str) -> str:
-    return subprocess.run(["scontrol", "show", *what], check=True, capture_output=True, text=True).stdout
+    return run_program(["scontrol", "show", *what])
 
 
 def _port_of_job() -> int:

@@ -2,11 +2,11 @@
 
 import os
 import re
-import subprocess
 import time
 from pathlib import Path
 
 from dualspeed.errors import OrphanedJobsError, SnakemakeIsLiveError
+from dualspeed.programs import run_program
 
 # Logged by Snakemake's Slurm plugin; the name of all Slurm jobs of a run.
 RUN_ID = re.compile(r"SLURM run ID: (\S+)")
@@ -18,6 +18,7 @@ def end_jobs(project: Path) -> list[str]:
 
     Raises:
         SnakemakeIsLiveError: a snakemake on this machine still runs in the folder.
+        ProgramError: there is no Slurm, or it doesn't answer.
         OrphanedJobsError: the jobs don't end within WAIT_SECONDS.
     """
     if live := live_snakemakes(project):
@@ -27,7 +28,7 @@ def end_jobs(project: Path) -> list[str]:
     names = run_ids(project / ".snakemake" / "log")
     if jobs := jobs_of(names):
         print(f"ending {len(jobs)} Slurm jobs that were left over: {' '.join(jobs)}")
-        subprocess.run(["scancel", *jobs], check=True)
+        run_program(["scancel", *jobs])
     deadline = time.monotonic() + WAIT_SECONDS
     while remaining := jobs_of(names):
         if time.monotonic() > deadline:
@@ -48,7 +49,7 @@ def jobs_of(names: set[str]) -> list[str]:
     if not names:
         return []
     queue = ["squeue", "--me", "--noheader", "--format=%A %j", "--states=PD,R,CG,CF,S,ST,SO,RQ,RS,SI"]
-    lines = subprocess.run(queue, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = run_program(queue).splitlines()
     return [job for job, _, name in (line.partition(" ") for line in lines) if name.strip() in names]
 
 

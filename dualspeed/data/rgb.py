@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
+from dualspeed.errors import ImageError
+
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Pixel modes that convert to RGB without loss of range."""
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -45,12 +47,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return a decoded image in RGB; a plain RGB image is returned itself.
 
     Raises:
-        ValueError: the image has no RGB form.
+        ImageError: the image has no RGB form.
     """
     if is_sixteen_bit(image):
         image = eight_bits(image)
     if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(f"pixel mode {image.mode} has no RGB form")
+        raise ImageError(f"pixel mode {image.mode} has no RGB form")
     profile = image.info.get("icc_profile")
     if not image.has_transparency_data:
         return in_srgb(image, profile)

@@ -9,13 +9,13 @@ import csv
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from dualspeed.errors import ConfigError
 from dualspeed.files import write_atomic
+from dualspeed.programs import run_program
 
 # {benchmark: (task of lmms-eval, metric of that task, our metric with the same rule, our scale divided by its)}
 TASKS = {
@@ -38,7 +38,7 @@ def run_lmms_eval(model: str | Path, benchmarks: list[str], out: str | Path, bat
 
     Raises:
         ConfigError: lmms-eval is not installed, or none of the benchmarks is one of TASKS.
-        subprocess.CalledProcessError: lmms-eval failed.
+        ProgramError: lmms-eval failed.
     """
     tasks = [TASKS[name][0] for name in benchmarks if name in TASKS]
     if not tasks:
@@ -50,7 +50,7 @@ def run_lmms_eval(model: str | Path, benchmarks: list[str], out: str | Path, bat
     Path(out).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", f"pretrained={model}"]
     command += ["--tasks", ",".join(tasks), "--batch_size", str(batch_size), "--output_path", str(out)]
-    subprocess.run(command, check=True)
+    run_program(command, capture=False)
 
 
 def read_lmms_results(folder: str | Path) -> dict[str, dict[str, Any]]:
