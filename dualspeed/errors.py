@@ -29,6 +29,10 @@ class ProgramError(DualSpeedError, RuntimeError):
     """Program of others that is missing, or that failed; the message names it and repeats its last line."""
 
 
+class MissingPackageError(DualSpeedError, ImportError):
+    """Optional package that is not installed; the message says how to install it."""
+
+
 class SnakemakeIsLiveError(DualSpeedError, RuntimeError):
     """The snakemake process whose jobs are to be ended is still running."""
 
@@ -67,6 +71,10 @@ class PreparationError(DualSpeedError, ValueError):
 
 class SampleError(DualSpeedError, ValueError):
     """Sample or batch that can't be trained on; the message names the sample or the input."""
+
+
+class SupervisionError(SampleError):
+    """Chat template, or a conversation in it, whose supervised tokens can't be found; the message says why."""
 
 
 class BaseModelError(DualSpeedError, ValueError):

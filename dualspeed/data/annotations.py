@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from dualspeed.data.arrow_rows import rows_of
 from dualspeed.errors import AnnotationsError
 
 # Imported inside the functions that use it: pyarrow comes with the workflow, and JSON files don't need it.
@@ -94,6 +95,8 @@ def read_lines(path: Path, file: IO[str]) -> Iterator[Entry]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 value = error
+            except (ValueError, RecursionError) as error:  # too many digits, or brackets in brackets
+                value = json.JSONDecodeError(str(error), line, 0)
             yield Entry(path, number, value)
 
 
@@ -119,6 +122,9 @@ def read_list(path: Path, file: IO[str]) -> Iterator[Entry]:
             lines_before += text.count("\n", 0, position)
             text, position = text[position:] + more, 0
             continue
+        except (ValueError, RecursionError) as error:  # too many digits, or brackets in brackets
+            line = lines_before + text.count("\n", 0, position) + 1
+            raise AnnotationsError(f"{path}: the entry at line {line} cannot be read: {error}") from error
         number, position = number + 1, end
         yield Entry(path, number, value)
 
@@ -154,17 +160,23 @@ def parquet_files(path: Path) -> list[Path]:
 
 def open_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
     """Open a parquet file and check its columns; AnnotationsError if it is unusable."""
+    opened = open_any_parquet(file)
+    if "conversations" not in (found := opened.schema_arrow.names):
+        raise AnnotationsError(f"{file}: has columns {', '.join(found)}; valid: {', '.join(PARQUET_COLUMNS)}")
+    return opened
+
+
+def open_any_parquet(file: Path) -> "pyarrow.parquet.ParquetFile":
+    """Open a parquet file, whatever its columns; AnnotationsError if it can't be read."""
     import pyarrow.parquet
 
     try:
         opened = pyarrow.parquet.ParquetFile(file)
-        found = opened.schema_arrow.names
+        opened.schema_arrow.names  # noqa: B018  # decodes them
     except FileNotFoundError:
         raise AnnotationsError(f"{file}: does not exist; valid: a file of LLaVA conversations") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names that are no UTF-8
         raise AnnotationsError(f"{file}: cannot be read as parquet: {error}") from error
-    if "conversations" not in found:
-        raise AnnotationsError(f"{file}: has columns {', '.join(found)}; valid: {', '.join(PARQUET_COLUMNS)}")
     return opened
 
 
@@ -174,24 +186,33 @@ def read_parquet(file: Path, root: Path) -> Iterator[Entry]:
     An image in a row is named `<path of the file below root>/<row>-<digits of its checksum>.<type>`: files of one name
     in several folders, and data sets that share a folder of images, each keep their own.
     """
-    import pyarrow
-
-    opened, number = open_parquet(file), 0
+    opened = open_parquet(file)
     folder = file.relative_to(root).with_suffix("").as_posix()
     known = (*PARQUET_COLUMNS, *MISNAMED_IMAGES, *UNREAD_MEDIA)
     columns = [name for name in opened.schema_arrow.names if name.strip().casefold() in known]
+    for number, row in enumerate(read_parquet_rows(file, opened, columns), start=1):
+        image = row.pop("image", None)
+        content = image.get("bytes") if isinstance(image, dict) else None
+        if isinstance(content, bytes):
+            digits = hashlib.sha256(content).hexdigest()[:CHECKSUM_DIGITS]
+            image = f"{folder}/{number - 1:07d}-{digits}{suffix_of(content)}"
+            yield Entry(file, number, row | {"image": image}, content)
+        else:
+            yield Entry(file, number, row | {"image": image})
+
+
+def read_parquet_rows(
+    file: Path, opened: "pyarrow.parquet.ParquetFile", columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an opened parquet file, of these columns or of all; AnnotationsError if it is damaged."""
+    import pyarrow
+
+    number = 0
     try:
         for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
-            for row in batch.to_pylist():
+            for row in rows_of(batch):
                 number += 1
-                image = row.pop("image", None)
-                content = image.get("bytes") if isinstance(image, dict) else None
-                if isinstance(content, bytes):
-                    digits = hashlib.sha256(content).hexdigest()[:CHECKSUM_DIGITS]
-                    image = f"{folder}/{number - 1:07d}-{digits}{suffix_of(content)}"
-                    yield Entry(file, number, row | {"image": image}, content)
-                else:
-                    yield Entry(file, number, row | {"image": image})
+                yield row
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: of values that Python can't hold
         raise AnnotationsError(f"{file}: is damaged after row {number}: {error}") from error
     if number != opened.metadata.num_rows:

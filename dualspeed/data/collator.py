@@ -4,12 +4,11 @@ Input: rows {id, messages, images}. Output: input_ids, attention_mask and labels
 placeholder is expanded to its number of visual tokens; pixel_values (and image_sizes for any-resolution processors)
 with one entry per image, in the order of the rows. Batches without images have neither.
 
-The `{% generation %}` blocks of the processor's chat template mark the supervised tokens. The processor does all the
-work except truncation, since a tokenizer would cut inside an image, and the conversion to tensors, which is faster row
-by row than the processor's own.
+Supervised are the answers, in the processor's own chat template (dualspeed.data.supervision). The processor does all
+the work except truncation, since a tokenizer would cut inside an image, and the conversion to tensors, which is faster
+row by row than the processor's own.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,14 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from dualspeed.batch import IGNORE_INDEX, TOKEN_INPUTS
+from dualspeed.data.conversations import Problem
 from dualspeed.data.images import open_image
 from dualspeed.data.pixels import byte_output, normalized_pixels
 from dualspeed.data.questions import text_of_user, tokenize_questions
+from dualspeed.data.rows import read_row
+from dualspeed.data.supervision import Supervision, image_token_ids, own_template, prompt_settings
 from dualspeed.errors import SampleError
+from dualspeed.settings.families import TABLE_PROCESSORS
 
 PADDING_SIDES = ("left", "right")
 
@@ -30,7 +33,7 @@ class ConversationCollator:
     """Collator that makes training batches of conversations.
 
     Args:
-        processor: Hugging Face processor whose chat template marks answers with `{% generation %}` blocks.
+        processor: Hugging Face processor with a chat template.
         max_length: longest row in tokens; longer rows are truncated at their end, on either padding side. None: no
             truncation. A row that would lose image tokens is an error.
         padding_side: "right" or "left".
@@ -52,8 +55,8 @@ class ConversationCollator:
         positions: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] | None = None,
     ) -> None:
         check_padding_side(padding_side)
-        check_template(processor)
         self.processor = processor
+        self.supervision = Supervision.of(processor)
         self.max_length = max_length
         self.padding_side = padding_side
         self.with_num_images = with_num_images
@@ -61,14 +64,13 @@ class ConversationCollator:
         self.positions = positions
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> BatchFeature:
-        """Return the batch of `examples`; errors name a sample by its id."""
-        conversations = [messages_with_images(example) for example in examples]
-        encoded = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs=byte_output(self.processor),
+        """Return the batch of `examples`, rows in any format; errors name a sample by its id."""
+        examples = [record_of(example, number) for number, example in enumerate(examples, start=1)]
+        encoded = self.supervision.encode(
+            [messages_with_images(example) for example in examples],
+            names=[example["id"] for example in examples],
+            **byte_output(self.processor),
+            **tensors_of_images(self.processor),
         )
         if byte_output(self.processor) and "pixel_values" in encoded:
             encoded["pixel_values"] = normalized_pixels(self.processor, encoded["pixel_values"])
@@ -76,7 +78,7 @@ class ConversationCollator:
         rows = [np.array(row[: self.max_length]) for row in encoded["input_ids"]]
         masks = [np.array(mask[: self.max_length], dtype=bool) for mask in encoded.pop("assistant_masks")]
         labels = [np.where(mask, row, IGNORE_INDEX) for row, mask in zip(rows, masks, strict=True)]
-        batch = padded_batch(rows, encoded, self.processor.tokenizer.pad_token_id, self.padding_side)
+        batch = padded_batch(rows, encoded, padding_token(self.processor), self.padding_side)
         batch["labels"] = pad(labels, IGNORE_INDEX, self.padding_side)
         if self.with_num_images:
             batch["num_images"] = [len(example["images"]) for example in examples]
@@ -89,8 +91,9 @@ class ConversationCollator:
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:
         """Raise SampleError if truncating a row to max_length would cut image tokens."""
+        image_ids = set(image_token_ids(self.processor))
         for example, row in zip(examples, rows, strict=True):
-            if self.max_length and self.processor.image_token_id in row[self.max_length :]:
+            if self.max_length and not image_ids.isdisjoint(row[self.max_length :]):
                 raise SampleError(
                     f"sample {example['id']!r}: max_length {self.max_length} would cut image tokens (the sample has "
                     f"{len(row)} tokens); `dualspeed prepare` drops such samples, a larger max_length keeps them"
@@ -111,9 +114,17 @@ def generation_inputs(
     """
     check_padding_side(padding_side)
     conversations = [[{"role": "user", "content": question_content(example)}] for example in examples]
-    encoded = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=True)
+    encoded = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="auto",
+        processor_kwargs={"padding": False, **tensors_of_images(processor)},
+        **prompt_settings(own_template(processor)),
+    )
     rows = [np.array(row) for row in encoded["input_ids"]]
-    batch = padded_batch(rows, encoded, processor.tokenizer.pad_token_id, padding_side)
+    batch = padded_batch(rows, encoded, padding_token(processor), padding_side)
     if question_tokenizer is not None:
         batch["question_ids"] = tokenize_questions([example["prompt"] for example in examples], question_tokenizer)
     return batch
@@ -125,6 +136,27 @@ def question_content(example: dict[str, Any]) -> list[dict[str, Any]]:
     if example["image"] is None:
         return [text]
     return [{"type": "image", "image": open_image(example["image"])}, text]
+
+
+def record_of(example: dict[str, Any], number: int) -> dict[str, Any]:
+    """Record {id, messages, images} of a row in any format, the `number`-th of its batch; SampleError says why not."""
+    if is_record(example):
+        return example
+    record = read_row(example, f"row {number} of the batch")
+    if isinstance(record, Problem):
+        raise SampleError(f"sample {record.id!r}: {record.reason} ({record.detail})")
+    return record
+
+
+def is_record(example: Mapping[str, Any]) -> bool:
+    """True for a row that is a record already, as prepared data are; one whose images have no places yet is none."""
+    if not isinstance(example.get("images"), list) or not isinstance(example.get("messages"), list):
+        return False
+    contents = [message.get("content") for message in example["messages"]]
+    if "id" not in example or not all(isinstance(content, list) for content in contents):
+        return False
+    types = [item.get("type") for content in contents for item in content]
+    return {"text", "image"}.issuperset(types) and ("image" in types or not example["images"])
 
 
 def messages_with_images(example: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,6 +177,27 @@ def messages_with_images(example: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for message in example["messages"]
     ]
+
+
+def tensors_of_images(processor: ProcessorMixin) -> dict[str, Any]:
+    """Arguments that make the image processor return tensors, and it alone: rows of tokens differ in length.
+
+    Those with one array an image are faster without, and need none.
+    """
+    is_known = type(processor.image_processor).__name__ in TABLE_PROCESSORS
+    return {} if is_known else {"images_kwargs": {"return_tensors": "pt"}}
+
+
+def padding_token(processor: ProcessorMixin) -> int:
+    """Token that pads rows; where a tokenizer has none, the end of sequence: the attention mask decides."""
+    tokenizer = processor.tokenizer
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if token is None:
+        raise SampleError(
+            f"the {type(tokenizer).__name__} has neither a padding token nor one that ends a sequence; valid: "
+            "a tokenizer with `pad_token` set"
+        )
+    return token
 
 
 def padded_batch(rows: list[np.ndarray], encoded: BatchFeature, pad_token_id: int, padding_side: str) -> BatchFeature:
@@ -177,12 +230,3 @@ def check_padding_side(side: str) -> None:
     """Raise SampleError unless `side` is one of PADDING_SIDES."""
     if side not in PADDING_SIDES:
         raise SampleError(f"padding_side {side!r} is unknown; valid: {', '.join(PADDING_SIDES)}")
-
-
-def check_template(processor: ProcessorMixin) -> None:
-    """Raise SampleError unless the processor's chat template marks the supervised text."""
-    if not re.search(r"\{%-?\s*generation\b", str(processor.chat_template)):
-        raise SampleError(
-            "the processor's chat template has no {% generation %} block, so nothing would be supervised; "
-            "dualspeed.chat_templates.use_template(processor, name) sets one that has"
-        )

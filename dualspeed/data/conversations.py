@@ -61,15 +61,19 @@ def read_record(entry: Entry, images: Path) -> dict[str, Any] | Problem:
         return Problem(name, entry.place, *error.args)
 
 
-def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
-    """Return {messages, images} of one entry; RecordError says why it is unusable."""
+def parse_entry(entry: Any, images: Path | None) -> dict[str, Any]:
+    """Return {messages, images} of one entry; RecordError says why it is unusable.
+
+    Args:
+        images: folder that its image paths start from; None: they are taken as they are.
+    """
     if isinstance(entry, json.JSONDecodeError):
         raise RecordError("malformed JSON line", str(entry))
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         seen = f"keys {', '.join(map(str, entry))}" if isinstance(entry, dict) else type(entry).__name__
         raise RecordError("not a conversation", f"{shortened(seen)}; valid: an object with a list `conversations`")
     check_keys(entry)
-    paths = parse_images(entry.get("image"))
+    paths = parse_images(entry.get("image"), images)
     turns = drop_unpaired_ends(entry["conversations"])
     if not turns or len(turns) % 2:
         raise RecordError("turns do not alternate", f"{len(turns)} turns; valid: pairs of human and gpt")
@@ -82,14 +86,14 @@ def parse_entry(entry: Any, images: Path) -> dict[str, Any]:
             "number of <image> marks is not the number of images",
             f"{num_marks} x <image>{seen}, {len(paths)} images; valid: <image>, just so, once for each image",
         )
-    return {"messages": messages, "images": [str(images / path) for path in paths]}
+    return {"messages": messages, "images": paths}
 
 
 def check_keys(entry: dict[str, Any]) -> None:
     """Raise RecordError for pictures under another key than `image`, and for what no model here can read."""
     for key, value in entry.items():
         name = str(key).strip().casefold()
-        if value in (None, "", [], {}):
+        if value is None or (isinstance(value, str | list | dict) and not value):
             continue
         if name in UNREAD_MEDIA:
             raise RecordError("video or audio", f"key {key!r}; valid: images alone, under `image`")
@@ -109,20 +113,29 @@ def drop_unpaired_ends(turns: list[Any]) -> list[Any]:
     return turns[start:end]
 
 
-def parse_images(image: Any) -> list[str]:
-    """Return the entry's image paths: none, one or several."""
+def parse_images(image: Any, folder: Path | None) -> list[str]:
+    """Return the entry's image paths, which include the folder: none, one or several."""
     paths = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         valid = "valid: a path, a list of paths, or no such key; in parquet {bytes, path} with the file's bytes"
-        raise RecordError("image is not a path", f"{shortened(repr(image))}; {valid}")
+        raise RecordError("image is not a path", f"{shortened(shown(image))}; {valid}")
     check_unicode(*paths)
-    for path in paths:
-        check_path(path)
-    return paths
+    return [located(path, folder) for path in paths]
 
 
-def check_path(path: str) -> None:
-    """Raise RecordError for what is no path inside the folder of images, by the rule of this module."""
+def located(path: str, folder: Path | None) -> str:
+    """Return an image path with the folder that it starts from; RecordError if it is no path, or leads out of it."""
+    check_unicode(path)
+    check_path(path, is_inside=folder is not None)
+    return path if folder is None else str(folder / path)
+
+
+def check_path(path: str, is_inside: bool = True) -> None:
+    """Raise RecordError for what is no path by the rule of this module.
+
+    Args:
+        is_inside: True for a path inside the folder of images; False for one that any program may open.
+    """
     reason = None
     if path[:5].casefold() == "data:":
         reason, valid = "image is a data: URL", "a file, with its path in its place"
@@ -130,6 +143,8 @@ def check_path(path: str) -> None:
         reason, valid = "image is an address", "a file that was downloaded, with its path in its place"
     elif BASE64.fullmatch(path):
         reason, valid = "image is base64 text", "a file, with its path in its place"
+    elif not is_inside:
+        return
     elif path != path.strip():
         reason, valid = "image path with blanks at its ends", "the path without them"
     elif "\\" in path:
@@ -140,6 +155,14 @@ def check_path(path: str) -> None:
         reason, valid = "image path with ..", "a path inside the folder `images`"
     if reason is not None:
         raise RecordError(reason, f"{shortened(repr(path))}; valid: {valid}")
+
+
+def shown(value: Any) -> str:
+    """Return the Python text of a value; of an int with more digits than Python converts its type."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"<{type(value).__name__}>"
 
 
 def shortened(text: str) -> str:
@@ -156,11 +179,11 @@ def parse_turn(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, dict) or turn.get("from") != speaker:
         found = turn.get("from") if isinstance(turn, dict) else turn
         raise RecordError(
-            "turns do not alternate", f"turn {number + 1} is from {shortened(repr(found))}; valid: {speaker!r}"
+            "turns do not alternate", f"turn {number + 1} is from {shortened(shown(found))}; valid: {speaker!r}"
         )
     text = turn.get("value")
     if not isinstance(text, str):
-        raise RecordError("text is not a string", f"turn {number + 1}: {shortened(repr(text))}")
+        raise RecordError("text is not a string", f"turn {number + 1}: {shortened(shown(text))}")
     check_unicode(text)
     if not text.strip():
         raise RecordError("empty question" if speaker == "human" else "empty answer", f"turn {number + 1}")

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from dualspeed.batch import IGNORE_INDEX
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.conversations import Problem
 from dualspeed.data.images import ImageReport
+from dualspeed.data.supervision import Rendered, Supervision, image_token_ids
+from dualspeed.errors import SupervisionError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SampleTokens:
     is_image: np.ndarray
     """True for image tokens."""
     is_supervised: np.ndarray
-    """True for tokens in `{% generation %}` blocks."""
+    """True for tokens of answers (dualspeed.data.supervision)."""
 
 
 class TruncatedLength(NamedTuple):
@@ -54,10 +54,18 @@ def choose_method(processor: ProcessorMixin, sample: Record, reports: Reports) -
     """
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         return tokens_by_pixels
-    quick, exact = (tokens_of(processor, [sample], reports)[0] for tokens_of in (tokens_by_size, tokens_by_pixels))
-    if isinstance(quick, SampleTokens) and isinstance(exact, SampleTokens) and quick.widths.sum() != exact.widths.sum():
+    (exact,) = tokens_by_pixels(processor, [sample], reports)
+    if isinstance(exact, Problem):
+        return tokens_by_size
+    if not _has_one_token_per_image(processor, sample):
         return tokens_by_pixels
-    return tokens_by_size
+    (quick,) = tokens_by_size(processor, [sample], reports)
+    return tokens_by_size if _totals(quick) == _totals(exact) else tokens_by_pixels
+
+
+def _totals(tokens: SampleTokens | Problem) -> tuple[int, int] | None:
+    """Positions in the model, and those of images among them."""
+    return None if isinstance(tokens, Problem) else (tokens.widths.sum(), tokens.widths[tokens.is_image].sum())
 
 
 def tokens_by_size(
@@ -65,8 +73,8 @@ def tokens_by_size(
 ) -> list[SampleTokens | Problem]:
     """Return the tokens of each record from the sizes of its images; each image is one token.
 
-    Follows `ProcessorMixin.apply_chat_template`: the same template, the same rule for the tokenizer's special tokens,
-    and the same choice of tokens for a `{% generation %}` block.
+    Follows `ProcessorMixin.apply_chat_template`: the same text, the same rule for the tokenizer's special tokens, and
+    the same choice of tokens for a supervised stretch of text.
     """
     paths = list(dict.fromkeys(path for record in records for path in record["images"]))
     num_image_tokens: dict[str, int] = {}
@@ -74,27 +82,27 @@ def tokens_by_size(
         sizes = [(reports[path].height, reports[path].width) for path in paths]
         counts = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
         num_image_tokens = dict(zip(paths, counts, strict=True))
-    rendered = [_render(processor, record) for record in records]
-    texts = [item[0] for item in rendered if not isinstance(item, Problem)]
+    supervision = Supervision.of(processor)
+    rendered = [_render(supervision, record) for record in records]
+    texts = [item.text for item in rendered if not isinstance(item, Problem)]
     encoded = iter(_encode(processor.tokenizer, texts))
     return [
-        item if isinstance(item, Problem) else _tokens(processor, *next(encoded), item[1], record, num_image_tokens)
+        item if isinstance(item, Problem) else _tokens(processor, *next(encoded), item.spans, record, num_image_tokens)
         for item, record in zip(rendered, records, strict=True)
     ]
 
 
-def _render(processor: ProcessorMixin, record: Record) -> tuple[str, list[tuple[int, int]]] | Problem:
-    """Return (text, supervised spans) of a record, in characters."""
+def _has_one_token_per_image(processor: ProcessorMixin, sample: Record) -> bool:
+    """True if an image's place in the text is one image token, as `tokens_by_size` takes it."""
+    ids = processor.tokenizer(Supervision.of(processor).render(sample["messages"]).text)["input_ids"]
+    return ids.count(processor.image_token_id) == len(sample["images"])
+
+
+def _render(supervision: Supervision, record: Record) -> Rendered | Problem:
     try:
-        (text,), (spans,) = render_jinja_template(
-            conversations=[record["messages"]],
-            chat_template=processor.chat_template,
-            return_assistant_tokens_mask=True,
-            **processor.tokenizer.special_tokens_map,
-        )
-    except jinja2.TemplateError as error:
-        return _template_problem(record, error)
-    return text, spans
+        return supervision.render(record["messages"])
+    except SupervisionError as error:
+        return Problem(record["id"], "", "not for this chat template", str(error))
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -124,6 +132,7 @@ def _tokens(
     for start, end in spans:
         is_supervised |= (starts < end) & (ends > start)
     is_image = ids == processor.image_token_id
+    is_supervised &= ~is_image
     widths = np.ones(len(starts), dtype=np.int64)
     widths[is_image] = [num_image_tokens[path] for path in record["images"]]
     return SampleTokens(widths, is_image, is_supervised)
@@ -136,18 +145,14 @@ def tokens_by_pixels(
     collator = ConversationCollator(processor)
     tokens: list[SampleTokens | Problem] = []
     for record in records:
-        try:
-            batch = collator([record])
-        except jinja2.TemplateError as error:
-            tokens.append(_template_problem(record, error))
+        if isinstance(refused := _render(collator.supervision, record), Problem):
+            tokens.append(refused)
             continue
+        batch = collator([record])
         ids, labels = batch["input_ids"][0].numpy(), batch["labels"][0].numpy()
-        tokens.append(SampleTokens(np.ones_like(ids), ids == processor.image_token_id, labels != IGNORE_INDEX))
+        is_image = np.isin(ids, image_token_ids(processor))
+        tokens.append(SampleTokens(np.ones_like(ids), is_image, labels != IGNORE_INDEX))
     return tokens
-
-
-def _template_problem(record: Record, error: jinja2.TemplateError) -> Problem:
-    return Problem(record["id"], "", "not for this chat template", str(error))
 
 
 def truncated_length(record: Record, tokens: SampleTokens, max_length: int) -> TruncatedLength | Problem:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoProcessor, LlavaImageProcessorPil, ProcessorMixin
 
-from dualspeed.chat_templates import use_template
+from dualspeed.chat_templates import AUTO, use_template
 from dualspeed.errors import ConfigError
 from dualspeed.settings.families import aspect_ratios_of
 
@@ -17,14 +17,15 @@ def load_processor(folder: str | Path, chat_template: str, image_aspect_ratio: s
 
     Args:
         folder: a checkpoint.
-        chat_template: one of TEMPLATE_NAMES.
+        chat_template: one of TEMPLATE_NAMES, or AUTO for the processor's own.
         image_aspect_ratio: `square`, `pad` or `anyres` (dualspeed.settings.recipe); None: the processor's own.
 
     Raises:
         ConfigError: unknown chat template, or `image_aspect_ratio` of another family.
     """
     processor = AutoProcessor.from_pretrained(folder)
-    use_template(processor, chat_template)
+    if chat_template != AUTO:
+        use_template(processor, chat_template)
     if image_aspect_ratio is not None:
         use_image_aspect_ratio(processor, image_aspect_ratio)
     return processor

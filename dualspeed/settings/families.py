@@ -3,7 +3,11 @@
 All that concerns modules and tensors is in dualspeed.method.vlm.families.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from dualspeed.errors import ConfigError
 
 LLAVA_NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """Height and width of LLaVA-NeXT's any-resolution images, for a tower of 336 pixels."""
@@ -30,6 +34,19 @@ BASE_FAMILIES = {
     "llava_next": BaseFamily(processor="LlavaNextProcessor", aspect_ratios=("anyres",), grids=LLAVA_NEXT_GRIDS),
 }
 """model_type -> family."""
+
+
+def check_base_family(config: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError unless a checkpoint's configuration is one of BASE_FAMILIES, whose costs are known.
+
+    Args:
+        source: the checkpoint's folder.
+    """
+    kind = config.get("model_type", "llava")
+    if kind not in BASE_FAMILIES:
+        raise ConfigError(
+            f"{source}: costs follow from the sizes of {' or '.join(BASE_FAMILIES)}, and this is {kind!r}"
+        )
 
 
 def aspect_ratios_of(processor: str) -> tuple[str, ...]:

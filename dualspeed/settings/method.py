@@ -31,5 +31,8 @@ class DualSpeedConfig:
     relevance_clip: str | None = None
     """Folder of the CLIP whose text tower tells pruners what matters to the user's text; None: the language model."""
 
+    pixel_pruning: float | None = number(minimum=0, default=None)
+    """Tolerance of PixelPrune, which keeps squares of predictable pixels out of a Qwen-VL's tower; None: all enter."""
+
     def __post_init__(self) -> None:
         check_fields(self)

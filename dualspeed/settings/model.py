@@ -1,15 +1,20 @@
 """A base model and how it is trained, as a configuration says it; no torch, so that it can be checked at once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from dualspeed.chat_templates import AUTO, TEMPLATE_NAMES
 from dualspeed.errors import ConfigError
 from dualspeed.settings.families import BASE_FAMILIES
-from dualspeed.settings.fields import check_fields, choice
+from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.recipe import Recipe, batch_plan
 from dualspeed.settings.resources import JobResources, ModelResources
 
 PRUNE_BUDGETS = ("image", "tile")
 STAGES = ("pretrain", "finetune")
+MADE_HERE = ("demo", "parts")
+"""Values of `source` for models that the workflow makes."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -72,6 +77,10 @@ class ModelConfig:
     """See DualSpeedConfig."""
     relevance_clip: str | None = None
     """See DualSpeedConfig; for rows with a pruner that reads the user's text."""
+    pixel_pruning: float | None = number(minimum=0, default=None)
+    """See DualSpeedConfig; for rows that prune."""
+    chat_template: str | None = choice((AUTO, *TEMPLATE_NAMES), default=None)
+    """Prompt format of the stages that name none; null: `auto` for the folder of a checkpoint, vicuna_v1 for others."""
     resources: ModelResources = field(default_factory=ModelResources)
     """Resources that its jobs ask a scheduler for."""
 
@@ -83,8 +92,19 @@ class ModelConfig:
                 batch_plan(recipe.global_batch_size, wanted.num_processes, recipe.per_device_batch_size or 1)
             except ConfigError as error:
                 raise ConfigError(f"stages.{stage}.{error} (resources.{stage})") from None
+        templates = [getattr(self.stages, stage).chat_template for stage in STAGES]
+        if templates[1] == AUTO != templates[0]:
+            raise ConfigError(
+                f"stages.finetune.chat_template: 'auto' behind a pretraining in {templates[0]!r}, which its "
+                "checkpoint has as its own; valid: 'auto' in both, or a name"
+            )
         if (self.source == "parts") != (self.parts is not None):
             raise ConfigError(f"parts: with source {self.source!r}; valid: with source 'parts', and only there")
+        if self.pixel_pruning is not None and self.source in MADE_HERE:
+            raise ConfigError(
+                f"pixel_pruning: {self.pixel_pruning:g} with source {self.source!r}, a LLaVA, whose tower takes whole "
+                "images; valid: null, or the folder of a Qwen-VL as source"
+            )
 
     def resources_of(self, job: str) -> JobResources:
         """Resources of a job of this kind (a field of ModelResources), with the recipe's defaults."""
@@ -104,3 +124,22 @@ class ModelConfig:
             files["source"] = self.source
         files["relevance_clip"] = self.relevance_clip
         return {key: path for key, path in files.items() if path is not None}
+
+
+def with_templates(models: Any) -> Any:
+    """Models as a file describes them, with a `chat_template` in stages that name none, unless it is the default."""
+    if not isinstance(models, Mapping):
+        return models
+    return {name: _with_template(model) if isinstance(model, Mapping) else model for name, model in models.items()}
+
+
+def _with_template(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    template = model.get("chat_template") or (None if model.get("source") in MADE_HERE else AUTO)
+    stages = model.get("stages")
+    if template not in (AUTO, *TEMPLATE_NAMES) or not isinstance(stages, Mapping):
+        return model  # reading it says what is wrong
+    filled = {
+        stage: {"chat_template": template, **recipe} if isinstance(recipe, Mapping) else recipe
+        for stage, recipe in stages.items()
+    }
+    return {**model, "stages": filled}

@@ -69,9 +69,22 @@ def data_paths(place: str, model: ModelConfig) -> Iterator[tuple[str, str, bool]
     """Yield (key, path, True if it must be a folder) of the data of a model's stages."""
     for stage in STAGES:
         recipe: DataRecipe = getattr(model.stages, stage)
-        yield f"{place}.{stage}.annotations", recipe.annotations, False
+        if recipe.annotations:
+            yield f"{place}.{stage}.annotations", recipe.annotations, False
         if recipe.validation_annotations is not None:
             yield f"{place}.{stage}.validation_annotations", recipe.validation_annotations, False
-        if os.path.isdir(recipe.annotations) or Path(recipe.annotations).suffix in PARQUET_SUFFIXES:
-            continue  # preparation makes the folder
-        yield f"{place}.{stage}.images", recipe.images, True
+        needs_images = bool(recipe.annotations) and not holds_images(recipe.annotations)
+        for number, source in enumerate(recipe.data):
+            if source.path is not None:
+                yield f"{place}.{stage}.data[{number}].path", source.path, False
+            if source.path is not None and not holds_images(source.path):
+                needs_images |= source.images is None and bool(recipe.images)
+                if source.images is not None:
+                    yield f"{place}.{stage}.data[{number}].images", source.images, True
+        if needs_images:
+            yield f"{place}.{stage}.images", recipe.images, True
+
+
+def holds_images(path: str) -> bool:
+    """True for folders and parquet files, whose images preparation writes to a folder that it makes."""
+    return os.path.isdir(path) or Path(path).suffix in PARQUET_SUFFIXES

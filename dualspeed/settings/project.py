@@ -14,7 +14,7 @@ from dualspeed.errors import ConfigError
 from dualspeed.layout import Layout
 from dualspeed.settings.demo import BaseModelSettings, SceneSettings
 from dualspeed.settings.fields import number
-from dualspeed.settings.model import ModelConfig
+from dualspeed.settings.model import ModelConfig, with_templates
 from dualspeed.settings.names import BENCHMARK_NAMES, SERVER_FILES
 from dualspeed.settings.paths import check_no_wildcard, check_paths, check_results
 from dualspeed.settings.plan import PlanSettings
@@ -154,7 +154,8 @@ def load_project(
     values = dict(read_value(dict[str, Any], config, file, "top level"))
     own_sheet = read_value(str, values.pop("experiments", None), file, "experiments")
     sheet_path = Path(experiments or own_sheet)
-    models = read_value(dict[str, ModelConfig], values.get("models"), file, "models")
+    values["models"] = with_templates(values.get("models"))
+    models = read_value(dict[str, ModelConfig], values["models"], file, "models")
     data = values.get("data")
     if isinstance(data, Mapping) and "source" in data:
         check_choice(f"{file}: data.source", data["source"], ("demo",))

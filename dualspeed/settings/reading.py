@@ -48,7 +48,10 @@ def check_name(key: str, name: str, taken: Iterable[str] = ()) -> None:
 
 def quote(value: object) -> str:
     """Value as messages show it, cut where it is long."""
-    return _short.repr(value)
+    try:
+        return _short.repr(value)
+    except ValueError:  # of an int with more digits than Python converts
+        return f"<{type(value).__name__}>"
 
 
 def did_you_mean(word: object, valid: Iterable[str]) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dualspeed.chat_templates import TEMPLATE_NAMES
+from dualspeed.chat_templates import AUTO, TEMPLATE_NAMES
 from dualspeed.errors import ConfigError
+from dualspeed.settings.data_source import DataSource
 from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.identity import DECIDES_NOTHING
 from dualspeed.settings.reading import check_range
@@ -25,12 +26,14 @@ MAX_IMAGE_PIXELS = 178_956_970
 class DataRecipe:
     """Settings that the preparation of a stage's data depends on."""
 
-    annotations: str
-    """LLaVA conversation JSON."""
-    images: str
-    """Folder that the annotations' image paths start from."""
-    chat_template: str = choice(TEMPLATE_NAMES, default="vicuna_v1")
-    """Prompt format; its generation blocks are what is supervised."""
+    annotations: str = ""
+    """LLaVA conversation JSON; empty where `data` says what is read."""
+    images: str = ""
+    """Folder that image paths start from; with `data`, of the sources that name none, and of held-out conversations."""
+    data: tuple[DataSource, ...] = ()
+    """Instead of `annotations`: sources of rows in any format, one after another."""
+    chat_template: str = choice((AUTO, *TEMPLATE_NAMES), default="vicuna_v1")
+    """Prompt format. `auto`: the model's own, which is the default where `source` is the folder of a checkpoint."""
     max_length: int = number(above=0, default=2048)
     """Tokens of a sample, image tokens included; a longer text is cut at its end."""
     max_dropped_share: float = number(minimum=0, maximum=1, default=0.05)
@@ -44,9 +47,25 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.validation_annotations is not None and is_shared(self.validation_annotations, self.annotations):
-            valid = f"valid: another file or folder, beside {self.annotations!r}"
-            raise ConfigError(f"validation_annotations: {self.validation_annotations!r} is trained on; {valid}")
+        if bool(self.annotations) == bool(self.data):
+            seen = f"{self.annotations!r} with {len(self.data)} sources of data" if self.data else "missing"
+            raise ConfigError(f"annotations: {seen}; valid: LLaVA conversations, or `data`, a list of sources")
+        if not self.images and (self.annotations or self.validation_annotations is not None):
+            raise ConfigError("images: missing; valid: the folder that image paths start from")
+        trained_on = [self.annotations] if self.annotations else [source.path for source in self.data if source.path]
+        for path in trained_on:
+            if self.validation_annotations is not None and is_shared(self.validation_annotations, path):
+                valid = f"valid: another file or folder, beside {path!r}"
+                raise ConfigError(f"validation_annotations: {self.validation_annotations!r} is trained on; {valid}")
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data in messages, and in `plan.datasets`: the path of the annotations, or the sources' names."""
+        return self.annotations or " + ".join(source.name for source in self.data)
+
+    def images_of(self, source: DataSource) -> str | None:
+        """Folder that a source's image paths start from; None: they are taken as they are."""
+        return source.images or self.images or None
 
 
 def is_shared(one: str, other: str) -> bool:

@@ -113,7 +113,12 @@ def read_row(cells: Mapping[str, Any], models: Mapping[str, ModelConfig], file: 
         check_range("seed", seed, 0 <= seed <= LARGEST_SEED, f"0 or more, at most {LARGEST_SEED}")
         model, settings = models[cells["model"]], resolve_cells(cells)
         relevance_clip = model.relevance_clip if settings.get("pruner") in TEXT_PRUNERS else None
-        dualspeed = DualSpeedConfig(**settings, prune_budget=model.prune_budget, relevance_clip=relevance_clip)
+        dualspeed = DualSpeedConfig(
+            **settings,
+            prune_budget=model.prune_budget,
+            relevance_clip=relevance_clip,
+            pixel_pruning=None if cells["method"] == "baseline" else model.pixel_pruning,
+        )
         pretrain = pretrain_settings(model, dualspeed, seed)
         return Row(
             id=cells["id"],

@@ -36,7 +36,11 @@ def pretrain_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int)
     if config.slow_mode_ratio == 1:
         default = DualSpeedConfig()
         config = dataclasses.replace(
-            config, pruner=default.pruner, pruning_ratio=default.pruning_ratio, relevance_clip=None
+            config,
+            pruner=default.pruner,
+            pruning_ratio=default.pruning_ratio,
+            relevance_clip=None,
+            pixel_pruning=None,
         )
     else:
         config = dataclasses.replace(config, slow_mode_ratio=0.0)

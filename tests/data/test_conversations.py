@@ -14,6 +14,7 @@ from dualspeed.data import annotations
 from dualspeed.data.annotations import count_entries, read_entries
 from dualspeed.data.images import find_image, inspect_image, open_image
 from dualspeed.errors import AnnotationsError, ImageError
+from tests.support.bad_entries import BAD_ENTRIES
 from tests.support.parquet import parquet_rows, write_parquet
 from tests.support.samples import BAD_IMAGES, entry, load, load_file, write_image
 
@@ -184,49 +185,6 @@ def test_one_image_is_a_path_and_ids_may_be_numbers_or_absent(tmp_path):
     assert [(record["id"], record["images"]) for record in records] == [("7", ["images/a/b.png"]), ("data.json:2", [])]
 
 
-BAD_ENTRIES = {
-    "number of <image> marks is not the number of images": [
-        entry("q", "a", image="x.png"),
-        entry("<image> q", "a"),
-        entry("<image><image>", "a", image=["x.png"]),
-    ],
-    "<image> mark in an answer": [entry("q", "<image>", image="x.png")],
-    "turns do not alternate": [
-        entry("q"),
-        entry(),
-        {"id": "x", "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]},
-        {"id": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "system", "value": "a"}]},
-        {"id": "x", "conversations": ["q", "a"]},
-    ],
-    "empty answer": [entry("q", ""), entry("q", "a", "q", " \n")],
-    "empty question": [entry("", "a")],
-    "text is not a string": [entry("q", None), entry(3, "a")],
-    "text is not valid Unicode": [entry("q", "\ud83d"), entry("q", "a", name="\ud83d")],
-    "image is not a path": [entry("<image>", "a", image=3), entry("<image>", "a", image=[""])],
-    "images under another key": [
-        {**entry("q", "a"), "images": ["x.png"]},
-        {**entry("<image>", "a"), "Image": "x.png"},
-        {**entry("q", "a", image=None), "image_path": "x.png"},
-    ],
-    "video or audio": [
-        {**entry("<video>\nq", "a"), "video": "x.mp4"},
-        {**entry("<image>", "a", image="x.png"), "Videos": ["x.mp4"]},
-    ],
-    "image is a data: URL": [entry("<image>", "a", image="data:image/png;base64,iVBORw0KGgo=")],
-    "image is an address": [
-        entry("<image>", "a", image="http://example.org/x.png"),
-        entry("<image><image>", "a", image=["x.png", "S3://bucket/x.png"]),
-    ],
-    "image is base64 text": [entry("<image>", "a", image="iVBORw0KGgo/" * 40 + "==")],
-    "image path with blanks at its ends": [entry("<image>", "a", image=path) for path in (" x.png", "x.png\n", " ")],
-    "image path with backslashes": [entry("<image>", "a", image="coco\\x.png")],
-    "image path is absolute": [entry("<image>", "a", image=path) for path in ("/data/x.png", "C:/x.png")],
-    "image path with ..": [entry("<image>", "a", image=path) for path in ("../x.png", "a/../x.png")],
-    "turn without `from`": [{"id": "x", "conversations": [{"role": "user", "content": "q"}, {"from": "gpt"}]}],
-    "not a conversation": [{"id": "x"}, ["x"], {"id": "x", "conversations": "hello"}, None],
-}
-
-
 @pytest.mark.parametrize("reason", BAD_ENTRIES)
 def test_a_bad_entry_is_listed_and_the_others_are_kept(reason, tmp_path):
     bad = BAD_ENTRIES[reason]
@@ -282,6 +240,11 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path):
         (b'[{"id": 1},\n {"id": 2', "line 2 is not valid JSON"),
         (b'[{"id": 1}\n\n {"id": 2}]', "line 3 is not valid JSON: Expecting one of"),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as UTF-8"),
+        (b'[{"id": 1},\n\n{"id": ' + b"1" * 5000 + b"}]", "the entry at line 1 cannot be read: Exceeds the limit"),
+        (
+            b'[{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]",
+            "the entry at line 1 cannot be read: maximum recursion",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_clear_error(content, message, tmp_path):
@@ -290,6 +253,13 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(content, message, tmp_pat
         path.write_bytes(content)
     with pytest.raises(AnnotationsError, match=rf"data\.json: {message}"):
         count_entries(path)
+
+
+def test_a_line_that_python_cannot_hold_is_one_bad_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(['{"id": ' + "1" * 5000 + "}", "[" * 100_000, json.dumps(entry("q", "a"))]))
+    records, problems = load_file(path)
+    assert len(records) == 1 and [problem.reason for problem in problems] == ["malformed JSON line"] * 2
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 1 << 20])

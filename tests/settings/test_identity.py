@@ -43,6 +43,7 @@ def test_a_setting_that_is_set_changes_the_key(change):
 @pytest.mark.parametrize("name", [one.name for one in dataclasses.fields(DualSpeedConfig)])
 def test_every_setting_of_the_method_is_part_of_the_key(name):
     others = {"pruner": "random", "mode_schedule": "stratified", "prune_budget": "tile", "relevance_clip": "clip"}
+    others |= {"pixel_pruning": 0.0}
     value = others.get(name, 0.5 if name != "num_virtual_tokens" else 8)
     assert key_of(DualSpeedConfig(**{name: value})) != key_of(DualSpeedConfig())
 
@@ -70,11 +71,13 @@ def test_defaults_are_those_of_this_generation():
         "mode_schedule": "bernoulli",
         "prune_budget": "image",
         "relevance_clip": None,
+        "pixel_pruning": None,
     }
     assert identity.record(LoraRecipe()) == {"rank": 128, "alpha": 256, "dropout": 0.05, "quantize": False}
     assert identity.record(RECIPE) == {
         "annotations": "a.json",
         "images": "images",
+        "data": [],
         "chat_template": "vicuna_v1",
         "max_length": 2048,
         "max_dropped_share": 0.05,

@@ -12,7 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from dualspeed.benchmarks import BENCHMARKS, SERVER_BENCHMARKS
-from dualspeed.chat_templates import TEMPLATE_NAMES
+from dualspeed.chat_templates import AUTO, TEMPLATE_NAMES
 from dualspeed.errors import ConfigError
 from dualspeed.pruners import PRUNERS
 from dualspeed.settings import jobs
@@ -115,6 +115,27 @@ def test_pretraining_is_shared_by_rows_that_ask_for_the_same(tmp_path):
     assert speeds["baseline"] is None
 
 
+def test_pixels_are_pruned_in_the_rows_of_their_model_that_prune(tmp_path):
+    sheet = write_sheet(
+        tmp_path,
+        "id=fast model=tiny method=dualspeed",
+        "id=naive model=tiny method=naive_prune",
+        "id=baseline model=tiny method=baseline",
+        "id=slow model=tiny method=dualspeed slow_mode_ratio=1 num_virtual_tokens=0",
+    )
+    without, pruned = (
+        load(sheet, models__tiny__source=str(tmp_path), models__tiny__pixel_pruning=tolerance)
+        for tolerance in (None, 0)
+    )
+    assert {row.id: row.dualspeed.pixel_pruning for row in pruned.rows} == {
+        "fast": 0, "naive": 0, "baseline": None, "slow": 0
+    }  # fmt: skip
+    trained_anew = {row.id for row in pruned.rows if row.settings_hash != row_of(without, row.id).settings_hash}
+    assert trained_anew == {"fast", "naive", "slow"}
+    pretrained_anew = {row.id for row in pruned.rows if row.pretrain_key != row_of(without, row.id).pretrain_key}
+    assert pretrained_anew == {"fast", "naive"}
+
+
 def test_finetuning_and_its_learning_rate_leave_the_pretraining_alone():
     changed = load(models__tiny__stages__finetune__training_arguments={"learning_rate": 5.0e-4})
     for row in load().rows:
@@ -204,6 +225,11 @@ def test_pruned_inference_uses_the_rows_own_pruner_or_the_configured_one(tmp_pat
             "config.yaml: models.tiny.parts.language_model: missing; valid: str",
         ),
         ({"models__tiny__prune_budget": "all"}, "models.tiny.prune_budget: 'all' is unknown; valid: image, tile"),
+        ({"models__tiny__pixel_pruning": -1}, "pixel_pruning: -1.0 is out of range; valid: 0 or more, or null"),
+        (
+            {"models__tiny__pixel_pruning": 0},
+            "models.tiny.pixel_pruning: 0 with source 'demo', a LLaVA, whose tower takes whole images; valid: null, or",
+        ),
         ({"models__tiny__stages__tune": {}}, "models.tiny.stages.tune: unknown key"),
     ],
 )
@@ -220,7 +246,7 @@ def test_a_wrong_key_of_the_configuration_is_one_clear_error(changes, message):
         (
             "chat_template",
             "vicuna",
-            f"{MODEL}.chat_template: 'vicuna' is unknown (did you mean 'vicuna_v1'?); valid: plain",
+            f"{MODEL}.chat_template: 'vicuna' is unknown (did you mean 'vicuna_v1'?); valid: auto, plain",
         ),
         ("image_aspect_ratio", "crop", f"{MODEL}.image_aspect_ratio: 'crop' is unknown; valid: anyres, pad, square"),
         ("accelerate_config", "no/such.yaml", f"{MODEL}.accelerate_config: 'no/such.yaml' does not exist; valid: what"),
@@ -356,7 +382,7 @@ def test_the_schemas_know_the_keys_of_the_configuration_and_the_sheet():
     assert set(schema["properties"]["benchmarks"]["propertyNames"]["enum"]) == {*BENCHMARK_NAMES, *SERVER_FILES}
     recipe = schema["$defs"]["Recipe"]["properties"]
     assert set(recipe) == {field.name for field in dataclasses.fields(Recipe)}
-    assert recipe["max_dropped_share"]["maximum"] == 1 and recipe["chat_template"]["enum"] == list(TEMPLATE_NAMES)
+    assert recipe["max_dropped_share"]["maximum"] == 1 and recipe["chat_template"]["enum"] == [AUTO, *TEMPLATE_NAMES]
     assert list(row_schema()["properties"]) == list(COLUMNS)
     assert row_schema()["properties"]["pruning_ratio"]["exclusiveMaximum"] == 1
 

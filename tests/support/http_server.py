@@ -23,7 +23,10 @@ FAULTS = ("break", "truncate", "stall", "corrupt")
 """break: the connection ends in the middle. truncate: the response is half of the file, with the matching length.
 stall: nothing is sent after half of the file. corrupt: every byte is wrong. A number is the status of the response."""
 
-API = re.compile(r"/api/(?P<kind>datasets|models)/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+API = re.compile(
+    r"/api/(?P<kind>datasets|models)/(?P<repo>[^/]+/[^/]+)"
+    r"(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<below>.+))?)?"
+)
 RESOLVE = re.compile(r"(/(?P<kind>datasets))?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -89,6 +92,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer(with_body=True)
 
+    def do_POST(self) -> None:
+        """The Hub's question about some paths of a repository."""
+        self.asked_paths = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self.answer(with_body=True)
+
     def answer(self, with_body: bool) -> None:
         state, path = self.server_state, unquote(urlsplit(self.path).path)
         state.requests.append(Request(self.command, path, self.headers.get("Range")))
@@ -115,11 +123,30 @@ class _Handler(BaseHTTPRequestHandler):
         if "what" in asked:
             tree = [tree_entry(file, repo) for file in files_of(repo)]
             about = {"id": asked["repo"], "sha": commit, "siblings": [{"rfilename": item["path"]} for item in tree]}
-            return self.send_file(json.dumps(tree if asked["what"] == "tree" else about).encode(), with_body, fault)
+            if asked["what"] == "tree":
+                about = self.listed(tree, asked["below"])
+            elif asked["what"] == "paths-info":
+                about = [item for path in self.asked_paths for item in self.listed(tree, None) if item["path"] == path]
+            return (
+                self.send_empty(404) if about is None else self.send_file(json.dumps(about).encode(), with_body, fault)
+            )
         file = repo / asked["path"]
         if not file.is_file():
             return self.send_empty(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         self.send_file(file.read_bytes(), with_body, fault, {"X-Repo-Commit": commit})
+
+    def listed(self, tree: list[dict], folder: str | None) -> list[dict] | None:
+        """Entries below a folder, with "recursive=false" in the address only its own; None: there is no such one."""
+        start = f"{folder}/" if folder else ""
+        below = [item for item in tree if item["path"].startswith(start)]
+        if "recursive=false" not in self.path.lower():
+            names = {str(parent) for item in below for parent in Path(item["path"]).parents} - {"."}
+            return [folder_entry(name) for name in sorted(names)] * ("/paths-info/" in self.path) + below
+        names = {
+            item["path"].removeprefix(start).partition("/")[0] for item in below if "/" in item["path"][len(start) :]
+        }
+        files = [item for item in below if "/" not in item["path"][len(start) :]]
+        return ([folder_entry(start + name) for name in sorted(names)] + files) or None
 
     def send_empty(self, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -131,14 +158,15 @@ class _Handler(BaseHTTPRequestHandler):
         tag, total, start = f'"{sha256(content)}"', len(content), self.range_start(f'"{sha256(content)}"')
         if start is not None and start >= total:
             return self.send_empty(416, {"Content-Range": f"bytes */{total}"})
-        body = content[start or 0 :]
+        end = self.range_end(total)
+        body = content[start or 0 : None if start is None else end + 1]
         half = body[: len(body) // 2]
         if fault == "truncate":
             body = half
         self.send_response(200 if start is None else 206)
         sent = {"ETag": tag, "Content-Length": str(len(body)), "Accept-Ranges": "bytes", **(headers or {})}
         if start is not None:
-            sent["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+            sent["Content-Range"] = f"bytes {start}-{end}/{total}"
         for name, value in sent.items():
             self.send_header(name, value)
         self.end_headers()
@@ -157,9 +185,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def range_start(self, tag: str) -> int | None:
         """Return the first byte that the client asks for; None for all of them, also if its validator is outdated."""
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", ""))
         still_valid = self.headers.get("If-Range", tag) == tag
         return int(asked[1]) if asked and still_valid and self.server_state.has_ranges else None
+
+    def range_end(self, total: int) -> int:
+        """Return the last byte that the client asks for."""
+        asked = re.fullmatch(r"bytes=\d+-(\d+)", self.headers.get("Range", ""))
+        return min(int(asked[1]), total - 1) if asked else total - 1
 
 
 def files_of(repo: Path) -> list[Path]:
@@ -172,6 +205,11 @@ def tree_entry(file: Path, repo: Path) -> dict:
     content = file.read_bytes()
     entry = {"type": "file", "path": str(file.relative_to(repo)), "size": len(content), "oid": "0" * 40}
     return entry | {"lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 130}}
+
+
+def folder_entry(path: str) -> dict:
+    """Return the Hub's entry of a folder of a repository."""
+    return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
 
 
 def sha256(content: bytes) -> str:

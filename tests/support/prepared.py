@@ -1,7 +1,7 @@
 """Batches of every family from our collator, without the families' processors, some of which need torchvision."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature
@@ -15,18 +15,23 @@ from tests.support.families import IMAGE, PAD, Family, batch
 class PreparedProcessor:
     """All that ConversationCollator asks of a processor; the samples are those of `tests.support.families.batch`."""
 
-    chat_template = "{% generation %}"
+    chat_template = "{% generation %}answer{% endgeneration %}"
     image_processor = None
     image_token_id = IMAGE
     pad_token_id = PAD
+    special_tokens_map: ClassVar[dict[str, str]] = {}
 
     def __init__(self, family: Family, num_images: list[int], seed: int = 0) -> None:
         self.prepared = batch(family, num_images, seed=seed)
 
     @property
     def tokenizer(self) -> "PreparedProcessor":
-        """The only thing asked of a tokenizer is `pad_token_id`."""
+        """The processor itself, which has all that is asked of a tokenizer."""
         return self
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """No special tokens."""
+        return {}
 
     def apply_chat_template(self, conversations: list[Any], **settings: Any) -> BatchFeature:
         """Unpadded rows of tokens, in lists, and the inputs of the vision tower."""

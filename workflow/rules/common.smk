@@ -139,9 +139,17 @@ def questions_of(benchmarks):
     return sorted({made_from(QUESTIONS_FOLDERS[name]) for name in benchmarks})
 
 
-def images_from(root):
-    """Downloads that fill a root folder of images; none of a folder that is the user's own."""
-    return [LAYOUT.receipt(name) for name in sources_of(root, PROJECT.downloads)]
+def data_from(recipe):
+    """Inputs that hold a recipe's rows: its annotations, or the files and folders among its sources."""
+    if recipe.annotations:
+        return made_from(recipe.annotations)
+    return sorted({made_from(source.path) for source in recipe.data if source.path is not None})
+
+
+def images_from(recipe):
+    """Downloads that fill the folders of a recipe's images; none of a folder that is the user's own."""
+    roots = {recipe.images, *(source.images for source in recipe.data)} - {"", None}
+    return sorted({LAYOUT.receipt(name) for root in roots for name in sources_of(root, PROJECT.downloads)})
 
 
 def validation_from(recipe):

@@ -157,8 +157,8 @@ rule link_base_model:
 rule prepare_data:
     input:
         model=lambda wildcards: base_model(wildcards.model),
-        annotations=lambda wildcards: made_from(recipe_of(wildcards.model, wildcards.stage).annotations),
-        images=lambda wildcards: images_from(recipe_of(wildcards.model, wildcards.stage).images),
+        annotations=lambda wildcards: data_from(recipe_of(wildcards.model, wildcards.stage)),
+        images=lambda wildcards: images_from(recipe_of(wildcards.model, wildcards.stage)),
         validation=lambda wildcards: validation_from(recipe_of(wildcards.model, wildcards.stage)),
     output:
         data=directory(LAYOUT.prepared("{model}", "{stage}")),
