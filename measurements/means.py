@@ -140,7 +140,7 @@ def logits_everywhere(model: DualSpeedModel) -> AbstractContextManager:
         output = vlm(**vlm_inputs(inputs, images))
         return output.logits.float()[supervised_positions(inputs.labels)]
 
-    return patch("dualspeed.method.model.supervised_logits", logits)
+    return patch("dualspeed.method.objective.supervised_logits", logits)
 
 
 def vlm_inputs(inputs: Sequences, images: ModelOutput | None) -> dict:
@@ -164,15 +164,15 @@ def packed(model: DualSpeedModel) -> AbstractContextManager:
         positions = supervised_positions(inputs.labels)[is_token][None]
         return vlm(**row, position_ids=position_ids, logits_to_keep=positions).logits
 
-    return patch("dualspeed.method.model.supervised_logits", logits)
+    return patch("dualspeed.method.objective.supervised_logits", logits)
 
 
 def encoded_twice(model: DualSpeedModel) -> AbstractContextManager:
     """Encode images for the teacher and again for the student."""
 
-    def twice(model: DualSpeedModel, images: dict[str, Tensor]) -> EncodedImages:
-        encode_batch(model, images)
-        return encode_batch(model, images)
+    def twice(model: DualSpeedModel, images: dict[str, Tensor], *grids: object) -> EncodedImages:
+        encode_batch(model, images, *grids)
+        return encode_batch(model, images, *grids)
 
     return patch("dualspeed.method.model.encode_batch", twice)
 
@@ -219,7 +219,7 @@ OPTIMISATIONS = {
     "no attention mask where padding is behind": Optimisation(
         "baseline",
         without_it=lambda model: patch(
-            "dualspeed.method.model.mask_for_attention", lambda inputs: inputs.attention_mask
+            "dualspeed.method.logits.mask_for_attention", lambda inputs: inputs.attention_mask
         ),
     ),
     "packing, fast": Optimisation("fast", with_it=packed, is_used=False),

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dualspeed.device import machine
-from dualspeed.method import fast_mode, model
+from dualspeed.method import fast_mode, model, objective
 from dualspeed.reporting.figures.style import LIGHT, styled
 from dualspeed.training.step_times import count_flops
 from measurements.models import MODELS
@@ -84,8 +84,8 @@ def time_parts(watch: Stopwatch, step: Step) -> None:
             ("vision tower, projector", fast_mode, "encode_images"),
             ("pruner", fast_mode, "keep_tokens"),
             ("sequences", fast_mode, "prune_inputs"),
-            (forward, model, "supervised_logits"),
-            ("losses", model, "cross_entropy"),
+            (forward, objective, "supervised_logits"),
+            ("losses", objective, "cross_entropy"),
             ("losses", model, "distillation"),
             ("backward", torch.Tensor, "backward"),
             ("clipping, AdamW", torch.nn.utils, "clip_grad_norm_"),

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "evaluation": ("settings", "tracking", "benchmarks", "data", "method"),
     "reporting": ("settings", "tracking", "benchmarks", "evaluation"),
     "demo": ("settings", "chat_templates", "data", "base_models", "method"),
+    "trl": ("training",),
 }
 # file -> further rooms: it draws what pruners keep of a picture, with a model
 EXCEPTIONS = {"dualspeed/reporting/figures/kept_tokens.py": ("pruners", "data", "method")}

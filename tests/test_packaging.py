@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 
 import dualspeed
 from dualspeed.chat_templates import TEMPLATE_NAMES
+from tests.support import tiny
 from tests.support.paths import REPOSITORY
-from tests.support.readme import TRAINING, make_inputs
+from tests.support.readme import FIRST
 
 # Packages of the extras that no core dependency needs.
 NOT_CORE = ("datasets", "matplotlib", "mlflow", "pandas", "peft", "pyarrow", "requests", "snakemake")
@@ -74,9 +75,20 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     assert {f"dualspeed/{name}" for name in templates} <= held
 
 
+ROWS = """
+from PIL import Image
+
+def load_dataset(*names, split):
+    texts = [{"user": "is there a red digit ?", "assistant": "yes"}, {"user": "how many ?", "assistant": "2"}]
+    return [{"images": [Image.new("RGB", (28, 28), (40 * n, 0, 0))], "texts": texts} for n in range(3)]
+"""
+"""Stands in for `datasets`, which the library alone doesn't need."""
+
+
 @pytest.mark.slow
 def test_wheel_and_core_dependencies_run_the_readme(wheel, tmp_path):
-    make_inputs(tmp_path)
+    tiny.make_llava(tmp_path / "base")
+    (tmp_path / "rows.py").write_text(ROWS)
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
@@ -87,9 +99,10 @@ from importlib.util import find_spec
 import dualspeed
 print(dualspeed.__file__, [name for name in {NOT_CORE} if find_spec(name)], trainer.state.global_step)
 """
-    (tmp_path / "example.py").write_text(TRAINING + check)
+    code = FIRST.replace("Qwen/Qwen3-VL-2B-Instruct", "base").replace("from datasets import", "from rows import")
+    (tmp_path / "example.py").write_text(code + check)
     package = next(environment.glob("lib/python*/site-packages/dualspeed/__init__.py"))
-    assert run(str(python), "example.py", cwd=tmp_path).splitlines()[-1] == f"{package} [] 2"
+    assert run(str(python), "example.py", cwd=tmp_path).splitlines()[-1] == f"{package} [] 3"
     assert "usage: dualspeed" in run(str(environment / "bin" / "dualspeed"), "--help", cwd=tmp_path)
 
 

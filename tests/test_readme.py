@@ -1,23 +1,25 @@
-"""The README's library examples run as they stand, except for the checkpoint's name."""
+"""The README's second library example runs as it stands on what the first one saves (tests/training/test_ten_lines)."""
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
-from tests.support.readme import INFERENCE, TRAINING, make_inputs
+from tests.support.readme import INFERENCE
+from tests.support.ten_lines import run
 
 
-def test_library_examples(tmp_path, monkeypatch):
-    make_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(TRAINING, names)
-    processor = AutoProcessor.from_pretrained("out/final")
-    AutoModelForImageTextToText.from_pretrained("out/final")
-    names["inputs"] = processor(
-        text="USER: <image> is there a digit ? ASSISTANT:", images=Image.new("RGB", (28, 28)), return_tensors="pt"
+def test_generating_on_pruned_tokens(tmp_path, monkeypatch):
+    trainer = run(tmp_path, monkeypatch, "qwen3_vl")
+    assert trainer.state.global_step == 20
+    content = [{"type": "image", "image": Image.new("RGB", (40, 28))}, {"type": "text", "text": "What is this?"}]
+    inputs = AutoProcessor.from_pretrained("out/final").apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
+    names = {"inputs": inputs}
     exec(INFERENCE, names)
-    assert names["trainer"].state.global_step == 2
-    prompt = names["inputs"]["input_ids"]
+    prompt = inputs["input_ids"]
     assert torch.equal(names["answer"][:, : prompt.shape[1]], prompt)

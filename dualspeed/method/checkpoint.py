@@ -48,6 +48,18 @@ def read_method_settings(folder: str | Path) -> DualSpeedConfig | None:
     return read_dataclass(DualSpeedConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
 
 
+def check_isolator(folder: str | Path, config: DualSpeedConfig) -> None:
+    """Raise ModelError if a folder that was saved with these settings has lost its isolator.
+
+    Random vectors would take its place.
+    """
+    if config.num_virtual_tokens and not (Path(folder) / ISOLATOR_FILE).exists():
+        raise ModelError(
+            f"{folder}: {ISOLATOR_FILE} is missing, which by {METHOD_FILE} was saved; valid: the whole folder, "
+            f"or a stock checkpoint without {METHOD_FILE}"
+        )
+
+
 def save_checkpoint(
     model: "DualSpeedModel",
     folder: str | Path,

@@ -5,7 +5,7 @@ D width of the language model, l length of the isolator.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from transformers.utils import ModelOutput
 from dualspeed.errors import ModelError
 from dualspeed.method.host_counts import to_device
 from dualspeed.method.relevance import mean_similarity, sample_of_token, similarity_by_llm
-from dualspeed.method.sequences import Sequences, prune_inputs
+from dualspeed.method.sequences import Sequences, placeholder_runs, prune_inputs
 from dualspeed.method.vlm.inputs import blank_image, image_seeds
+from dualspeed.method.vlm.pixel_pruning import KeptSquares
 from dualspeed.method.vlm.vision import EncodedImages, encode_images, pruning_units
 from dualspeed.pruners import MergedTokens, VisualTokens
 from dualspeed.pruners.selection import prefix_mask
@@ -44,23 +45,30 @@ def observe_pruning(model: "DualSpeedModel", observer: PruningObserver) -> Itera
         model.pruning_observer = previous
 
 
-def encode_batch(model: "DualSpeedModel", images: dict[str, Tensor]) -> EncodedImages:
-    """Encode the images of a batch, or a blank one if `images` is empty."""
+def encode_batch(
+    model: "DualSpeedModel", images: dict[str, Tensor], grids: Sequence[Sequence[int]] | None = None
+) -> EncodedImages:
+    """Encode the images of a batch, or a blank one if `images` is empty.
+
+    Args:
+        grids: `RowCounts.grids` for fast mode, which leaves squares of patches out of the tower if the setting
+            `pixel_pruning` says so; None: all enter.
+    """
     return encode_images(
         model.vlm,
         images or blank_image(model.vlm),
         needs={*model.pruner.needs, *model.pruner.optional, *(["pre_projection"] if model.clip_relevance else [])},
         with_tiles=model.dualspeed.prune_budget == "tile",
+        pixel_pruning=model.dualspeed.pixel_pruning if images and grids is not None else None,
+        grids=grids or (),
     )
 
 
-def pruning_seeds(
-    model: "DualSpeedModel", images: dict[str, Tensor], encoded: EncodedImages | None, pruning_seed: int
-) -> Tensor | None:
+def pruning_seeds(model: "DualSpeedModel", encoded: EncodedImages, pruning_seed: int) -> Tensor | None:
     """(images,) int64 seeds for pruners that draw at random; None for others, which saves reading every pixel."""
-    if encoded is None or "pixel_values" not in images or "seeds" not in model.pruner.needs:
+    if "seeds" not in model.pruner.needs:
         return None
-    return image_seeds(model.vlm, images, [len(features) for features in encoded.features], pruning_seed)
+    return image_seeds(model.vlm, encoded.inputs, [len(features) for features in encoded.features], pruning_seed)
 
 
 def prune_batch(
@@ -75,23 +83,51 @@ def prune_batch(
     Returns:
         the shortened sequences, and the image features that go with them: isolator and kept tokens of each unit.
     """
+    if images.family.encodes_tokens_alone:
+        images, seeds = images.in_runs(placeholder_runs(inputs, model.config.image_token_id), seeds)
     features = torch.cat(images.features)
     units, unit_seeds = pruning_units(images, seeds)
-    num_keep = torch.tensor([num_tokens_to_keep(len(unit), model.dualspeed.pruning_ratio) for unit in units])
+    num_keep = budgets(images, units, model.dualspeed.pruning_ratio)
     described = images.described
     if model.pruner.reads_text:
         with torch.autocast(features.device.type, enabled=False):  # as the pruners themselves
-            described = described | text_fields(model, inputs, features, described)
+            described = described | text_fields(model, of_encoded(inputs, images), features, described)
     kept, kept_features = keep_tokens(model, features, units, num_keep, described, unit_seeds)
 
-    num_copies = torch.zeros(len(features), dtype=torch.long, device=features.device)
-    num_copies[torch.cat(kept)] = 1
-    num_copies[torch.stack([unit[0] for unit in kept])] += model.dualspeed.num_virtual_tokens
+    num_copies = torch.zeros(sum(images.num_placeholders), dtype=torch.long, device=features.device)
+    placeholders = kept if images.squares is None else placeholders_of(kept, images.squares)
+    num_copies[torch.cat(placeholders)] = 1
+    num_copies[torch.stack([unit[0] for unit in placeholders])] += model.dualspeed.num_virtual_tokens
     isolator = [] if model.mode_isolator is None else [model.mode_isolator().to(features.dtype)]
     unit_features = [torch.cat([*isolator, vectors]) for vectors in kept_features]
     copies = copies_per_image(images, units, unit_features)
     shortened = prune_inputs(inputs, model.config.image_token_id, num_copies, padding_side, copies)
     return shortened, images.keeping(unit_features, kept, model.dualspeed.num_virtual_tokens)
+
+
+def budgets(images: EncodedImages, units: list[Tensor], pruning_ratio: float) -> Tensor:
+    """(U,) tokens to keep of each unit: the share of its tokens before squares were left out, if as many entered."""
+    sizes = list(map(len, units))
+    before = sizes if images.squares is None else images.squares.before
+    return torch.tensor(
+        [min(size, num_tokens_to_keep(full, pruning_ratio)) for size, full in zip(sizes, before, strict=True)]
+    )
+
+
+def of_encoded(inputs: Sequences, images: EncodedImages) -> Sequences:
+    """`inputs` whose counts of placeholders are those of the encoded tokens, for pruners that read the text."""
+    if images.squares is None or inputs.counts is None:
+        return inputs
+    ends = torch.tensor(inputs.counts.placeholders).cumsum(0)
+    rows = torch.bucketize(images.squares.indices, ends, right=True)
+    encoded = rows.bincount(minlength=len(ends)).tolist()
+    return inputs._replace(counts=inputs.counts._replace(placeholders=encoded))
+
+
+def placeholders_of(kept: list[Tensor], squares: KeptSquares) -> list[Tensor]:
+    """Positions of kept tokens among all placeholders, given those among the squares that entered the tower."""
+    indices = to_device(squares.indices, kept[0])
+    return [indices[positions] for positions in kept]
 
 
 def copies_per_image(images: EncodedImages, units: list[Tensor], unit_features: list[Tensor]) -> list[tuple[int, int]]:
@@ -104,7 +140,7 @@ def copies_per_image(images: EncodedImages, units: list[Tensor], unit_features: 
     num_vectors = [0] * len(ends)
     for unit, vectors in zip(units, unit_features, strict=True):
         num_vectors[bisect_right(ends, int(unit[0]))] += len(vectors)
-    return list(zip(map(len, images.features), num_vectors, strict=True))
+    return list(zip(images.num_placeholders, num_vectors, strict=True))
 
 
 def keep_tokens(

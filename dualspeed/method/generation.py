@@ -1,15 +1,19 @@
 """Generation on all visual tokens, or on pruned ones behind the mode isolator."""
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.generation.utils import GenerateOutput
 
 from dualspeed.batch import TOKEN_INPUTS
 from dualspeed.method.fast_mode import encode_batch, prune_batch, pruning_seeds
 from dualspeed.method.sequences import Sequences, with_counts
+from dualspeed.method.vlm.encoder import accepted_inputs
+from dualspeed.method.vlm.entrance import inputs_of_forward, runner
+from dualspeed.method.vlm.families import family_of
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
+from dualspeed.method.whole_prompt import WholePrompt
 from dualspeed.settings.modes import Mode
 
 if TYPE_CHECKING:
@@ -26,15 +30,15 @@ def generate(
     question_ids: Tensor | None = None,
     mode: Mode = Mode.SLOW,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | GenerateOutput:
     """Generate in one mode; arguments and result are those of `DualSpeedModel.generate`."""
-    vlm = model.vlm
+    vlm, mode = model.vlm, Mode(mode)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     named = {"pixel_values": pixel_values, "image_sizes": image_sizes}
     images = {name: values for name, values in named.items() if values is not None}
     if mode is Mode.SLOW or not images:
         return vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **kwargs)
-    accepted = inspect.signature(vlm.get_image_features).parameters
+    accepted = accepted_inputs(vlm)
     inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted or name in TOKEN_INPUTS}
     images = image_inputs(vlm, inputs | images)
     full = Sequences(
@@ -45,15 +49,17 @@ def generate(
         question_ids=question_ids,
     )
     full, images = with_counts(full, vlm.config.image_token_id, images)
-    encoded = encode_batch(model, images)
-    seeds = pruning_seeds(model, images, encoded, pruning_seed=0)
+    encoded = encode_batch(model, images, full.counted(vlm.config.image_token_id).grids)
+    seeds = pruning_seeds(model, encoded, pruning_seed=0)
     pruned, kept = prune_batch(model, full, encoded, seeds, padding_side="left")
     # From given positions (3-D ones in the Qwen-VL families) stock generation counts on after the last of them.
-    output = vlm.generate(
-        input_ids=pruned.input_ids,
+    num_run = pruned.input_ids.shape[1]
+    # Embeddings have no ids to return.
+    prompt = WholePrompt(input_ids, num_run, num_returned=0 if family_of(vlm).runs else num_run)
+    output = runner(vlm).generate(
         attention_mask=pruned.attention_mask,
-        mm_encoder_outputs={"image": kept},
+        **inputs_of_forward(vlm, pruned.input_ids, kept),
         **pruned.by_token,
-        **kwargs,
+        **prompt.arguments(kwargs, runner(vlm).generation_config),
     )
-    return torch.cat([input_ids, output[:, pruned.input_ids.shape[1] :]], dim=1)
+    return prompt.result(output)

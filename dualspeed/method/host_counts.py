@@ -31,6 +31,8 @@ class RowCounts(NamedTuple):
     """Tokens in `question_ids`; 0 without them."""
     padded_behind: bool
     """True if no row has padding before a token."""
+    grids: tuple[tuple[int, ...], ...] = ()
+    """Frames, rows and columns of patches of each image, its `image_grid_thw`; empty for models without it."""
 
 
 def read_counts(
@@ -42,9 +44,12 @@ def read_counts(
         the counts, and `images` with HOST_INPUTS on the CPU.
     """
     of_images = [name for name in HOST_INPUTS if name in images]
-    per_row, *on_host = to_host([row_numbers(inputs, image_token_id), *(images[name] for name in of_images)])
+    grids = images.get("image_grid_thw", inputs.input_ids.new_zeros(0, 3))
+    numbers = [row_numbers(inputs, image_token_id), grids, *(images[name] for name in of_images)]
+    per_row, grids, *on_host = to_host(numbers)
     tokens, placeholders, supervised, question_tokens, padded_behind = per_row.T.tolist()
-    counts = RowCounts(tokens, placeholders, supervised, question_tokens, all(padded_behind))
+    grids_of_images = tuple(map(tuple, grids.tolist()))
+    counts = RowCounts(tokens, placeholders, supervised, question_tokens, all(padded_behind), grids_of_images)
     return counts, {**images, **dict(zip(of_images, on_host, strict=True))}
 
 

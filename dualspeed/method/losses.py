@@ -37,9 +37,13 @@ def supervised_labels(labels: Tensor, count: int | None = None) -> Tensor:
     return shifted[is_supervised] if count is None else shifted.flatten()[true_places(is_supervised, count)]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:
-    """Cross-entropy of (M, V) logits and (M,) labels, summed in float32 and divided by `num_items`."""
-    return sum_over_chunks(_cross_entropy, logits, labels) / num_items
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of (M, V) logits and (M,) labels, summed in float32 and divided by `num_items`.
+
+    Args:
+        smoothing: share of the target's probability that is spread over the whole vocabulary (label smoothing).
+    """
+    return sum_over_chunks(partial(_cross_entropy, smoothing), logits, labels) / num_items
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, num_items: Tensor | int) -> Tensor:
@@ -59,8 +63,8 @@ def sum_over_chunks(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
     return torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+def _cross_entropy(smoothing: float, logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
 
 
 def _divergence(temperature: float, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -7,46 +7,36 @@ it on the full sequence. No subclass or patch of a model family: image features 
 B samples, L length, M supervised tokens, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.generation.utils import GenerateOutput
 from transformers.utils import ModelOutput
 
 from dualspeed.batch import IGNORE_INDEX
-from dualspeed.errors import SampleError
 from dualspeed.method import checkpoint, generation
 from dualspeed.method.fast_mode import PruningObserver, encode_batch, prune_batch, pruning_seeds
 from dualspeed.method.isolator import ModeIsolator
 from dualspeed.method.keywords import KeywordTokenizer
-from dualspeed.method.losses import cross_entropy, distillation, supervised_labels, supervised_positions
+from dualspeed.method.logits import check_supervision
+from dualspeed.method.losses import distillation
+from dualspeed.method.objective import Objective, at_least_one
+from dualspeed.method.outputs import DualSpeedOutput
 from dualspeed.method.relevance import ClipRelevance
-from dualspeed.method.sequences import Sequences, mask_for_attention, with_counts
-from dualspeed.method.vlm.families import check_family
+from dualspeed.method.sequences import Sequences, with_counts
+from dualspeed.method.vlm.admission import check_model, evaluation_mode
+from dualspeed.method.vlm.families import check_pixel_pruning
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
-from dualspeed.method.vlm.parts import trainable_visual_parameters
+from dualspeed.method.vlm.parts import conditional_parameters, trainable_visual_parameters
 from dualspeed.method.vlm.positions import Positions3D, make_positions
 from dualspeed.method.vlm.vision import EncodedImages
 from dualspeed.pruners import get_pruner
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode
-
-
-@dataclass
-class DualSpeedOutput(ModelOutput):
-    """Losses of one batch. `distillation_loss` is None in fast mode, and 0.0 in slow mode without a teacher."""
-
-    # All but distillation_loss are always set; ModelOutput demands defaults.
-    loss: Tensor = None  # type: ignore[assignment]
-    ce_loss: Tensor = None  # type: ignore[assignment]
-    distillation_loss: Tensor | None = None
-    logits: Tensor = None  # type: ignore[assignment]
-    """(M, V) logits that predict the supervised tokens, sample after sample."""
 
 
 class DualSpeedModel(nn.Module):
@@ -69,7 +59,8 @@ class DualSpeedModel(nn.Module):
         self.pruner = get_pruner(config.pruner)
         self.pruning_observer: PruningObserver | None = None
         """Set by `fast_mode.observe_pruning`."""
-        check_family(vlm, config.pruner, self.pruner.needs, config.prune_budget)
+        check_model(vlm, config.pruner, self.pruner.needs, config.prune_budget)
+        check_pixel_pruning(vlm, config.pixel_pruning)
         clip = config.relevance_clip if self.pruner.reads_text else None
         self.clip_relevance = None if clip is None else ClipRelevance(clip, vlm)
         self.mode_isolator = None
@@ -92,6 +83,10 @@ class DualSpeedModel(nn.Module):
     def loss_type(self) -> str:
         """Tells the trainer to shift labels by one before it counts them."""
         return "ForCausalLM"
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embeddings of the VLM, where NEFTune adds its noise."""
+        return self.vlm.get_input_embeddings()
 
     @property
     def has_adapters(self) -> bool:
@@ -137,6 +132,7 @@ class DualSpeedModel(nn.Module):
         distill: bool = True,
         pruning_seed: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        objective: Objective = Objective(),  # noqa: B008  # frozen
         **inputs: Tensor,
     ) -> DualSpeedOutput:
         """Loss of a batch in one mode.
@@ -150,6 +146,7 @@ class DualSpeedModel(nn.Module):
             distill: True lets a slow step learn from fast mode too (unless the distillation weight is 0).
             pruning_seed: changes the random pruners' choice from step to step.
             num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
+            objective: how the loss is made of the logits, and which logits are returned.
             inputs: further outputs of the VLM's processor: image_grid_thw, token_type_ids and so on.
         """
         mode = Mode(mode)
@@ -160,33 +157,41 @@ class DualSpeedModel(nn.Module):
         by_token = token_inputs(self.vlm, input_ids, attention_mask, inputs, pixels, positions_3d)
         full = Sequences(input_ids, attention_mask, labels, by_token, question_ids)
         full, pixels = with_counts(full, self.config.image_token_id, pixels)
-        has_images = pixel_values is not None
-        encoded = encode_batch(self, pixels) if has_images or has_other_ranks() else None
-        images = encoded if has_images else None
-        seeds = pruning_seeds(self, pixels, encoded, pruning_seed)
-
-        teacher_logits = None
+        counts, has_images = full.counted(self.config.image_token_id), pixel_values is not None
+        is_encoding = has_images or has_other_ranks()
+        encoded = encode_batch(self, pixels, counts.grids if mode is Mode.FAST else None) if is_encoding else None
+        images, teacher_logits = encoded if has_images else None, None
         if distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0 and encoded is not None:
-            with torch.no_grad(), evaluation_mode(self.vlm):
-                teacher_logits = supervised_logits(self.vlm, *self._fast_inputs(full, images, seeds)[:2])
-        slow_inputs = full, images.output if images else None, None
-        trained, features, isolator = self._fast_inputs(full, images, seeds) if mode is Mode.FAST else slow_inputs
-        logits = supervised_logits(self.vlm, trained, features)
-        check_supervision(full, logits, teacher_logits)
+            # It reads what fast steps read: without the squares of pixels that are pruned before the tower.
+            read = encoded if self.dualspeed.pixel_pruning is None else encode_batch(self, pixels, counts.grids)
+            teacher_logits = self._teacher_logits(full, read if has_images else None, pruning_seed)
+        trained, features, isolator = full, images.output if images else None, None
+        if mode is Mode.FAST:
+            trained, features, isolator = self._fast_inputs(full, images, pruning_seed)
+        logits, whole = objective.logits(self.vlm, trained, features)
+        check_supervision(sum(counts.supervised), logits, teacher_logits)
 
-        # At least 1: the loss of a step without supervised tokens is 0.
-        num_items = torch.as_tensor(len(logits) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        ce_loss = cross_entropy(logits, supervised_labels(labels, len(logits)), num_items)
+        ce_loss = objective.loss(logits, labels, whole, num_items_in_batch)
         loss = ce_loss + self._zero_term(encoded, has_images, mode, isolator)
         distillation_loss = None if mode is Mode.FAST else ce_loss.new_zeros(())
         if teacher_logits is not None and has_images:
-            temperature = self.dualspeed.distillation_temperature
-            distillation_loss = distillation(logits, teacher_logits, temperature, num_items)
+            distillation_loss = self._distillation(logits, teacher_logits, num_items_in_batch)
             loss = loss + self.dualspeed.distillation_weight * distillation_loss
-        return DualSpeedOutput(loss=loss, ce_loss=ce_loss, distillation_loss=distillation_loss, logits=logits)
+        seen = (logits, None) if whole is None else (whole.logits, whole.labels)
+        return DualSpeedOutput(loss, ce_loss, distillation_loss, *seen)
+
+    def _distillation(self, logits: Tensor, teacher_logits: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Self-distillation loss of a slow step."""
+        num_items = at_least_one(logits, num_items_in_batch)
+        return distillation(logits, teacher_logits, self.dualspeed.distillation_temperature, num_items)
+
+    def _teacher_logits(self, full: Sequences, images: EncodedImages | None, pruning_seed: int) -> Tensor:
+        """(M, V) logits of the same weights on the fast input, without gradient or dropout."""
+        with torch.no_grad(), evaluation_mode(self.vlm):
+            return Objective().logits(self.vlm, *self._fast_inputs(full, images, pruning_seed)[:2])[0]
 
     def _fast_inputs(
-        self, full: Sequences, images: EncodedImages | None, seeds: Tensor | None
+        self, full: Sequences, images: EncodedImages | None, pruning_seed: int
     ) -> tuple[Sequences, ModelOutput | None, Tensor | None]:
         """Sequences and image features of fast mode; for a batch without images, also the isolator's output.
 
@@ -194,7 +199,7 @@ class DualSpeedModel(nn.Module):
         a batch without images makes those of `prune_batch` too.
         """
         if images:
-            return *prune_batch(self, full, images, seeds), None
+            return *prune_batch(self, full, images, pruning_seeds(self, images, pruning_seed)), None
         if self.pruner.reads_text and self.clip_relevance is None:
             with torch.no_grad():
                 self.vlm.get_input_embeddings()(full.input_ids[:1])
@@ -207,7 +212,7 @@ class DualSpeedModel(nn.Module):
 
         Data parallelism needs every parameter in the graph of every step, and the same modules called on every rank.
         """
-        unused: list[Tensor] = []
+        unused: list[Tensor] = [*conditional_parameters(self.vlm)]
         if self.mode_isolator is not None and not (has_images and mode is Mode.FAST):
             unused.append(self.mode_isolator() if isolator is None else isolator)
         if not has_images:
@@ -234,15 +239,20 @@ class DualSpeedModel(nn.Module):
         question_ids: Tensor | None = None,
         mode: Mode = Mode.SLOW,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | GenerateOutput:
         """Generate on all tokens (SLOW: the stock model) or on pruned ones behind the isolator (FAST).
 
         Args:
             input_ids, attention_mask, pixel_values, image_sizes, question_ids: as for `forward`.
-            kwargs: further inputs of the VLM, and settings of generation.
+            kwargs: further inputs of the VLM, and the arguments of stock generation. In either mode they mean what they
+                mean there: `max_length` counts the whole prompt, which processors, criteria and streamers see.
 
         Returns:
-            (B, L + new) the given input_ids followed by the new tokens, in either mode.
+            (B, L + new) the given input_ids followed by the new tokens, in either mode; with
+            `return_dict_in_generate=True` the stock output, with such sequences.
+
+        Raises:
+            ConfigError: FAST, with an argument that reads the prompt by itself (`assistant_model`).
         """
         return generation.generate(
             self, input_ids, attention_mask, pixel_values, image_sizes, question_ids, mode, **kwargs
@@ -274,7 +284,10 @@ class DualSpeedModel(nn.Module):
             config: settings of the method; None: those that the checkpoint was saved with, or the defaults.
             kwargs: for the VLM's from_pretrained.
         """
-        config = config or checkpoint.read_method_settings(folder) or DualSpeedConfig()
+        saved = checkpoint.read_method_settings(folder)
+        config = config or saved or DualSpeedConfig()
+        if saved is not None:
+            checkpoint.check_isolator(folder, saved)
         model = cls(checkpoint.load_vlm(folder, **kwargs), config)
         model.load_isolator(folder)
         return model
@@ -288,29 +301,6 @@ class DualSpeedModel(nn.Module):
         return checkpoint.load_isolator(self.mode_isolator, folder)
 
 
-def supervised_logits(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None) -> Tensor:
-    """(M, V) logits at the positions that predict a supervised token; no others are computed."""
-    return vlm(
-        input_ids=inputs.input_ids,
-        attention_mask=mask_for_attention(inputs),
-        mm_encoder_outputs={} if images is None else {"image": images},
-        logits_to_keep=supervised_positions(inputs.labels),  # type: ignore[arg-type]  # None in generation alone
-        use_cache=False,
-        **inputs.by_token,
-    ).logits
-
-
-def check_supervision(full: Sequences, *all_logits: Tensor | None) -> None:
-    """Raise SampleError if pruning removed a token that the labels of the whole batch supervise."""
-    num_supervised = sum(full.counted(image_token_id=-1).supervised)
-    for logits in all_logits:
-        if logits is not None and len(logits) != num_supervised:
-            raise SampleError(
-                f"labels supervise {num_supervised} tokens of the batch, but {len(logits)} after pruning; labels of "
-                "image placeholders, of padding and of a row's first token must be -100"
-            )
-
-
 def has_other_ranks() -> bool:
     """True if other processes train along (DDP, FSDP), so that all ranks must call the same modules."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
@@ -319,15 +309,3 @@ def has_other_ranks() -> bool:
 def checkpointed_layers(vlm: PreTrainedModel) -> list[nn.Module]:
     """Modules of the language model that are set to recompute their activations."""
     return [module for module in vlm.get_decoder().modules() if getattr(module, "gradient_checkpointing", False)]
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the context, then restore the mode of every submodule."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True

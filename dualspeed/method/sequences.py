@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dualspeed.batch import IGNORE_INDEX
 from dualspeed.errors import SampleError
@@ -138,3 +139,10 @@ def pruned_lengths(counts: RowCounts, copies_per_image: Sequence[tuple[int, int]
             )
         lengths.append(length)
     return lengths
+
+
+def placeholder_runs(inputs: Sequences, image_token_id: int) -> list[int]:
+    """Lengths of the runs of placeholders, in reading order; one host-device sync."""
+    is_image = F.pad((inputs.input_ids == image_token_id) & inputs.attention_mask.bool(), (1, 1)).int()
+    starts, ends = (is_image.diff(dim=1) == 1).nonzero()[:, 1], (is_image.diff(dim=1) == -1).nonzero()[:, 1]
+    return (ends - starts).tolist()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualspeed.errors import ConfigError
 from dualspeed.layout import Layout
-from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
+from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters, visual_flops
 from dualspeed.plan.memory import ERROR, RESERVED, Peak, peak_memory
 from dualspeed.plan.shapes import ModelShape, shape_of
 from dualspeed.settings.plan import DatasetEstimate, Gpu
@@ -58,6 +58,10 @@ class StageCost:
     """FLOPs of all its steps."""
     baseline_flops: float
     """FLOPs of the same stage with full tokens in every step."""
+    tower_share: float
+    """Share of vision tower and projector in the FLOPs of a fast step."""
+    cap: float
+    """Speedup if fast mode dropped all visual tokens, which no pruning ratio exceeds: tower and text remain."""
     peak: Peak
     """Peak memory of a process."""
     checkpoint_bytes: float
@@ -98,13 +102,13 @@ def trained_by(settings: StageSettings) -> Trained:
 
 def lengths_of(project: Project, settings: StageSettings, shape: ModelShape, prepared: Path) -> Lengths:
     """Samples and tokens of a stage: as counted if its data is prepared, else as assumed in `plan.datasets`."""
-    annotations = settings.recipe.annotations
-    if annotations not in project.plan.datasets:
+    name = settings.recipe.data_name
+    if name not in project.plan.datasets:
         known = ", ".join(project.plan.datasets) or "none"
         raise ConfigError(
-            f"plan.datasets: no entry for {annotations!r}, whose lengths the cost follows from; there are: {known}"
+            f"plan.datasets: no entry for {name!r}, whose lengths the cost follows from; there are: {known}"
         )
-    estimate = project.plan.datasets[annotations]
+    estimate = project.plan.datasets[name]
     manifest = prepared / "manifest.json"
     if manifest.is_file():
         estimate = counted(estimate, json.loads(manifest.read_text(encoding="utf-8")), shape)
@@ -189,19 +193,27 @@ def stage_cost(project: Project, settings: StageSettings, model: str) -> StageCo
     if (max_steps := recipe.training_arguments.get("max_steps", -1)) > 0:
         num_passes = max_steps * recipe.global_batch_size / lengths.samples
 
-    def flops(modes: dict[str, float]) -> float:
+    def flops(modes: dict[str, float], kinds: tuple[tuple[float, Sample], ...] = lengths.kinds) -> float:
         return num_passes * lengths.samples * sum(
             part * share * step_flops(shape, sample, trained, mode)
             for mode, part in modes.items()
-            for share, sample in lengths.kinds
+            for share, sample in kinds
         )  # fmt: skip
 
+    text_alone = tuple(
+        (share, dataclasses.replace(sample, fast_tokens=sample.full_tokens - sample.visual_tokens))
+        for share, sample in lengths.kinds
+    )
+    in_tower = sum(share * visual_flops(shape, sample, trained) for share, sample in lengths.kinds)
+    baseline_flops = flops({"baseline": 1.0})
     num_parameters = sum(shape.parameters.values())
     return StageCost(
         lengths=lengths,
         processes=processes,
         flops=flops(modes),
-        baseline_flops=flops({"baseline": 1.0}),
+        baseline_flops=baseline_flops,
+        tower_share=num_passes * lengths.samples * in_tower / flops({"fast": 1.0}),
+        cap=baseline_flops / flops(modes, text_alone),
         peak=peak,
         checkpoint_bytes=2 * num_parameters,
         # Two checkpoints are kept while a third is written. Each has bfloat16 weights; those that are trained are

@@ -79,6 +79,11 @@ def projector_flops(shape: ModelShape, tiles: int, trained: Trained) -> float:
     return tokens * ((3 if trained.vision else 2) * first + 3 * second)
 
 
+def visual_flops(shape: ModelShape, sample: Sample, trained: Trained) -> float:
+    """FLOPs of vision tower and projector for one sample, which pruning doesn't lower."""
+    return vision_flops(shape, sample.tiles, trained) + projector_flops(shape, sample.tiles, trained)
+
+
 def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, distill: bool = True) -> float:
     """FLOPs of a training step for one sample.
 
@@ -87,7 +92,7 @@ def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, d
         distill: False leaves out the teacher of a slow step, a forward pass in fast mode.
     """
     trained = trained.in_mode(mode)
-    visual = vision_flops(shape, sample.tiles, trained) + projector_flops(shape, sample.tiles, trained)
+    visual = visual_flops(shape, sample, trained)
     # Similarities of all pairs of visual tokens, which DivPrune and similar pruners compute.
     pruner = 2 * sample.visual_tokens**2 * shape.text_width
     fast, full, supervised = sample.fast_tokens, sample.full_tokens, sample.supervised_tokens

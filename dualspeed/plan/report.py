@@ -25,6 +25,8 @@ HEADERS = (
     "fast",
     "EFLOPs",
     "speedup",
+    "tower",
+    "cap",
     "GB/GPU",
     "margin",
     *(f"{gpu.name} h" for gpu in GPUS.values()),
@@ -107,16 +109,18 @@ def cells_of(project: Project, line: Line) -> list[str | float]:
     """Cells of one stage's line."""
     cost = line.cost
     hours = [cost.hours(gpu, project.plan.utilisation) for gpu in GPUS.values()]
-    gpu = GPUS[project.plan.gpu]
+    gpu, prunes = GPUS[project.plan.gpu], line.settings.dualspeed.slow_mode_ratio < 1
     return [
         line.name,
         line.settings.stage + (" LoRA" if line.settings.recipe.lora else ""),
         f"{cost.processes.num_gpus} {cost.processes.sharding}",
         cost.lengths.samples,
         round(cost.lengths.mean("full_tokens")),
-        round(cost.lengths.mean("fast_tokens")) if line.settings.dualspeed.slow_mode_ratio < 1 else "-",
+        round(cost.lengths.mean("fast_tokens")) if prunes else "-",
         cost.flops / 1e18,
         cost.baseline_flops / cost.flops,
+        f"{cost.tower_share:.0%}" if prunes else "-",
+        f"{cost.cap:.2f}" if prunes else "-",
         f"{cost.memory / 1e9:.0f}" + ("" if cost.fits(gpu) else " !"),
         f"{1 - cost.memory / gpu.memory:.0%}",
         *hours,
@@ -128,13 +132,15 @@ def cells_of(project: Project, line: Line) -> list[str | float]:
 
 def notes(project: Project, lines: list[Line]) -> str:
     """Assumptions of the table."""
-    assumed = sorted({line.settings.recipe.annotations for line in lines if not line.cost.lengths.is_counted})
+    assumed = sorted({line.settings.recipe.data_name for line in lines if not line.cost.lengths.is_counted})
     sizes = [file.size for source in project.downloads.values() for file in source.files]
     known = sum(size for size in sizes if size is not None) / 1e9
     return "\n".join(
         [
             f"Hours: FLOPs over {project.plan.utilisation:.0%} of the peak that the GPU's maker states "
             "(plan.utilisation); speedup: FLOPs of training on full tokens over these.",
+            "Tower: share of vision tower and projector in the FLOPs of a fast step; cap: the speedup if fast mode "
+            "dropped every visual token, which no pruning ratio exceeds.",
             f"Memory: of the longest samples; margin: share of an {GPUS[project.plan.gpu].name} (plan.gpu) that left; "
             f"rows have to fit it with {ERROR:.0%} more than they need, by which the arithmetic may be wrong.",
             "Disk: checkpoints that stay, and beside them, while a stage trains, what it resumes from.",

@@ -8,7 +8,7 @@ from typing import Any
 
 from dualspeed.errors import ConfigError
 from dualspeed.settings.budget import num_tokens_to_keep
-from dualspeed.settings.families import BASE_FAMILIES, LLAVA_NEXT_GRIDS, padded_vocabulary
+from dualspeed.settings.families import BASE_FAMILIES, LLAVA_NEXT_GRIDS, check_base_family, padded_vocabulary
 from dualspeed.settings.model import ModelConfig
 from dualspeed.settings.sources import Source, sources_of
 
@@ -169,6 +169,7 @@ def shape_of(model: ModelConfig, downloads: dict[str, Source]) -> ModelShape:
     """Sizes of a model of the configuration: from its files, or, before they are downloaded, by its name."""
     if model.parts is None:
         config = read_config(model.source, downloads)
+        check_base_family(config, model.source)
         text, vision = config["text_config"], config["vision_config"]
         return make_shape(text, vision, text.get("vocab_size", 32_064), config.get("image_grid_pinpoints"))
     text = read_config(model.parts.language_model, downloads)

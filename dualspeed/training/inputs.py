@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dualspeed.chat_templates import load_template
+from dualspeed.chat_templates import template_in_use
 from dualspeed.files import sha256_of_json
 from dualspeed.fingerprints import checkpoint_fingerprint, dataset_fingerprint
 from dualspeed.settings.names import TEXT_PRUNERS
@@ -42,7 +42,7 @@ def hashes_of_inputs(settings: StageSettings, model_folder: Path, data_folder: P
     inputs = {
         "model": checkpoint_fingerprint(model_folder),
         "data": dataset_fingerprint(data_folder),
-        "template": sha256_of_json(load_template(settings.recipe.chat_template)),
+        "template": sha256_of_json(template_in_use(settings.recipe.chat_template, model_folder)),
     }
     clip = settings.dualspeed.relevance_clip
     if clip is not None and settings.dualspeed.pruner in TEXT_PRUNERS:

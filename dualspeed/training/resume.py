@@ -29,6 +29,8 @@ NUM_KEPT = 2
 class ResumableTrainer(DualSpeedTrainer):
     """DualSpeedTrainer that is resumed after a kill; `args.output_dir` is `unfinished_folder(checkpoints)`."""
 
+    predicts_supervised_only = True  # validation counts answers, whose logits are a tenth of all
+
     def __init__(self, *args: Any, started: float, **kwargs: Any) -> None:
         """Set up training.
 

@@ -221,7 +221,6 @@ def save(trainer: ResumableTrainer, settings: StageSettings, state: Path, out: P
     Raises:
         IncompleteModelError: what was written doesn't load as the model that was trained; nothing else was changed.
     """
-    trainer.save_dtype = trainer.accelerator.unwrap_model(trainer.model).stored_dtype
     if not trainer.is_world_process_zero():
         trainer.save_model(str(out))  # takes part in gathering sharded weights; only the first process writes
         return

@@ -36,6 +36,21 @@ def set_trainable(model: DualSpeedModel, stage: str, with_vision: bool = False) 
         parameter.requires_grad_(parts[name] in trained and not is_replaced)
 
 
+def freeze_untrained(model: DualSpeedModel, is_stock: bool = False, trains_vision: bool = False) -> None:
+    """Freeze the parameters that get no gradient in any step; of a stock model also the vision tower.
+
+    Args:
+        is_stock: True if the model came as a stock one, of which nobody chose the trainable parameters.
+        trains_vision: True makes the tower of a stock model trainable instead. Its adapters stay as they are.
+    """
+    parts = parts_of(model)
+    for name, parameter in model.named_parameters():
+        if parts[name] == "unused":
+            parameter.requires_grad_(False)
+        elif is_stock and parts[name] == "vision" and ".lora_" not in name and parameter.is_floating_point():
+            parameter.requires_grad_(trains_vision)
+
+
 def hold_trained_weights_in_float32(model: DualSpeedModel) -> None:
     """Convert trainable 16-bit weights to float32, which small updates need; frozen weights keep their dtype."""
     for parameter in model.parameters():

@@ -26,15 +26,16 @@ VALIDATION_METRICS = {
 """Trainer's name of a metric -> name in the log; the trainer's other `eval_*` metrics follow from these."""
 
 
-def count_answers(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+def count_answers(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, 4) counts of each sample: answers, right answers, supervised tokens, sum of the tokens' cross-entropies.
 
     Args:
-        outputs: tensors of a DualSpeedOutput; the last one is the (M, V) logits.
+        logits: (M, V) of the supervised tokens, sample after sample, or (B, L, V) of all.
         labels: (B, L) labels that the model was given.
     """
-    logits, targets = outputs[-1], labels[:, 1:]
+    targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
+    logits = logits[:, :-1][supervised] if logits.dim() == 3 else logits
     starts = supervised.clone()
     starts[:, 1:] &= ~supervised[:, :-1]
     targets = targets[supervised]

@@ -2,34 +2,41 @@
 
 import os
 import re
+from importlib import import_module
 
 import pytest
 import torch
 import transformers
 from torch.testing import assert_close
 from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
+from dualspeed import DualSpeedConfig, DualSpeedModel, LoraRecipe, Mode, add_adapters
+from dualspeed.batch import TOKEN_INPUTS
 from dualspeed.method.fast_mode import encode_batch, observe_pruning, prune_batch
 from dualspeed.method.sequences import Sequences
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
 from dualspeed.method.vlm.parts import projector
-from dualspeed.method.vlm.tower import drops_first_position, has_cls_token, per_token, selected_attention, standardised
+from dualspeed.method.vlm.square_towers import standardised
+from dualspeed.method.vlm.tower import drops_first_position, has_cls_token, per_token, selected_attention
 from dualspeed.method.vlm.vision import encode_images, tiles_per_image
 from dualspeed.pruners import PRUNERS, num_tokens_to_keep
 from dualspeed.training.trainable import parts_of, set_trainable
-from tests.support.families import FAMILIES, IMAGE, Family, batch
+from tests.support.families import IMAGE, Family, batch
+from tests.support.first_rank import ALL_FAMILIES as FAMILIES
 from tests.support.paths import REPOSITORY
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 MIXED = [1, 0, 2, 1]
-TOWERS = [family for family in FAMILIES if family.name not in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Mistral 3")]
-tower_families = pytest.mark.parametrize("family", TOWERS, ids=[family.name for family in TOWERS])
-MERGERS = [family for family in FAMILIES if family.name in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL")]
+MERGERS = [family for family in FAMILIES if family_of(family.build()).merges_patches]
 merger_families = pytest.mark.parametrize("family", MERGERS, ids=[family.name for family in MERGERS])
+TOWERS = [family for family in FAMILIES if family_of(family.build()).has_readable_tower]
+tower_families = pytest.mark.parametrize("family", TOWERS, ids=[family.name for family in TOWERS])
+TILE_TOWERS = [family for family in TOWERS if family not in MERGERS]
+tile_tower_families = pytest.mark.parametrize("family", TILE_TOWERS, ids=[family.name for family in TILE_TOWERS])
 
 
 def model_of(family: Family, **settings) -> DualSpeedModel:
@@ -89,6 +96,28 @@ def test_fast_mode_at_90_percent_trains(family):
     assert losses[-1] < 0.7 * losses[0]
     assert all((parameter != start).any() for parameter, start in zip(trained, before, strict=True))
     assert_close(frozen, {name: p for name, p in model.named_parameters() if not p.requires_grad}, atol=0, rtol=0)
+
+
+@by_family
+def test_adapters_of_the_language_model_learn_in_fast_mode(family):
+    """LoRA changes nothing at the start; a fast step reaches every adapter, the projector and the isolator."""
+    inputs = batch(family, MIXED)
+    before = model_of(family)(mode=Mode.FAST, **inputs).loss
+    torch.manual_seed(0)
+    vlm = family.build()
+    add_adapters(vlm, LoraRecipe(rank=2, alpha=4))
+    model = DualSpeedModel(vlm, DualSpeedConfig())
+    model.mode_isolator.load_state_dict(model_of(family).mode_isolator.state_dict())
+    set_trainable(model, "finetune")
+    loss = model(mode=Mode.FAST, **inputs).loss
+    assert_close(loss, before, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    parts = parts_of(model)
+    adapters = {name for name in parts if ".lora_" in name}
+    assert adapters
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == adapters | {name for name, part in parts.items() if part == "projector"}
+    assert all(model.get_parameter(name).grad is not None for name in trained)
 
 
 @by_family
@@ -163,8 +192,9 @@ def test_pruned_generation_is_greedy_decoding_of_the_pruned_sequence(family):
     asked["input_ids"] = generated
     asked["labels"] = generated.clone()
     asked["labels"][:, :-new] = -100
-    if family.name == "Gemma 3":
-        asked["token_type_ids"][:, -new:] = 0
+    if not family.name.startswith("PaliGemma"):
+        for name in TOKEN_INPUTS:
+            asked.get(name, generated)[:, -new:] *= 0 if name in asked else 1
     logits = model(mode=Mode.FAST, **inputs | asked).logits
     logits[:, IMAGE] = -torch.inf
     assert torch.equal(generated[:, -new:], logits.argmax(dim=-1).view(-1, new))
@@ -187,7 +217,7 @@ def test_generation_on_all_tokens_without_isolator_is_the_stock_models(family):
 
 
 def by_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", *TOKEN_INPUTS) if name in inputs}
 
 
 def image_side(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,7 +239,7 @@ def test_text_only_batch_of_one_of_two_ranks_calls_the_same_modules(family, monk
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@tower_families
+@tile_tower_families
 def test_attention_is_the_eager_towers(family):
     """Attention of the CLS token, or mean received attention: means over squares of patches, -inf for newlines."""
     vlm, images = family.build(), image_side(batch(family, [1, 2]))
@@ -258,8 +288,49 @@ def test_a_token_stands_for_the_square_of_patches_that_it_is_made_of(name):
         assert torch.equal(per_token(noise, 4).any(dim=-1), touched)
 
 
+@merger_families
+def test_attention_of_merged_patches_is_the_eager_towers(family, monkeypatch):
+    """Mean received attention within an image or window, rotated, averaged over the square of each token."""
+    vlm, images = family.build(), image_inputs(family.build(), image_side(batch(family, [1, 2])))
+    ours = encode_images(vlm, images, needs=("cls_attention", "keys", "pre_projection")).described
+    eager, maps, entered = family.build(), [], []
+    attend = import_module(type(eager).__module__).eager_attention_forward
+
+    def record(module, *states, **settings):
+        output, weights = attend(module, *states, **settings)
+        if module is selected_attention(eager):
+            maps.append(weights[0].mean(dim=0).mean(dim=0))  # over heads, then over queries
+        return output, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "recorded", record)
+    eager.model.visual.config._attn_implementation = "recorded"
+    projector(eager).register_forward_hook(lambda module, args, output: entered.extend((args[0], output)))
+    pooled = eager.get_image_features(**images, return_dict=True).pooler_output
+    assert len(maps) >= 3  # one an image, or more where windows part them
+    order = torch.tensor([int((entered[1] == token).all(dim=-1).nonzero()) for token in torch.cat(list(pooled))])
+    assert_close(ours["cls_attention"], torch.cat(maps).view(-1, 4).mean(dim=1)[order], atol=1e-6, rtol=1e-5)
+    assert_close(ours["pre_projection"], entered[0].view(-1, 4, 32).mean(dim=1)[order], atol=1e-6, rtol=1e-5)
+    assert ours["keys"].shape == (len(order), 4, 8)
+
+
+@pytest.mark.parametrize("last_is_full", [True, False])
+def test_windows_part_what_patches_attend_to(last_is_full, monkeypatch):
+    """Qwen2.5-VL's selected layer has windows, or not; the attention of each part sums to 1."""
+    family = next(family for family in FAMILIES if family.name == "Qwen2.5-VL")
+    vlm = family.build()
+    vlm.model.visual.fullatt_block_indexes = [1] if last_is_full else [0]
+    images = image_inputs(vlm, image_side(batch(family, [1])))
+    lengths = []
+    selected_attention(vlm).register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.extend(kwargs["cu_seqlens"].diff().tolist()), with_kwargs=True
+    )
+    attention = encode_images(vlm, images, needs=("cls_attention",)).described["cls_attention"]
+    assert (len(lengths) == 1) == last_is_full
+    assert_close(attention.sum() * 4, torch.tensor(float(len(lengths))), atol=1e-5, rtol=1e-5)
+
+
 @tower_families
-@pytest.mark.parametrize("pruner", ["vispruner", "visionzip", "scope", "mmtok"])
+@pytest.mark.parametrize("pruner", ["fastervlm", "prumerge", "vispruner", "visionzip", "scope", "mmtok"])
 def test_pruners_that_look_into_the_tower_prune_alike_in_any_batch(family, pruner):
     model = model_of(family, pruning_ratio=0.5, pruner=pruner)
     alone = [model(mode=Mode.FAST, **batch(family, [count], seed=seed)).loss for seed, count in enumerate(MIXED)]
@@ -318,15 +389,15 @@ def test_what_cannot_be_trained_is_refused_with_the_reason():
     )
     with pytest.raises(ValueError, match="Blip2ForConditionalGeneration can't be trained on pruned tokens, since its"):
         DualSpeedModel(blip, DualSpeedConfig())
-    qwen = next(family for family in FAMILIES if family.name == "Qwen2-VL")
+    pixtral = next(family for family in FAMILIES if family.name == "Mistral 3")
     with pytest.raises(ValueError, match=r"'fastervlm' looks at the vision tower's cls_attention.*tome"):
-        model_of(qwen, pruner="fastervlm")
+        model_of(pixtral, pruner="fastervlm")
     for pruner, field in (("scope", "cls_attention, pre_projection"), ("mmtok", "pre_projection")):
         others = "cdpruner, cdpruner_cen, divprune, divprune_cen, otprune, random, spatial_pool, tome, uniform"
         with pytest.raises(ValueError, match=f"'{pruner}' looks at the vision tower's {field}, which.*: {others}$"):
-            model_of(qwen, pruner=pruner)
+            model_of(pixtral, pruner=pruner)
     with pytest.raises(ValueError, match="prune_budget 'tile' is for models that cut images into tiles"):
-        model_of(qwen, prune_budget="tile")
+        model_of(pixtral, prune_budget="tile")
     with pytest.raises(TypeError, match="unknown input image_grid"):
         model_of(FAMILIES[0])(**batch(FAMILIES[0], [1]), image_grid_thw=torch.ones(1, 3))
 

@@ -11,14 +11,15 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextCo
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.cli import main
-from dualspeed.errors import PlanError
+from dualspeed.errors import ConfigError, PlanError
 from dualspeed.method.adapters import add_adapters
 from dualspeed.method.fast_mode import encode_batch
 from dualspeed.plan.costs import Processes, stage_cost
-from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters
+from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters, visual_flops
 from dualspeed.plan.memory import activation_bytes, peak_memory
 from dualspeed.plan.report import lines_of, plan
 from dualspeed.plan.shapes import make_shape
+from dualspeed.plan.shapes import shape_of as shape_of_model
 from dualspeed.settings.plan import GPUS
 from dualspeed.settings.project import load_project
 from dualspeed.settings.recipe import LoraRecipe
@@ -246,6 +247,46 @@ def test_the_papers_rows_fit_and_cost_what_llava_says(in_repository, capsys):
     assert baseline.lengths.mean("full_tokens") == 576 + 30
     fast = lines["llava-next-7b-dualspeed-divprune-p0.9", "finetune"]
     assert fast.baseline_flops > 3 * fast.flops
+
+
+def test_no_pruning_ratio_exceeds_the_cap(in_repository):
+    """It is the speedup where almost nothing is kept; the tower's share is smaller, the more is kept."""
+    project = load_project("config/paper/config.yaml")
+    row = next(row for row in project.rows if row.id == "llava-next-7b-dualspeed-divprune-p0.9")
+    settings = project.finetune_settings(row)
+    shares = []
+    for ratio in (0.5, 0.9, 0.9999):
+        method = dataclasses.replace(
+            settings.dualspeed, pruning_ratio=ratio, num_virtual_tokens=0, prune_budget="image"
+        )
+        cost = stage_cost(project, dataclasses.replace(settings, dualspeed=method), row.model)
+        assert cost.baseline_flops < cost.cap * cost.flops
+        shares.append(cost.tower_share)
+    assert cost.baseline_flops / cost.flops == pytest.approx(cost.cap, rel=0.01)
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
+
+
+def test_the_towers_share_is_that_of_the_flops_that_torch_counts():
+    shape, trained = shape_of("llava"), Trained(language=True)
+    batch = batch_of("llava")
+    model = DualSpeedModel(model_of("llava"), DualSpeedConfig())
+    set_trainable(model, "finetune")
+    sample = Sample(full_tokens=0, fast_tokens=0, supervised_tokens=0, visual_tokens=64, tiles=1)
+
+    def encode() -> None:
+        torch.cat(encode_batch(model, {"pixel_values": batch["pixel_values"]}).features).sum().backward()
+
+    assert BATCH * visual_flops(shape, sample, trained) == pytest.approx(count_flops(encode), rel=0.01)
+
+
+def test_families_whose_sizes_it_does_not_know_are_refused(in_repository, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}}')
+    project = load_project("config/paper/config.yaml")
+    model = dataclasses.replace(project.models["llava-1.5-7b"], source=str(tmp_path), parts=None)
+    with pytest.raises(
+        ConfigError, match=r"costs follow from the sizes of llava or llava_next, and this is 'qwen3_vl'"
+    ):
+        shape_of_model(model, project.downloads)
 
 
 def test_a_row_that_cannot_fit_is_refused_with_what_would(in_repository, tmp_path):

@@ -119,7 +119,9 @@ def test_evaluating_while_training_changes_no_weight_and_takes_no_training_time(
         pass_time(1000.0)
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr("dualspeed.training.trainer.time", SimpleNamespace(perf_counter=lambda: pass_time(1.0)))
+    for module in ("mixin", "totals"):
+        clock = SimpleNamespace(perf_counter=lambda: pass_time(1.0))
+        monkeypatch.setattr(f"dualspeed.training.{module}.time", clock)
     monkeypatch.setattr(Trainer, "evaluate", slow_evaluation)
     evaluated = trainer(tmp_path, eval_strategy="steps", eval_steps=2)
     evaluated.train()

@@ -5,70 +5,17 @@ Everything else follows the conventions of transformers' VLMs: `get_image_featur
 no record: `conventional` finds its modules by their usual names.
 """
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualspeed.errors import ModelError
-from dualspeed.method.vlm import blank_images
-from dualspeed.pruners import PRUNERS
+from dualspeed.method.vlm import blank_images, token_counts
+from dualspeed.method.vlm.encoder import body
+from dualspeed.method.vlm.family import Family
 
 CAPTURED_FIELDS = ("cls_attention", "keys", "pre_projection")
 """Fields of VisualTokens that are captured during the forward of a readable tower."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Record of a family: its differences from the others. Paths are dotted attribute names."""
-
-    tower: str = "model.vision_tower"
-    """Path of the vision tower."""
-    layers: str = ""
-    """Path of the tower's layers, within the tower; empty: unknown."""
-    unused: tuple[str, ...] = ()
-    """Paths within the tower of modules that the image features never depend on, where the tower has them."""
-    projector: tuple[str, ...] = ("model.multi_modal_projector",)
-    """Paths of all modules and parameters between tower and language model; the tower's features enter the first."""
-    ignored: tuple[str, ...] = ()
-    """Paths of modules that neither images nor text pass through."""
-
-    selects_layer: bool = False
-    """True if `vision_feature_layer` selects the layer whose output becomes the features; later ones never run then."""
-    drops_first_position: bool = False
-    """True if the tower's first position is always dropped; else `vision_feature_select_strategy` decides."""
-    has_readable_tower: bool = False
-    """True if CAPTURED_FIELDS can be captured: square tiles, one token for each patch or square of patches, and layers
-    of plain attention. The Qwen-VL families' windows and Pixtral's one sequence of all images are not such, and both
-    rotate queries and keys inside the attention."""
-    projects_single_patches: bool = False
-    """True if the projector maps the patches of one layer one by one, so that CLIP's own projection fits them too."""
-
-    merges_patches: bool = False
-    """True if the first module of `projector` is a merger that takes the patches of all images in one sequence, square
-    by square; `before_merger` can be captured then."""
-    orders_by_window: bool = False
-    """True if that sequence is ordered by attention windows; the tower reorders the merger's output."""
-
-    packing_settings: tuple[str, ...] = ()
-    """Config keys that `pack_image_features` takes where an image's tiles are packed with newline tokens; empty: the
-    features aren't packed."""
-    splits_samples_into_tiles: bool = False
-    """True if `get_image_features` returns all tiles of a sample as one entry. A tile is then a unit of pruning, and
-    its placeholders stand between row and column tokens; tiles of zeros are padding."""
-    has_tile_budget: bool = False
-    """True if `prune_budget: tile` is meaningful."""
-    has_3d_positions: bool = False
-    """True if image tokens have rotary positions in time, height and width."""
-    blank_image: Callable[[PreTrainedModel], dict[str, Tensor]] = blank_images.square
-    """Function that makes the inputs of `get_image_features` for one blank image."""
-
-    @property
-    def packs_tiles(self) -> bool:
-        """True if images are cut into tiles whose tokens are packed with newlines."""
-        return bool(self.packing_settings)
 
 
 LLAVA = Family(
@@ -94,12 +41,153 @@ QWEN_VL = Family(
     tower="model.visual",
     layers="blocks",
     projector=("model.visual.merger",),
+    has_readable_tower=True,
     merges_patches=True,
+    takes_any_squares=True,
     has_3d_positions=True,
     blank_image=blank_images.patches_of_one_token,
 )
 
+QWEN3_VL = replace(QWEN_VL, projector=("model.visual.merger", "model.visual.deepstack_merger_list"))
+
+GLM = Family(
+    tower="model.visual",
+    projector=("model.visual.merger",),
+    has_3d_positions=True,
+    blank_image=blank_images.patches_of_one_token,
+)
+Q_FORMER = Family(
+    tower="vision_model",
+    projector=("qformer", "query_tokens", "language_projection"),
+    runs="language_model",
+    blank_image=blank_images.square_and_question,
+)
+
 FAMILIES: dict[str, Family] = {
+    "blip-2": replace(Q_FORMER, blank_image=blank_images.square),
+    "instructblip": Q_FORMER,
+    "deepseek_vl_hybrid": Family(
+        tower="model.vision_model",
+        further_towers=("model.high_res_vision_model",),
+        unused=("head",),
+        projector=("model.aligner",),
+        blank_image=blank_images.square_in_two_resolutions,
+    ),
+    "deepseek_ocr2": Family(
+        projector=("model.multi_modal_projector", "model.view_separator"),
+        conditional=("query_768_resolution", "query_1024_resolution"),
+    ),
+    "ernie4_5_vl_moe": Family(
+        projector=("model.resampler_model",),
+        conditional=(".vision_moe.",),
+        has_3d_positions=True,
+        blank_image=blank_images.patches_of_one_token,
+    ),
+    "nemotron_h_omni": Family(
+        tower="vision_model",
+        unused=("embeddings.video_patch_projection",),
+        projector=("multi_modal_projector", "vision_final_layernorm"),
+        blank_image=blank_images.patches_in_rows,
+    ),
+    "minicpm_ocr": Family(
+        projector=("model.merger",),
+        ignored=("model.vision_tower.vit_merger",),
+        blank_image=blank_images.patches_in_strip,
+    ),
+    "fast_vlm": Family(blank_image=blank_images.small_square),
+    "gemma3n": Family(
+        projector=("model.embed_vision",),
+        ignored=("model.audio_tower", "model.embed_audio"),
+        blank_image=blank_images.small_square,
+    ),
+    "perception_lm": Family(blank_image=blank_images.square_of_tiles),
+    "aria": Family(layers="encoder.layers", unused=("post_layernorm",)),
+    "gemma4": Family(
+        projector=("model.embed_vision",),
+        ignored=("model.audio_tower", "model.embed_audio"),
+        blank_image=blank_images.patches_with_positions,
+    ),
+    "glm46v": GLM,
+    "glm4v": GLM,
+    "glm4v_moe": GLM,
+    "got_ocr2": Family(),
+    "lfm2_vl": Family(unused=("head",), blank_image=blank_images.patches_with_shape),
+    "molmo2": Family(blank_image=blank_images.crop_and_pooling),
+    "ovis2": Family(projector=("model.visual_embeddings_table",), carried=("visual_indicator_features",)),
+    "shieldgemma2": SIGLIP,
+    "cohere2_vision": SIGLIP,
+    "aya_vision": replace(LLAVA, projects_single_patches=False, has_tile_budget=False),
+    "granite4_vision": Family(
+        unused=("post_layernorm",),
+        projector=("model.layerwise_projectors", "model.spatial_projectors", "model.image_newline"),
+        has_layered_features=True,
+        blank_image=blank_images.square_in_tiles,
+    ),
+    "janus": Family(
+        tower="model.vision_model",
+        projector=("model.aligner",),
+        ignored=("model.vqmodel", "model.generation_embeddings", "model.generation_aligner", "model.generation_head"),
+    ),
+    "llama4": Family(
+        tower="vision_model",
+        projector=("multi_modal_projector",),
+        features="last_hidden_state",
+        projects_later=True,
+        runs="language_model",
+    ),
+    "hunyuan_vl": Family(
+        projector=("model.vision_tower.patch_merger",),
+        has_3d_positions=True,
+        num_placeholders=token_counts.of_grid_with_separators,
+        has_rows_of_pixels=False,
+        ignored=("model.vision_tower.patch_merger.image_sep",),
+        blank_image=blank_images.patches_of_one_token,
+    ),
+    "granite_docling": Family(
+        tower="model.vision_model",
+        projector=("model.vision_model.connector",),
+        ignored=("model.vision_model.connector.fine", "model.density_router"),
+        refused_inputs=("tile_fine_mask",),
+        carried=("router_logits",),
+        splits_samples_into_tiles=True,
+        tokens_of_tile=token_counts.of_fine_or_coarse_tile,
+        blank_image=blank_images.tile_with_mask,
+    ),
+    "idefics2": Family(
+        tower="model.vision_model",
+        projector=("model.connector",),
+        splits_samples_into_tiles=True,
+        tokens_of_tile=token_counts.of_latents,
+        blank_image=blank_images.tile_of_ones,
+    ),
+    "inkling2": Family(
+        projector=("model.vision_tower.merger",),
+        num_placeholders=token_counts.of_grid,
+        blank_image=blank_images.square_of_patches,
+    ),
+    "inkling_mm_model": Family(
+        ignored=("model.audio_tower",),
+        projector=("model.vision_tower",),
+        tower="",
+        encodes_tokens_alone=True,
+        blank_image=blank_images.patch_in_time,
+    ),
+    "kimi_k25": Family(projector=("model.mm_projector",), blank_image=blank_images.unflattened_patches),
+    "paddleocr_vl": Family(
+        tower="model.visual",
+        projector=("model.projector",),
+        has_3d_positions=True,
+        blank_image=blank_images.unflattened_patches,
+    ),
+    "fuyu": Family(
+        tower="",
+        projector=("model.vision_embed_tokens",),
+        features="last_hidden_state",
+        blank_image=blank_images.patches_alone,
+    ),
+    "gemma4_unified": Family(
+        tower="", projector=("model.embed_vision",), blank_image=blank_images.patches_with_positions
+    ),
     "gemma3": SIGLIP,
     "idefics3": IDEFICS3,
     "internvl": Family(layers="encoder.layer", has_readable_tower=True),
@@ -128,14 +216,10 @@ FAMILIES: dict[str, Family] = {
     "paligemma": SIGLIP,
     "qwen2_5_vl": replace(QWEN_VL, orders_by_window=True),
     "qwen2_vl": QWEN_VL,
-    "qwen3_vl": Family(
-        tower="model.visual",
-        layers="blocks",
-        projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
-        merges_patches=True,
-        has_3d_positions=True,
-        blank_image=blank_images.patches_of_one_token,
-    ),
+    "qwen3_5": QWEN_VL,
+    "qwen3_5_moe": QWEN_VL,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL,
     "smolvlm": IDEFICS3,
     "vipllava": Family(
         layers="encoder.layers",
@@ -146,7 +230,27 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """config.model_type -> family."""
-CONVENTIONAL_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
+ENCODER_DECODER = "it is an encoder-decoder, whose decoder reads images by cross-attention"
+NO_PLACEHOLDERS = "its sequence has no image placeholders"
+DISCRETE = "its images are discrete tokens of the vocabulary, without a projector"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(["blip", "florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop"], ENCODER_DECODER),
+    "vision-encoder-decoder": ENCODER_DECODER,
+    "idefics": f"{NO_PLACEHOLDERS}: its layers read images by cross-attention",
+    "mllama": f"{NO_PLACEHOLDERS}: its layers read images by cross-attention",
+    "evolla": f"{NO_PLACEHOLDERS}: it reads proteins, by cross-attention",
+    "git": f"{NO_PLACEHOLDERS}: images stand before it, whatever it says",
+    "kosmos-2": f"{NO_PLACEHOLDERS}: a mask beside it says where images stand",
+    "kosmos-2.5": f"{NO_PLACEHOLDERS}: a mask beside it says where images stand",
+    "instructblipvideo": f"{NO_PLACEHOLDERS}, but those of videos",
+    "mistral4": f"{NO_PLACEHOLDERS}: it is a language model alone",
+    "chameleon": DISCRETE,
+    "emu3": DISCRETE,
+    "diffusion_gemma": "it generates text by diffusion, not token by token",
+    "pi0": "it has no text output: it predicts a robot's actions",
+}
+"""config.model_type -> why no training on pruned tokens is possible, for models that transformers lists as VLMs."""
+CONVENTIONAL_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
 
 
 def family_of(vlm: PreTrainedModel) -> Family:
@@ -164,45 +268,30 @@ def conventional(vlm: PreTrainedModel) -> Family:
 
     A merger inside the tower belongs to the projector, as does whatever is part of neither tower nor language model.
     """
-    children = dict(vlm.model.named_children())
+    prefix = "model." if hasattr(vlm, "model") else ""
+    children = dict(body(vlm).named_children())
     tower = next((name for name in CONVENTIONAL_TOWERS if name in children), CONVENTIONAL_TOWERS[0])
     inside = dict(children[tower].named_children()) if tower in children else {}
+    has_layers = "encoder" in inside and hasattr(inside["encoder"], "layers")
+    selects = has_layers and hasattr(vlm.config, "vision_feature_layer")
     return Family(
-        tower=f"model.{tower}",
-        projector=tuple(f"model.{tower}.{name}" for name in inside if "merger" in name),
-        ignored=tuple(f"model.{name}" for name in children if "audio" in name or "video" in name),
-        has_3d_positions=hasattr(vlm.model, "compute_3d_position_ids"),
+        tower=f"{prefix}{tower}",
+        layers="encoder.layers" if has_layers else "",
+        unused=("head", "post_layernorm") if selects else ("head",),
+        projector=tuple(f"{prefix}{tower}.{name}" for name in inside if "merger" in name),
+        ignored=tuple(f"{prefix}{name}" for name in children if "audio" in name or "video" in name),
+        has_3d_positions=hasattr(body(vlm), "compute_3d_position_ids"),
+        blank_image=blank_images.conventional,
     )
 
 
-def check_family(vlm: PreTrainedModel, pruner: str, needs: tuple[str, ...], prune_budget: str) -> None:
-    """Raise ModelError, with the reason, if a model can't be trained in fast mode, or not with this pruner."""
-    model_class = type(vlm).__name__
-    parameters = inspect.signature(vlm.forward).parameters
-    lacking = [
-        f"its forward takes no {name}" for name in ("mm_encoder_outputs", "logits_to_keep") if name not in parameters
-    ]
-    lacking += [] if hasattr(vlm, "get_image_features") else ["it has no get_image_features"]
-    lacking += [] if getattr(vlm.config, "image_token_id", None) is not None else ["its config has no image_token_id"]
-    if lacking:
+def check_pixel_pruning(vlm: PreTrainedModel, tolerance: float | None) -> None:
+    """Raise ModelError if `pixel_pruning` is set for a model whose tower takes whole images, or squares, only."""
+    if tolerance is not None and not family_of(vlm).takes_any_squares:
+        others = [name for name, family in FAMILIES.items() if family.takes_any_squares]
         raise ModelError(
-            f"{model_class} can't be trained on pruned tokens, since {', '.join(lacking)}: visual tokens must stand in "
-            "the sequence of the language model, and enter it as transformers' VLMs take them"
-        )
-    family = family_of(vlm)
-    captured = [name for name in needs if name in CAPTURED_FIELDS]
-    if captured and not family.has_readable_tower:
-        readable = [name for name, other in FAMILIES.items() if other.has_readable_tower]
-        others = [name for name, other in PRUNERS.items() if not set(other.needs) & set(CAPTURED_FIELDS)]
-        raise ModelError(
-            f"pruner {pruner!r} looks at the vision tower's {', '.join(captured)}, which can be captured where the "
-            "tower encodes each square tile by itself and its attention adds no positions, as in "
-            f"{', '.join(readable)}, not in {model_class}; methods that need none of these work with any model: "
-            f"{', '.join(others)}"
-        )
-    if prune_budget == "tile" and not family.has_tile_budget:
-        raise ModelError(
-            f"prune_budget 'tile' is for models that cut images into tiles, not for {model_class}; use 'image'"
+            f"pixel_pruning {tolerance:g} leaves patches of an image out of the vision tower, and that of "
+            f"{type(vlm).__name__} takes whole images; valid: null, or a model of {', '.join(others)}"
         )
 
 

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from dualspeed.method.vlm.families import family_of
 
+CHOOSING = (".indexer.", "e_score_correction_bias")
+"""Parts of names of parameters that choose experts, or keys to attend to, so that no gradient reaches them."""
 Part = Literal["projector", "vision", "language", "unused"]
 
 
@@ -26,6 +28,11 @@ def vision_layers(vlm: PreTrainedModel) -> nn.ModuleList:
 def projector(vlm: PreTrainedModel) -> nn.Module:
     """Module that the tower's features enter on their way to the language model."""
     return attrgetter(family_of(vlm).projector[0])(vlm)
+
+
+def width_of_text(vlm: PreTrainedModel) -> int:
+    """Width of the language model's embeddings."""
+    return vlm.config.get_text_config().hidden_size
 
 
 def feature_layers(vlm: PreTrainedModel) -> int | list[int]:
@@ -57,17 +64,22 @@ def parameter_parts(vlm: PreTrainedModel) -> dict[nn.Parameter, Part]:
     the tower that the image features never depend on. `projector`: everything between tower and language model.
     """
     family = family_of(vlm)
-    tower = parameters_at(vlm, [family.tower])
+    tower = parameters_at(vlm, [family.tower, *family.further_towers])
     of_part: dict[Part, set[nn.Parameter]] = {
+        "unused": parameters_at(vlm, family.ignored) | unused_tower_parameters(vlm) | named_with(vlm, CHOOSING),
         "language": language_parameters(vlm),
         "projector": parameters_at(vlm, family.projector),
-        "unused": parameters_at(vlm, family.ignored) | unused_tower_parameters(vlm),
         "vision": tower,
     }
     return {
         parameter: next((part for part, members in of_part.items() if parameter in members), "projector")
         for parameter in vlm.parameters()
     }
+
+
+def named_with(vlm: PreTrainedModel, parts: tuple[str, ...]) -> set[nn.Parameter]:
+    """Parameters whose names have one of these parts."""
+    return {p for name, p in vlm.named_parameters() if any(part in name for part in parts)} if parts else set()
 
 
 def unused_tower_parameters(vlm: PreTrainedModel) -> set[nn.Parameter]:
@@ -83,7 +95,7 @@ def unused_tower_parameters(vlm: PreTrainedModel) -> set[nn.Parameter]:
 def parameters_at(root: nn.Module, paths: Iterable[str]) -> set[nn.Parameter]:
     """Parameters of the modules at these paths, and parameters that are at one themselves; absent paths have none."""
     found: set[nn.Parameter] = set()
-    for path in paths:
+    for path in filter(None, paths):
         try:
             value = attrgetter(path)(root)
         except AttributeError:
@@ -99,3 +111,10 @@ def trainable_visual_parameters(vlm: PreTrainedModel) -> list[nn.Parameter]:
     """Trainable parameters outside the language model: projector, newline, vision tower."""
     language = language_parameters(vlm)
     return [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]
+
+
+def conditional_parameters(vlm: PreTrainedModel) -> list[nn.Parameter]:
+    """Trainable parameters that not every batch passes through."""
+    conditional = named_with(vlm, family_of(vlm).conditional)
+    chosen = named_with(vlm, CHOOSING) if conditional else set()
+    return [parameter for parameter in conditional - chosen if parameter.requires_grad]

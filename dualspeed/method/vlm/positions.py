@@ -3,6 +3,7 @@
 transformers computes them image by image, with a host-device sync for each of their numbers.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,13 +44,11 @@ def positions_3d(
     model: Any, image_token_id: int, input_ids: Tensor, attention_mask: Tensor, images: Mapping[str, Tensor]
 ) -> Tensor:
     """(B, 3, L) positions by `model`, the part of a VLM that computes them; other arguments as for Positions3D."""
-    positions = model.compute_3d_position_ids(
-        input_ids=input_ids,
-        inputs_embeds=None,
-        image_grid_thw=images["image_grid_thw"],
-        video_grid_thw=None,
-        attention_mask=attention_mask,
-        past_key_values=None,
-        mm_token_type_ids=(input_ids == image_token_id).int(),
-    )
-    return positions.transpose(0, 1)
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": (input_ids == image_token_id).int(),
+        **images,
+    }
+    accepted = inspect.signature(model.compute_3d_position_ids).parameters
+    return model.compute_3d_position_ids(**{name: given.get(name) for name in accepted}).transpose(0, 1)

@@ -16,21 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
-from transformers.vision_utils import get_vision_window_index
 
 from dualspeed.method.vlm.families import family_of
 from dualspeed.method.vlm.parts import feature_layers, last_feature_layer, projector, vision_layers, vision_tower
+from dualspeed.method.vlm.square_towers import heads_of, received
 
 logger = logging.getLogger(__name__)
-
-ROUNDING = 1e-6
-"""Share of the largest value below which a standard deviation is rounding."""
 
 
 def selected_attention(vlm: PreTrainedModel) -> nn.Module:
     """Attention module of the last vision layer that the features depend on."""
     layer: Any = vision_layers(vlm)[last_feature_layer(vlm)]
-    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+    return next(getattr(layer, name) for name in ("self_attn", "attention", "attn") if hasattr(layer, name))
 
 
 @contextmanager
@@ -58,14 +55,18 @@ def skip_unused_vision_layers(vlm: PreTrainedModel) -> Iterator[dict[str, int | 
 
 @contextmanager
 def capture_fields(vlm: PreTrainedModel, needs: Collection[str], captured: dict[str, Tensor]) -> Iterator[None]:
-    """Capture the fields in `needs` during the tower's forward: (tiles, patches, ...) each, into `captured`.
+    """Capture the fields in `needs` during the tower's forward, into `captured`: (tiles, patches, ...) each.
 
-    `before_merger` is (patches, C), as the merger gets them, in families that have one; elsewhere it is left out.
-    Attention and keys are computed from the q and k of the selected layer alone, so that all layers keep their fused
-    attention.
+    In families that merge patches they are (patches, ...), as the merger gets them, and `before_merger` is one of them;
+    elsewhere it is left out. Attention and keys are computed from the q and k of the selected layer alone, so that all
+    layers keep their fused attention. Keys are those before a rotation by positions, which would let the similarity of
+    two keys fall with their distance.
     """
     first_patch = int(drops_first_position(vlm))
-    input_of_projector = "before_merger" if family_of(vlm).merges_patches else "pre_projection"
+    merges = family_of(vlm).merges_patches
+    inputs_of_projector = (
+        {"pre_projection", "before_merger"} & set(needs) if merges else {"pre_projection"} & set(needs)
+    )
 
     @torch.no_grad()
     def before_attention(attention: Any, args: tuple, kwargs: dict) -> None:
@@ -81,16 +82,28 @@ def capture_fields(vlm: PreTrainedModel, needs: Collection[str], captured: dict[
                 scores = cls_attention if has_cls_token(vlm) else received_attention
                 captured["cls_attention"] = scores(attention, hidden_states, keys.float(), mask)[:, first_patch:]
 
+    @torch.no_grad()
+    def before_rotary_attention(attention: Any, args: tuple, kwargs: dict) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            queries, keys = heads_of(attention, hidden_states)
+            if "keys" in needs:
+                captured["keys"] = keys
+            if "cls_attention" in needs:
+                positions, ends = kwargs["position_embeddings"], kwargs["cu_seqlens"]
+                captured["cls_attention"] = received(attention, queries, keys, positions, ends)
+
     def before_projector(projector: nn.Module, args: tuple) -> None:
-        captured[input_of_projector] = args[0].detach()
+        captured.update(dict.fromkeys(inputs_of_projector, args[0].detach()))
 
     if "cls_attention" in needs and not has_cls_token(vlm):
         warn_of_missing_cls_token(type(vision_tower(vlm)).__name__)
     with ExitStack() as hooks:
         if {"cls_attention", "keys"} & set(needs):
             attention = selected_attention(vlm)
-            hooks.callback(attention.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
-        if input_of_projector in needs:
+            hook = before_rotary_attention if merges else before_attention
+            hooks.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if inputs_of_projector:
             hooks.callback(projector(vlm).register_forward_pre_hook(before_projector).remove)
         yield
 
@@ -103,7 +116,8 @@ def drops_first_position(vlm: PreTrainedModel) -> bool:
 
 def has_cls_token(vlm: PreTrainedModel) -> bool:
     """True if the tower's first position is a CLS token, as in CLIP and unlike SigLIP."""
-    return any(hasattr(vision_tower(vlm).embeddings, name) for name in ("class_embedding", "cls_token"))
+    embeddings = getattr(vision_tower(vlm), "embeddings", None)
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
 
 @cache
@@ -122,33 +136,6 @@ def per_token(values: Tensor, num_tokens: int) -> Tensor:
     side, tokens_per_side = math.isqrt(values.shape[1]), math.isqrt(num_tokens)
     squares = values.unflatten(1, (tokens_per_side, side // tokens_per_side, tokens_per_side, side // tokens_per_side))
     return squares.mean(dim=(2, 4)).flatten(1, 2)
-
-
-def merged_squares(vlm: PreTrainedModel, patches: Tensor, num_tokens: list[int], images: dict[str, Tensor]) -> Tensor:
-    """(P, C) means over the square of patches behind each token, in the order of the tokens.
-
-    Each dimension is divided by its standard deviation over the image's patches; one that is equal in all of them, but
-    for rounding, becomes 0.
-
-    Args:
-        patches: (patches, C) as the merger gets them.
-        num_tokens: tokens of each image.
-        images: inputs of the tower.
-    """
-    side = vlm.config.vision_config.spatial_merge_size
-    per_image = patches.float().split([side**2 * count for count in num_tokens])
-    squares = torch.cat([standardised(values).unflatten(0, (-1, side**2)).mean(dim=1) for values in per_image])
-    if not family_of(vlm).orders_by_window:
-        return squares
-    vision = vlm.config.vision_config
-    order, _ = get_vision_window_index(images["image_grid_thw"], side, vision.window_size, vision.patch_size)
-    return squares[order.to(squares.device).argsort()]
-
-
-def standardised(values: Tensor) -> Tensor:
-    """(patches, C) values divided by the standard deviation of their column; 0 where it is but rounding."""
-    deviation, largest = values.std(dim=0, correction=0), values.abs().amax(dim=0)
-    return torch.where(deviation > ROUNDING * largest, values / deviation, 0.0)
 
 
 # torch's hints say nothing of a module's attributes, hence `attention: Any` below.

@@ -3,26 +3,31 @@
 Everything goes through the model's public `get_image_features`; tower.py adds what that doesn't offer.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dualspeed.method.vlm.encoder import image_encoder
+from dualspeed.method.vlm.entrance import all_features, projected, with_features
 from dualspeed.method.vlm.families import family_of
+from dualspeed.method.vlm.family import Family
 from dualspeed.method.vlm.inputs import image_units
-from dualspeed.method.vlm.tower import capture_fields, merged_squares, per_token, skip_unused_vision_layers
+from dualspeed.method.vlm.pixel_pruning import KeptSquares, prune_pixels
+from dualspeed.method.vlm.square_towers import in_token_order, squares_of, standardised_squares
+from dualspeed.method.vlm.tower import capture_fields, per_token, skip_unused_vision_layers
 
 
 @dataclass(frozen=True)
 class EncodedImages:
     """Encoded images of a batch in reading order; image i has N_i tokens, all of them P."""
 
+    family: Family
+    """Record of the model's family."""
     output: ModelOutput
     """Result of the model's `get_image_features`."""
     features: list[Tensor]
@@ -31,11 +36,24 @@ class EncodedImages:
     """(P, ...) the requested fields of VisualTokens, by name."""
     tiles: Tensor | None
     """(P,) index of each token's tile within its image, -1 for newlines, on the CPU; None unless requested."""
+    inputs: dict[str, Tensor]
+    """Inputs of the tower that they were encoded from."""
+    squares: KeptSquares | None = None
+    """Squares of patches that entered the tower, one a token; None: all."""
+
+    @property
+    def num_placeholders(self) -> list[int]:
+        """Tokens of each image before squares were left out: its placeholders in the sequence."""
+        return [len(features) for features in self.features] if self.squares is None else self.squares.before
 
     def all_features(self) -> list[Tensor]:
         """All outputs of the projector, features for deeper layers (DeepStack) included."""
-        deepstack = getattr(self.output, "deepstack_features", None) or []
-        return [*self.features, *(torch.cat(list(layer)) for layer in deepstack)]
+        return [*self.features, *all_features(self.family, self.output)]
+
+    def in_runs(self, lengths: list[int], seeds: Tensor | None) -> tuple["EncodedImages", Tensor | None]:
+        """The same features, and seeds, as images of these numbers of tokens: the runs of placeholders."""
+        images = replace(self, features=list(torch.cat(self.features).split(lengths)))
+        return images, None if seeds is None else torch.stack([run.sum() for run in seeds.split(lengths)])
 
     def keeping(self, features: list[Tensor], positions: list[Tensor], num_virtual_tokens: int) -> ModelOutput:
         """Copy of `output` with other features, in the form that the model returns them in.
@@ -45,19 +63,16 @@ class EncodedImages:
             positions: (K_u,) positions of the kept features among the P tokens.
             num_virtual_tokens: length l of the isolator.
         """
-        pooled = self.output.pooler_output
-        changed: dict[str, Any] = {"pooler_output": torch.cat(features) if isinstance(pooled, Tensor) else features}
-        if deepstack := getattr(self.output, "deepstack_features", None):
-            # Deeper layers add these to the image tokens, and zeros to the isolator.
-            changed["deepstack_features"] = [
-                [F.pad(torch.cat(list(layer))[kept], (0, 0, num_virtual_tokens, 0)) for kept in positions]
-                for layer in deepstack
-            ]
-        return type(self.output)(**changed)
+        return with_features(self.family, self.output, features, positions, num_virtual_tokens)
 
 
 def encode_images(
-    vlm: PreTrainedModel, images: dict[str, Tensor], needs: Collection[str] = (), with_tiles: bool = False
+    vlm: PreTrainedModel,
+    images: dict[str, Tensor],
+    needs: Collection[str] = (),
+    with_tiles: bool = False,
+    pixel_pruning: float | None = None,
+    grids: Sequence[Sequence[int]] = (),
 ) -> EncodedImages:
     """Run vision tower and projector once over all images of a batch.
 
@@ -66,16 +81,26 @@ def encode_images(
         needs: fields of VisualTokens to return; only families.CAPTURED_FIELDS are considered, and `before_merger` in
             families that have it.
         with_tiles: True to return each token's tile.
+        pixel_pruning: tolerance of `prune_pixels`, which leaves squares of patches out; None: all enter the tower.
+        grids: as in `prune_pixels`.
     """
+    squares = None
+    if pixel_pruning is not None:
+        images, squares = prune_pixels(vlm, images, grids, pixel_pruning)
     captured: dict[str, Tensor] = {}
     with skip_unused_vision_layers(vlm) as layer_arguments, capture_fields(vlm, needs, captured):
-        output = vlm.get_image_features(**images, **layer_arguments, return_dict=True)
-    features = image_units(vlm, output.pooler_output)
+        output = image_encoder(vlm)(**images, **layer_arguments, return_dict=True)
+    features = image_units(vlm, output)
+    if family_of(vlm).projects_later:
+        output = projected(family_of(vlm), features)
     return EncodedImages(
+        family=family_of(vlm),
         output=output,
         features=features,
         described={name: by_token(vlm, name, values, features, images) for name, values in captured.items()},
         tiles=token_tiles(vlm, features, images) if with_tiles else None,
+        inputs=images,
+        squares=squares,
     )
 
 
@@ -84,7 +109,9 @@ def by_token(
 ) -> Tensor:
     """(P, ...) a captured field in the order of the projected tokens; arguments as in `pack`."""
     if name == "before_merger":
-        return merged_squares(vlm, values, [len(unit) for unit in features], images)
+        return in_token_order(vlm, standardised_squares(vlm, values, [len(unit) for unit in features]), images)
+    if family_of(vlm).merges_patches:
+        return in_token_order(vlm, squares_of(vlm, values), images)
     return pack(vlm, values, features, images, newline_fill(name))
 
 
