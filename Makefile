@@ -53,8 +53,9 @@ ui: install  ## browse the runs with MLflow at http://localhost:$(PORT)
 	@echo "Which run is best, and what did it cost? http://localhost:$(PORT)/#/experiments/1/runs?viewStateShareKey=best"
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --port $(PORT)
 
+# A file of tests to a process, and a thread to a process.
 test: install  ## the tests, a few minutes
-	$(BIN)/pytest -m 'not slow and not slurm and not browser'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not slurm and not browser'
 
 test-all: install  ## the longer ones too
 	$(BIN)/pytest

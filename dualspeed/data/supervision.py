@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
@@ -145,6 +144,8 @@ class Supervision:
 
     def _rendered(self, messages: Messages, **settings: Any) -> tuple[list[str], list[list[tuple[int, int]]]]:
         """Texts and spans that transformers renders of one conversation."""
+        import jinja2  # not where only steps are timed
+
         try:
             return render_jinja_template(
                 conversations=[messages], chat_template=self.template, **{**self.settings, **settings}
