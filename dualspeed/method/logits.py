@@ -4,7 +4,6 @@ B samples, L length, M supervised tokens, V vocabulary.
 """
 
 import inspect
-from functools import cache
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,7 +39,7 @@ def run_vlm(
 ) -> Tensor:
     """Logits of the stock model at the given positions; 0 for all."""
     model = runner(vlm)
-    selects = takes_positions(type(model))
+    selects = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     logits = model(
         **inputs_of_forward(vlm, inputs.input_ids, images),
         attention_mask=mask_for_attention(inputs),
@@ -49,12 +48,6 @@ def run_vlm(
         **inputs.by_token,
     ).logits
     return logits if selects or isinstance(logits_to_keep, int) else logits[logits_to_keep]
-
-
-@cache
-def takes_positions(model_class: type[PreTrainedModel]) -> bool:
-    """True if a model's forward computes logits at given positions alone."""
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def check_supervision(num_supervised: int, *all_logits: Tensor | None) -> None:

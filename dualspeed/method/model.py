@@ -38,6 +38,11 @@ from dualspeed.pruners import get_pruner
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode
 
+CHECKPOINTING = (
+    "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+) + "_checkpointing"
+"""Beginning of the names of the switches of a stock model; transformers before 5.23 has the second."""
+
 
 class DualSpeedModel(nn.Module):
     """VLM with the two modes of DualSpeed (arXiv 2602.03815, section 3).
@@ -105,7 +110,7 @@ class DualSpeedModel(nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the language model's activations in the backward pass of slow steps; fast steps keep theirs."""
         # The switch of the whole model would send a gradient through the frozen vision tower as well.
-        self.vlm.get_decoder().activation_checkpointing_enable(**kwargs)
+        getattr(self.vlm.get_decoder(), f"{CHECKPOINTING}_enable")(**kwargs)
         self._checkpointed_layers = checkpointed_layers(self.vlm)
 
     def _recompute(self, recomputes: bool) -> None:
@@ -116,8 +121,12 @@ class DualSpeedModel(nn.Module):
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations in slow steps too."""
-        self.vlm.get_decoder().activation_checkpointing_disable()
+        getattr(self.vlm.get_decoder(), f"{CHECKPOINTING}_disable")()
         self._checkpointed_layers = []
+
+    # The names that the trainer of transformers before 5.23 calls.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def forward(
         self,

@@ -167,8 +167,8 @@ def test_thoughts_in_an_answer_of_qwen_are_supervised_and_empty_ones_are_not(nam
 def test_every_twin_is_one_of_a_stock_template():
     stock = {stock_template(name): name for name in TWIN_NAMES}
     assert {hash_of_text(template) for template in stock} == TWINS.keys()
-    files = {path.stem for path in (Path(twins.__file__).parent / "twins").glob("*.jinja")}
-    assert {twin.name for twin in TWINS.values()} == files
+    files = {path.name for path in (Path(twins.__file__).parent / "twins").glob("*.jinja")}
+    assert {twin.file for twin in TWINS.values()} == files
 
 
 @pytest.mark.parametrize("name", TWIN_NAMES)

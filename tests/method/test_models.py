@@ -4,16 +4,20 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 import torch
+import transformers
+from filelock import FileLock
 
 from dualspeed import DualSpeedConfig, DualSpeedModel
 from dualspeed.errors import ModelError
 from dualspeed.method.vlm.families import FAMILIES, REFUSED
 from tests.support.model_trials import TIMM, TRIALS, line_of, line_of_refused, refusal, stock
 from tests.support.paths import REPOSITORY
-from tests.support.tiny_models import MODEL_TYPES, model_without_weights
+from tests.support.tiny_models import MODEL_TYPES, model_without_weights, tiny_config
 
 PAGE = REPOSITORY / "docs" / "models.md"
 TABLE = re.compile(r"(?<=<!-- models:start -->\n)(.*?)(?=\n<!-- models:end -->)", re.DOTALL)
@@ -43,9 +47,10 @@ def lines() -> dict[str, str]:
 def check_line(model_type: str, line: str) -> None:
     """Compare a line with the table, or write it there with UPDATE_README=1."""
     if os.environ.get("UPDATE_README"):
-        rows = lines() | {model_type: line}
-        table = "\n".join([*HEAD, *(rows[name] for name in sorted(MODEL_TYPES) if name in rows)])
-        PAGE.write_text(TABLE.sub(lambda _: table, PAGE.read_text()))
+        with FileLock(Path(gettempdir()) / "models.md.lock"):  # tests may run in several processes
+            rows = lines() | {model_type: line}
+            table = "\n".join([*HEAD, *(rows[name] for name in sorted(MODEL_TYPES) if name in rows)])
+            PAGE.write_text(TABLE.sub(lambda _: table, PAGE.read_text()))
     assert lines().get(model_type) == line
 
 
@@ -125,3 +130,26 @@ def test_a_model_that_is_not_whole_is_refused_at_construction():
     miscounted.config.mm_tokens_per_image = 9
     with pytest.raises(ModelError, match="a blank image becomes 4 tokens, but its configuration says 9"):
         DualSpeedModel(miscounted, DualSpeedConfig())
+
+
+def test_a_model_without_weights_is_checked_as_far_as_its_device_goes(caplog):
+    """On the meta device shapes are checked; towers that read numbers of an image can't run there, which is logged."""
+    with torch.device("meta"):
+        shapes = transformers.LlavaForConditionalGeneration(tiny_config("llava"))
+        numbers = transformers.Qwen3VLForConditionalGeneration(tiny_config("qwen3_vl"))
+    DualSpeedModel(shapes, DualSpeedConfig())
+    assert "stays unproven" not in caplog.text
+    shapes.model.multi_modal_projector.linear_2 = torch.nn.Linear(32, 16, device="meta")
+    with pytest.raises(ModelError, match=r"features of shape \(16, 16\)"):
+        DualSpeedModel(shapes, DualSpeedConfig())
+    DualSpeedModel(numbers, DualSpeedConfig())
+    assert "Qwen3VLForConditionalGeneration has no weights (meta device)" in caplog.text
+
+
+def test_a_q_former_before_an_encoder_decoder_is_refused():
+    """The class alone doesn't say: BLIP-2 takes language models of both kinds."""
+    config = tiny_config("blip-2")
+    config.text_config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=64)
+    config.use_decoder_only_language_model = False
+    with pytest.raises(ModelError, match="since it is an encoder-decoder"):
+        DualSpeedModel(transformers.Blip2ForConditionalGeneration(config), DualSpeedConfig())

@@ -10,12 +10,13 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.batch import QUESTION_PADDING
 from dualspeed.data.collator import ConversationCollator, generation_inputs
 from dualspeed.data.questions import text_of_user, tokenize_questions
-from dualspeed.method.fast_mode import encode_batch, prune_batch
+from dualspeed.method.fast_mode import encode_batch, observe_pruning, prune_batch
 from dualspeed.method.keywords import KeywordTokenizer, keywords
 from dualspeed.method.relevance import ClipRelevance, mean_similarity, similarity_by_llm
 from dualspeed.method.sequences import Sequences
@@ -176,6 +177,27 @@ def test_llm_similarity_is_that_to_each_token_of_the_question_or_the_prompt():
             similarity = cosine_similarity(vectors[:, None], embeddings[None], dim=-1)
             assert_close(scores[scores > -torch.inf].view(16, -1), similarity, atol=1e-5, rtol=1e-5)
             assert_close(mean_similarity(scores), similarity.mean(dim=1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pruner", ["cdpruner", "mmtok"])
+def test_neftunes_noise_is_in_the_sequence_but_not_in_the_similarity(pruner):
+    model = DualSpeedModel(tiny.llava(), DualSpeedConfig(pruner=pruner, pruning_ratio=0.7)).train()
+    batch = collate([sample("llava", seed, 1) for seed in range(2)])
+    embed, seen, losses = model.vlm.get_input_embeddings(), [], []
+
+    def observe(run, tokens):
+        seen.append(tokens.text_similarity if pruner == "mmtok" else tokens.relevance)
+        return run()
+
+    for alpha in (0.0, 5.0):
+        embed.neftune_noise_alpha = alpha
+        handle = embed.register_forward_hook(neftune_post_forward_hook)
+        with observe_pruning(model, observe):
+            losses.append(model(**batch, mode=Mode.FAST).loss.item())
+        handle.remove()
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert torch.equal(*seen)
+    assert embed.training
 
 
 def test_an_image_without_text_has_no_relevance():

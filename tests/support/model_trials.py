@@ -8,13 +8,16 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.errors import ModelError
 from dualspeed.method.vlm.admission import check_settings
+from dualspeed.method.vlm.encoder import accepted_inputs
 from dualspeed.method.vlm.entrance import runner
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
+from dualspeed.method.vlm.positions import make_positions, positions_3d
 from dualspeed.pruners import PRUNERS
 from dualspeed.training.trainable import parts_of, set_trainable
 from tests.support.tiny_images import IMAGE, Inputs, batch
@@ -161,6 +164,19 @@ def batched_is_alone(model_type: str) -> None:
             assert_close(batched, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
 
 
+def positions_need_no_weights(model_type: str) -> None:
+    """Positions that the collator computes from the configuration alone are the model's own."""
+    vlm = stock(model_type)
+    compute = make_positions(vlm)
+    if compute is not None:
+        inputs = batch(vlm, MIXED)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        images = {name: inputs[name] for name in accepted_inputs(vlm) if name in inputs}
+        own = positions_3d(vlm.model, IMAGE, ids, mask, images)
+        assert torch.equal(compute(ids, mask, images), own)
+        assert (own.diff(dim=1) != 0).any()
+
+
 TRIALS: tuple[Callable[[str], None], ...] = (
     images_matter,
     slow_mode_is_stock,
@@ -170,6 +186,7 @@ TRIALS: tuple[Callable[[str], None], ...] = (
     text_alone_calls_the_same_modules,
     generates_on_pruned_tokens,
     batched_is_alone,
+    positions_need_no_weights,
 )
 
 
@@ -212,9 +229,16 @@ def dependency(model_type: str) -> str:
     """Package that the model or its processor needs."""
     if model_type in TIMM:
         return "needs timm and torchvision"
+    return "needs torchvision" if processor_needs_torchvision(model_type) else ""
+
+
+def processor_needs_torchvision(model_type: str) -> bool:
+    """True if a type's processor takes video, or its image processor has no form without torchvision."""
+    images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    if isinstance(images, dict) and "pil" not in images:
+        return True
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     try:
-        needs = name is not None and "video_processor" in getattr(transformers, name).get_attributes()
+        return name is not None and "video_processor" in getattr(transformers, name).get_attributes()
     except ImportError:
-        needs = True
-    return "needs torchvision" if needs else ""
+        return True

@@ -6,7 +6,7 @@ Nothing is left to fail in a later step: a model that lacks something is refused
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dualspeed.errors import ModelError
-from dualspeed.method.vlm.encoder import image_encoder
+from dualspeed.method.vlm.encoder import image_encoders
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, ENCODER_DECODER, FAMILIES, REFUSED, family_of
 from dualspeed.method.vlm.inputs import blank_image
 from dualspeed.method.vlm.parts import language_parameters, parameter_parts, width_of_text
@@ -45,7 +45,7 @@ def check_interface(vlm: PreTrainedModel) -> None:
         raise ModelError(start + ENCODER_DECODER)
     lacking = [] if "mm_encoder_outputs" in inspect.signature(vlm.forward).parameters else ["mm_encoder_outputs"]
     lacks = [f"its forward takes no {name}" for name in lacking]
-    lacks += [] if image_encoder(vlm) is not None else ["it has no get_image_features"]
+    lacks += [] if image_encoders(vlm) else ["it has no get_image_features"]
     lacks += [] if getattr(vlm.config, "image_token_id", None) is not None else ["its config has no image_token_id"]
     if lacks:
         raise ModelError(
@@ -135,10 +135,12 @@ def check_features(vlm: PreTrainedModel, encoded: EncodedImages, hint: str) -> N
         )
 
 
-def mixed_dtypes(vlm: PreTrainedModel) -> torch.autocast:
+def mixed_dtypes(vlm: PreTrainedModel) -> AbstractContextManager:
     """Autocast for a model whose weights are of several dtypes, as mixed precision trains it; else no effect."""
     dtypes = {parameter.dtype for parameter in vlm.parameters() if parameter.is_floating_point()}
-    return torch.autocast(vlm.device.type, torch.bfloat16, enabled=len(dtypes) > 1)
+    if len(dtypes) < 2 or vlm.device.type == "meta":  # which has no autocast
+        return nullcontext()
+    return torch.autocast(vlm.device.type, torch.bfloat16)
 
 
 @contextmanager

@@ -15,10 +15,14 @@ def body(vlm: PreTrainedModel) -> Any:
     return getattr(vlm, "model", vlm)
 
 
-def image_encoder(vlm: PreTrainedModel) -> Callable[..., ModelOutput] | None:
-    """`get_image_features` of the model, or of its body if that names more inputs; None if there is none."""
-    encoders = [owner.get_image_features for owner in (vlm, body(vlm)) if hasattr(owner, "get_image_features")]
-    return max(encoders, key=lambda encoder: len(named_inputs(encoder)), default=None)
+def image_encoders(vlm: PreTrainedModel) -> list[Callable[..., ModelOutput]]:
+    """`get_image_features` of the model and of its body, where they have one."""
+    return [owner.get_image_features for owner in (vlm, body(vlm)) if hasattr(owner, "get_image_features")]
+
+
+def image_encoder(vlm: PreTrainedModel) -> Callable[..., ModelOutput]:
+    """`get_image_features` of the model, or of its body if that names more inputs."""
+    return max(image_encoders(vlm), key=lambda encoder: len(named_inputs(encoder)))
 
 
 def named_inputs(encoder: Callable[..., Any]) -> list[str]:
@@ -28,5 +32,4 @@ def named_inputs(encoder: Callable[..., Any]) -> list[str]:
 
 def accepted_inputs(vlm: PreTrainedModel) -> list[str]:
     """Names of the inputs that images come in."""
-    encoder = image_encoder(vlm)
-    return [] if encoder is None else named_inputs(encoder)
+    return named_inputs(image_encoder(vlm))
