@@ -42,7 +42,7 @@ def test_counts_are_those_of_a_loop_over_answers():
                 expected[row, :2] += torch.tensor([1.0, all(answer)])
                 answer = []
     at_labels = logits[:, :-1][labels[:, 1:] != -100]
-    counted = count_answers((torch.tensor(0.0), at_labels), labels)
+    counted = count_answers(at_labels, labels)
     torch.testing.assert_close(counted, expected)
     assert 0 < counted[:, 1].sum() < counted[:, 0].sum()
     means = mean_of_answers(EvalPrediction(predictions=counted.numpy(), label_ids=None))
@@ -137,8 +137,8 @@ def test_full_marks_for_the_models_own_answers():
         logits = model(**batch, distill=False).logits
     labels = batch["labels"].clone()
     labels[:, 1:][labels[:, 1:] != -100] = logits.argmax(dim=-1)
-    answers, right, *_ = count_answers((logits,), labels).sum(dim=0).tolist()
+    answers, right, *_ = count_answers(logits, labels).sum(dim=0).tolist()
     assert answers == right > 1
     place = (labels[:, 1:] != -100).nonzero()[0]
     labels[place[0], place[1] + 1] += 1
-    assert count_answers((logits,), labels)[:, 1].sum() == right - 1
+    assert count_answers(logits, labels)[:, 1].sum() == right - 1

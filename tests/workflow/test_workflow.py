@@ -223,7 +223,8 @@ LINES = {
     "a removed row": ("removed row",),
     "`stages.finetune.training_arguments`": ("finetuning learning rate",),
     "`stages.pretrain.training_arguments`": ("pretraining learning rate",),
-    "a stage's `annotations`, `chat_template` or `max_length`": (
+    # tests/workflow/test_data_sources.py has the sources
+    "a stage's `annotations`, `chat_template` or `max_length`, or a source, share or limit of its `data`": (
         "finetuning annotations",
         "pretraining template",
         "finetuning template",
@@ -233,7 +234,7 @@ LINES = {
     "a stage's `validation_steps`": ("finetuning validation steps",),
     "a new benchmark": ("new benchmark", "new test split"),
     "`inference.*`": ("inference", "shards"),
-    "`data.*`": ("data",),
+    "`data.*` (the demo's, at the top)": ("data",),
     "`base_model.*`": ("base_model",),
     "`accelerate_config`": ("accelerate_config",),
     "`models.<model>.resources`": ("resources",),
