@@ -5,18 +5,18 @@ it needs inside its own function: `--help` answers at once, and a job that only 
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dualspeed.cluster.gpus import take_gpus
 from dualspeed.cluster.heartbeat import watch_nodes
 from dualspeed.cluster.launch import add_hosts, launch, must_launch, place_of
 from dualspeed.errors import DualSpeedError
 from dualspeed.layout import Layout
+from dualspeed.settings.command_line import PARENT, STORE, read_shard, settings_file
 from dualspeed.settings.jobs import read_settings
 from dualspeed.settings.project import load_project
 
@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{folder}", type=Path, required=True)
         return command
 
+    add_own(commands, add("generate", run_generate, "model"))
     add_settings(add("demo-data", run_demo_data, "out"))
     add_settings(add("base-model", run_base_model, "data", "out"))
     add_settings(add("assemble", run_assemble, "out"))
@@ -103,6 +104,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_own(commands: Any, generate: argparse.ArgumentParser) -> None:
+    """Add `finetune`, and the arguments of `generate`: the commands that need no workflow."""
+    # All that follows `finetune` is read by the command's own parser: "\0" begins no argument.
+    alone = commands.add_parser("finetune", help=run_finetune.__doc__, add_help=False, prefix_chars="\0")
+    alone.set_defaults(run=run_finetune)
+    alone.add_argument("options", nargs="*")
+    generate.add_argument("--image", type=Path, help="picture that the prompt is about")
+    generate.add_argument("--prompt", required=True, help="question or instruction")
+    generate.add_argument("--mode", choices=["slow", "fast"], default="slow", help="read all tokens, or pruned ones")
+    generate.add_argument("--max-new-tokens", type=int, default=256, help="longest answer; default 256")
+
+
 def add_settings(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its settings."""
     command.add_argument("--settings", type=settings_file, required=True, help="JSON file, as the workflow writes it")
@@ -113,40 +126,6 @@ def add_gpus(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command its share of this machine's GPUs, where a profile shares them out."""
     command.add_argument("--gpus", type=int, default=0, help="GPUs to take, where DUALSPEED_NUM_GPUS are shared out")
     return command
-
-
-def settings_file(text: str) -> Path:
-    """Path of a file of settings; the JSON text that stood here before is refused."""
-    if text.lstrip().startswith("{"):
-        raise argparse.ArgumentTypeError("JSON text; valid: the path of a file that holds it")
-    return Path(text)
-
-
-def json_argument(names: tuple[str, ...]) -> Callable[[str], dict[str, str]]:
-    """Parser of a JSON object of text values with exactly these keys."""
-
-    def parse(text: str) -> dict[str, str]:
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"not valid JSON ({error})") from None
-        if not isinstance(value, dict) or set(value) != set(names):
-            raise argparse.ArgumentTypeError(f"{text}; valid: a JSON object of {' and '.join(names)}")
-        return value
-
-    return parse
-
-
-STORE = json_argument(("uri", "experiment"))
-PARENT = json_argument(("row", "settings_hash"))
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """(1, 2) of 1/2."""
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-        raise argparse.ArgumentTypeError(f"{text!r}; valid: K/N with K from 1 to N, 1/2 say")
-    return int(number), int(total)
 
 
 def add_tracking(command: argparse.ArgumentParser) -> None:
@@ -167,6 +146,24 @@ def parent_of(options: argparse.Namespace) -> "ParentRun | None":
     from dualspeed.tracking.delivery import ParentRun
 
     return ParentRun(**options.parent) if options.parent else None
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    """Train a VLM on your data, without a workflow; run again, it resumes."""
+    from dualspeed.settings.finetune import read_options
+
+    settings = read_options(options.options)
+    from dualspeed.training.finetune import finetune
+
+    finetune(settings)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Answer a prompt about a picture with a trained model."""
+    from dualspeed.evaluation.chat import stream_answer
+    from dualspeed.settings.modes import Mode
+
+    stream_answer(options.model, options.image, options.prompt, Mode(options.mode), options.max_new_tokens)
 
 
 def run_demo_data(options: argparse.Namespace) -> None:

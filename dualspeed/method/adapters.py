@@ -1,20 +1,24 @@
-"""LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) by peft: adapters on the language model's linear layers.
+"""LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) by peft: adapters on linear layers.
 
-Embeddings and head stay frozen, tied or not; projector and isolator are trained in full, the vision tower is frozen. A
-checkpoint is a stock one with the adapters merged in. Beside it, `adapter/` holds the adapter in peft's format and the
-projector, from which training resumes exactly. A checkpoint written during training has `adapter/` only.
+Adapters that peft made itself (`get_peft_model`, `add_adapter`) are taken as they are. `add_adapters` puts them on the
+language model: embeddings and head stay frozen, tied or not; projector and isolator are trained in full, the vision
+tower is frozen. A checkpoint is a stock one with the adapters merged in. Beside it, `adapter/` holds the adapter in
+peft's format and the other trained weights, from which training resumes exactly. A checkpoint written during training
+has `adapter/` only.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
+from dualspeed.errors import ConfigError
 from dualspeed.method.vlm.parts import language_parameters
 from dualspeed.settings.recipe import LoraRecipe
 
@@ -23,6 +27,47 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PROJECTOR_FILE = "projector.safetensors"
 NAME = "default"
 PEFT_PREFIX = "base_model.model."
+PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False, "target_parameters": None, "modules_to_save": None}
+PLAIN |= {"trainable_token_indices": None, "layer_replication": None, "alora_invocation_tokens": None}
+"""Fields of LoraConfig whose other values train what is no product of two matrices -> the value that does."""
+
+logger = logging.getLogger(__name__)
+
+
+def without_peft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """VLM of a model with adapters, in which they stay; ConfigError for adapters that can't be merged into it."""
+    check_adapters(model.peft_config)
+    vlm = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, layer in adapter_layers(vlm).items():
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            kind = type(layer.get_base_layer()).__name__
+            raise ConfigError(f"adapters: {name} is {kind}; valid: target_modules that are linear layers")
+    logger.info(
+        "LoRA on %d layers is trained; save_model writes the merged model, and %s/ beside it",
+        len(adapter_layers(vlm)),
+        ADAPTER_FOLDER,
+    )
+    return vlm
+
+
+def check_adapters(configs: dict[str, PeftConfig]) -> None:
+    """Raise ConfigError unless there is one adapter, and it is LoRA that adds products of two matrices alone."""
+    if len(configs) != 1:
+        raise ConfigError(f"adapters: {len(configs)} of them ({', '.join(configs)}), but one is trained; valid: one")
+    (config,) = configs.values()
+    if not isinstance(config, LoraConfig) or str(config.peft_type.value) != "LORA":
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise ConfigError(f"adapters: {kind} can't be merged into a stock checkpoint here; valid: peft.LoraConfig")
+    for field, plain in PLAIN.items():
+        value = getattr(config, field, plain)
+        if value != plain and value:
+            raise ConfigError(f"adapters: LoraConfig.{field} is {value!r}, which isn't merged; valid: {plain!r}")
+
+
+def adapter_name(vlm: PreTrainedModel) -> str:
+    """Name of the model's adapter."""
+    (name,) = vlm.peft_config
+    return name
 
 
 def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
@@ -51,6 +96,7 @@ def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
     )
     inject_adapter_in_model(config, vlm, NAME)
+    vlm._hf_peft_config_loaded = True  # as `vlm.add_adapter` notes it: a quantised model may then be trained
     for parameter in trainable:
         parameter.requires_grad_(True)
 
@@ -70,7 +116,16 @@ def save_merged(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: str | 
     if is_quantized(vlm):
         # Adapters can't be added to 4-bit weights, only to the weights that these were made from.
         stock = AutoModelForImageTextToText.from_pretrained(vlm.name_or_path, dtype=torch.bfloat16)
-    stock.save_pretrained(folder, state_dict=merged(vlm, weights, stock.state_dict() if is_quantized(vlm) else {}))
+    state = merged(vlm, weights, stock.state_dict() if is_quantized(vlm) else {})
+    noted = stock._hf_peft_config_loaded
+    stock._hf_peft_config_loaded = False  # else transformers would write the adapters alone
+    try:
+        stock.save_pretrained(folder, state_dict=state)
+    finally:
+        stock._hf_peft_config_loaded = noted
+    logger.info(
+        "%s: the stock model with its adapters merged in; %s/ has them in peft's format", folder, ADAPTER_FOLDER
+    )
 
 
 def is_quantized(vlm: PreTrainedModel) -> bool:
@@ -85,12 +140,12 @@ def merged(vlm: PreTrainedModel, weights: dict[str, Tensor], unquantized: dict[s
         weights: full state dict of the model, adapters included.
         unquantized: weights of the stock model if those of `vlm` are quantised, else {}.
     """
-    weights = dict(weights)
+    weights, adapter = dict(weights), adapter_name(vlm)
     for name, layer in adapter_layers(vlm).items():
-        down, up = (weights.pop(f"{name}.lora_{side}.{NAME}.weight").float() for side in "AB")
+        down, up = (weights.pop(f"{name}.lora_{side}.{adapter}.weight").float() for side in "AB")
         own = {key.replace(".base_layer", ""): weights.pop(key) for key in list(weights) if is_base_of(name, key)}
         own = {key: unquantized.get(key, value) for key, value in own.items() if key in unquantized or not unquantized}
-        product = layer.scaling[NAME] * up @ down
+        product = layer.scaling[adapter] * up @ down
         before = own[f"{name}.weight"]
         own[f"{name}.weight"] = (before.float() + product.to(before.device)).to(before.dtype)
         weights |= own
@@ -102,13 +157,19 @@ def is_base_of(name: str, key: str) -> bool:
     return key.startswith(f"{name}.base_layer.")
 
 
+def peft_key(name: str, adapter: str) -> str:
+    """Name in peft's files of a weight of an adapter, whose own name isn't part of it."""
+    layer, _, kind = name.rpartition(".lora_")
+    return f"{PEFT_PREFIX}{layer}.lora_{kind.replace(f'.{adapter}.', '.', 1)}"
+
+
 def saved_shapes(vlm: PreTrainedModel) -> dict[str, dict[str, torch.Size]]:
     """Name of each file of `save_adapters` -> name and shape of the weights in it."""
     shapes: dict[str, dict[str, torch.Size]] = {ADAPTER_FILE: {}, PROJECTOR_FILE: {}}
     for name, parameter in vlm.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
         if ".lora_" in name:
-            shapes[ADAPTER_FILE][PEFT_PREFIX + name.replace(f".{NAME}.", ".")] = shape
+            shapes[ADAPTER_FILE][peft_key(name, adapter_name(vlm))] = shape
         elif parameter.requires_grad:
             shapes[PROJECTOR_FILE][name] = shape
     return shapes
@@ -122,13 +183,10 @@ def save_adapters(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path
     """
     trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad and ".lora_" not in name}
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = {
-        PEFT_PREFIX + key.replace(f".{NAME}.", "."): value.contiguous().cpu()
-        for key, value in weights.items()
-        if ".lora_" in key
-    }
+    adapter = adapter_name(vlm)
+    adapters = {peft_key(key, adapter): value.contiguous().cpu() for key, value in weights.items() if ".lora_" in key}
     save_file(adapters, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    vlm.peft_config[NAME].save_pretrained(str(folder))
+    vlm.peft_config[adapter].save_pretrained(str(folder))
     save_file({key: weights[key].contiguous().cpu() for key in sorted(trained)}, folder / PROJECTOR_FILE)
 
 
@@ -137,7 +195,7 @@ def load_adapters(vlm: PreTrainedModel, folder: Path) -> None:
     state = load_file(folder / PROJECTOR_FILE)
     for key, value in load_file(folder / ADAPTER_FILE).items():
         layer, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-        state[f"{layer}.lora_{kind.replace('.', f'.{NAME}.', 1)}"] = value
+        state[f"{layer}.lora_{kind.replace('.', f'.{adapter_name(vlm)}.', 1)}"] = value
     parameters = dict(vlm.named_parameters())
     with torch.no_grad():
         for name, value in state.items():

@@ -75,9 +75,9 @@ def save_checkpoint(
     if model.has_adapters:
         from dualspeed.method import adapters  # needs peft
 
-        adapters.save_adapters(model.vlm, weights, Path(folder) / adapters.ADAPTER_FOLDER)
-        if merged:
+        if merged:  # first, so that a save that is cut off leaves no folder with adapters alone
             adapters.save_merged(model.vlm, weights, folder)
+        adapters.save_adapters(model.vlm, weights, Path(folder) / adapters.ADAPTER_FOLDER)
     else:
         model.vlm.save_pretrained(folder, state_dict=weights)
     if model.mode_isolator is not None:

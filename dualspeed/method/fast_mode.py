@@ -19,6 +19,7 @@ from dualspeed.errors import ModelError
 from dualspeed.method.host_counts import to_device
 from dualspeed.method.relevance import mean_similarity, sample_of_token, similarity_by_llm
 from dualspeed.method.sequences import Sequences, placeholder_runs, prune_inputs
+from dualspeed.method.vlm.admission import evaluation_mode
 from dualspeed.method.vlm.inputs import blank_image, image_seeds
 from dualspeed.method.vlm.pixel_pruning import KeptSquares
 from dualspeed.method.vlm.vision import EncodedImages, encode_images, pruning_units
@@ -204,7 +205,9 @@ def text_similarity(
     """(P, T) similarity of each visual token to each token, or CLIP's piece, of the question of its sample."""
     image_token_id = model.config.image_token_id
     if model.clip_relevance is None:
-        return similarity_by_llm(inputs, features, model.vlm.get_input_embeddings(), image_token_id)
+        embed = model.vlm.get_input_embeddings()
+        with evaluation_mode(embed):  # without NEFTune's noise
+            return similarity_by_llm(inputs, features, embed, image_token_id)
     if inputs.question_ids is None:
         raise ModelError(
             "relevance_clip needs question_ids: give ConversationCollator or generation_inputs "

@@ -57,6 +57,10 @@ class DualSpeedModel(nn.Module):
 
     def __init__(self, vlm: PreTrainedModel, config: DualSpeedConfig) -> None:
         super().__init__()
+        if hasattr(vlm, "peft_config"):
+            from dualspeed.method import adapters  # needs peft
+
+            vlm = adapters.without_peft(vlm)
         self.vlm = vlm
         self.stored_dtype = vlm.dtype
         """Dtype of the checkpoint; training may hold trainable weights in float32."""

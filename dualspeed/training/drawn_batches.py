@@ -18,7 +18,8 @@ POSITION = "position"
 def drawn_batches(trainer: DualSpeedTrainer, number: int) -> dict[str, list[list[Row]]]:
     """Draw the rows of `number` optimizer steps as the trainer's epoch has them, the shortest first.
 
-    All batches of an epoch are ordered by their tokens and divided into equal parts; the middle one of each is taken.
+    All batches of an epoch are ordered by their tokens, where these are known, and divided into equal parts; the middle
+    one of each is taken.
 
     Returns:
         `pruned`: the batches themselves. `baseline`: the same. Where the training groups samples by length, that is the
@@ -29,7 +30,7 @@ def drawn_batches(trainer: DualSpeedTrainer, number: int) -> dict[str, list[list
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     order = np.array(list(trainer._get_train_sampler(dataset)))
     batches = np.resize(order, (max(1, len(order) // size), size))  # repeats the rows of a dataset that is too small
-    lengths = np.array(dataset.data.column(FULL_LENGTH))
+    lengths = np.array(dataset.data.column(FULL_LENGTH)) if hasattr(dataset, "data") else np.zeros(len(dataset))
     by_tokens = batches[np.argsort(lengths[batches].sum(axis=1), kind="stable")]
     chosen = by_tokens[[(2 * part + 1) * len(batches) // (2 * number) for part in range(number)]]
     regrouped = chosen

@@ -66,8 +66,8 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
         """Set up training.
 
         Args:
-            model: a stock VLM, whose vision tower is then frozen unless it has a learning rate, or a DualSpeedModel,
-                of which the caller chose the trainable parameters.
+            model: a stock VLM, whose vision tower is then frozen unless it has a learning rate, with adapters of peft
+                or without; or a DualSpeedModel, of which the caller chose the trainable parameters.
             dualspeed: settings of the method; None: those of the DualSpeedModel, or the paper's for a stock VLM.
             projector_learning_rate: learning rate of projector and isolator; None: `args.learning_rate`.
             vision_learning_rate: learning rate of the vision tower; None: frozen, or for a DualSpeedModel with a
@@ -313,9 +313,7 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
         return 6 * inputs["input_ids"].numel() * model.vlm.num_parameters(exclude_embeddings=True)
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Present learning rate of each parameter group, by the group's name or number."""
-    return {
-        f"learning_rate/{group.get('name', number)}": float(group["lr"])
-        for number, group in enumerate(optimizer.param_groups)
-    }
+def learning_rates(optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
+    """Present learning rate of each parameter group, by the group's name or number; none before there are groups."""
+    groups = optimizer.param_groups if optimizer else []
+    return {f"learning_rate/{group.get('name', number)}": float(group["lr"]) for number, group in enumerate(groups)}

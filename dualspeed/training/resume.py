@@ -26,7 +26,18 @@ UNFINISHED = ".unfinished"
 NUM_KEPT = 2
 
 
-class ResumableTrainer(DualSpeedTrainer):
+class EndsAtLastStep(DualSpeedTrainer):
+    """DualSpeedTrainer that trains no step more when it is resumed from the last one's checkpoint."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The stock loop checks for the last step after a step: resumed behind the last one, it would train one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+
+class ResumableTrainer(EndsAtLastStep):
     """DualSpeedTrainer that is resumed after a kill; `args.output_dir` is `unfinished_folder(checkpoints)`."""
 
     predicts_supervised_only = True  # validation counts answers, whose logits are a tenth of all
@@ -55,13 +66,6 @@ class ResumableTrainer(DualSpeedTrainer):
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Stock data loader, with workers that ignore SIGTERM from outside."""
         return shield_workers(super().get_eval_dataloader(eval_dataset))
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The stock loop checks for the last step after a step: resumed behind the last one, it would train one more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
 
 def unfinished_folder(checkpoints: Path) -> Path:

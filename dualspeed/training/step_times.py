@@ -90,7 +90,7 @@ def measure_speed(
         trainer = make_trainer(stage, model, processor, dataset, None, Path(folder) / "state", time.monotonic())
         if is_sharded:
             hold_share(trainer, num_processes)
-        clock, collate = time_steps(trainer, settings)
+        clock, collate = time_steps(trainer, settings.num_batches, settings.repeats)
     args, flops = trainer.args, clock.mean_flops()
     write_json(
         out,
@@ -142,10 +142,10 @@ def hold_share(trainer: DualSpeedTrainer, num_processes: int) -> None:
         group["params"] = by_size[::num_processes]
 
 
-def time_steps(trainer: DualSpeedTrainer, settings: SpeedSettings) -> tuple["StepClock", OnceCollated]:
+def time_steps(trainer: DualSpeedTrainer, num_batches: int, repeats: int) -> tuple["StepClock", OnceCollated]:
     """Run the steps of a measurement; the clock has their times, the collator the batches."""
-    batches = drawn_batches(trainer, settings.num_batches)
-    clock = StepClock(trainer, steps_in_turns(settings.num_batches, settings.repeats))
+    batches = drawn_batches(trainer, num_batches)
+    clock = StepClock(trainer, steps_in_turns(num_batches, repeats))
     collate = OnceCollated(trainer.data_collator)
     trainer.data_collator, trainer.args.train_sampling_strategy = collate, "sequential"
     trainer.train_dataset = [
