@@ -57,6 +57,7 @@ EXPECTED = {
     "Ovis 2": LLAVA | {"model.visual_embeddings_table": "projector"},
     "Idefics2": IDEFICS,
     "Molmo 2": LLAVA,
+    "Perception LM": LLAVA,
     "PaliGemma 2": LLAVA,
     "InternVL3.5": LLAVA,
 }

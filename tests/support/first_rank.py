@@ -1,6 +1,7 @@
 """Families that are tested like those of tests/support/families.py, with images of noise in their own forms."""
 
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
@@ -46,6 +47,8 @@ NAMES = {
     "molmo2": "Molmo 2",
 }
 """Model type -> name in the tests' ids and in the table of families."""
+if find_spec("timm"):  # in the environment of .ci/torchvision
+    NAMES["perception_lm"] = "Perception LM"
 
 
 @cache
