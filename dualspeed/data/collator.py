@@ -22,7 +22,13 @@ from dualspeed.data.images import open_image
 from dualspeed.data.pixels import byte_output, normalized_pixels
 from dualspeed.data.questions import text_of_user, tokenize_questions
 from dualspeed.data.rows import read_row
-from dualspeed.data.supervision import Supervision, image_token_ids, own_template, prompt_settings
+from dualspeed.data.supervision import (
+    PROCESSORS_CHOICE,
+    Supervision,
+    image_token_ids,
+    own_template,
+    prompt_settings,
+)
 from dualspeed.errors import SampleError
 from dualspeed.settings.families import TABLE_PROCESSORS
 
@@ -119,7 +125,7 @@ def generation_inputs(
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        return_tensors="auto",
+        return_tensors=PROCESSORS_CHOICE,
         processor_kwargs={"padding": False, **tensors_of_images(processor)},
         **prompt_settings(own_template(processor)),
     )

@@ -208,6 +208,8 @@ def split_at_marks(text: str) -> list[dict[str, Any]]:
     # The chat template puts a line break after each image, so blanks after a mark are removed.
     pieces = [pieces[0].lstrip(), *(piece.lstrip() for piece in pieces[1:])]
     pieces[-1] = pieces[-1].rstrip()
+    if IMAGE_MARK in "".join(pieces):
+        raise RecordError("<image> mark inside another", f"{shortened(repr(text))}; valid: <image>, just so")
     items = []
     for number, piece in enumerate(pieces):
         if number > 0:

@@ -12,6 +12,7 @@ Blanks behind the token that ends a turn aren't supervised, and placeholders of 
 trained on is the processor's own template's in any case.
 """
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -26,6 +27,8 @@ from dualspeed.chat_templates import TEMPLATE_NAMES, load_template
 from dualspeed.chat_templates.twins import twin_of
 from dualspeed.errors import SupervisionError
 
+PROCESSORS_CHOICE = inspect.signature(ProcessorMixin.apply_chat_template).parameters["return_tensors"].default
+"""Value of `return_tensors` for what a processor makes by default: "auto", before transformers 5.23 None."""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 PIECES = """
 {%- for message in messages -%}
@@ -131,7 +134,7 @@ class Supervision:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            return_tensors="auto",
+            return_tensors=PROCESSORS_CHOICE,
             # Some processors make tensors by default, which rows of different lengths don't become.
             processor_kwargs={"text_kwargs": {"padding": False, "return_tensors": None}, **processor_kwargs},
         )

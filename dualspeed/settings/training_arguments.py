@@ -25,6 +25,8 @@ RESERVED = {
     "data_seed": "column seed of the sheet of experiments",
     "output_dir": "the workflow",
     "resume_from_checkpoint": "the workflow",
+    "save_only_model": "a stage resumes from whole checkpoints, to the weights of an uninterrupted one",
+    "ignore_data_skip": "a stage resumes at its next sample, to the weights of an uninterrupted one",
     "remove_unused_columns": "the workflow",
     "report_to": "the block tracking",
     "run_name": "the block tracking",
@@ -37,25 +39,30 @@ TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "di
 
 def check_training_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError at the first name that TrainingArguments lacks, or value of another type or out of range."""
-    known = training_argument_types()
     for name, value in arguments.items():
         key = f"training_arguments.{name}"
         if name in RESERVED:
             raise ConfigError(f"{key}: not set here; valid: {RESERVED[name]}")
-        if name not in known:
-            hint = did_you_mean(name, set(known) - set(RESERVED))
-            raise ConfigError(f"{key}: unknown key{hint}; valid: the fields of transformers.TrainingArguments")
-        valid_types, choices = known[name]
-        if not is_instance(value, valid_types):
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in valid_types)
-            found = f"{value!r} is of type {type(value).__name__}"
-            raise ConfigError(f"{key}: {found}; valid: {names}{exponent_hint(value)}")
-        if choices:
-            check_choice(key, value, choices)
-        if name in MINIMUM:
-            check_range(key, value, value >= MINIMUM[name], f"{MINIMUM[name]} or more")
-        if name in ("adam_beta1", "adam_beta2"):
-            check_range(key, value, 0 <= value < 1, "in [0, 1)")
+        check_argument(key, name, value)
+
+
+def check_argument(key: str, name: str, value: Any) -> None:
+    """Raise ConfigError if TrainingArguments has no such field, or not of this type or range; `key` is for messages."""
+    known = training_argument_types()
+    if name not in known:
+        hint = did_you_mean(name, set(known) - set(RESERVED))
+        raise ConfigError(f"{key}: unknown key{hint}; valid: the fields of transformers.TrainingArguments")
+    valid_types, choices = known[name]
+    if not is_instance(value, valid_types):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in valid_types)
+        found = f"{value!r} is of type {type(value).__name__}"
+        raise ConfigError(f"{key}: {found}; valid: {names}{exponent_hint(value)}")
+    if choices:
+        check_choice(key, value, choices)
+    if name in MINIMUM:
+        check_range(key, value, value >= MINIMUM[name], f"{MINIMUM[name]} or more")
+    if name in ("adam_beta1", "adam_beta2"):
+        check_range(key, value, 0 <= value < 1, "in [0, 1)")
 
 
 @cache

@@ -1,6 +1,7 @@
 """Effects of a recipe's keys on a training: precision, the vision tower, and image_aspect_ratio."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.data.processing import load_processor
 from dualspeed.errors import ConfigError
+from dualspeed.settings.training_arguments import check_training_arguments
 from dualspeed.training import stage as training
 from dualspeed.training.grouping import group_lengths
 from dualspeed.training.stage import load_model, train
@@ -50,6 +52,26 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32_and_saved_as_it_was(half, s
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
     assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
     assert saved.keys() == load_file(half / "model.safetensors").keys()
+
+
+def test_a_bfloat16_checkpoint_without_mixed_precision_is_refused(half, stage_inputs, tmp_path):
+    with pytest.raises(ConfigError, match=r"the weights are in bfloat16 and float32.*valid: bf16=True in the training"):
+        train_stage(stage_inputs, tmp_path, changed(), half)
+
+
+def test_label_smoothing_of_a_recipe_acts(stage_inputs, tmp_path):
+    losses = []
+    for factor in (0.0, 0.3):
+        chosen = changed(arguments={"label_smoothing_factor": factor, "max_steps": 2, "save_strategy": "no"})
+        out = train_stage(stage_inputs, tmp_path / str(factor), chosen)
+        losses.append(json.loads((out / "training.json").read_text())["final"]["loss"])
+    assert losses[1] != pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
+def test_what_would_end_in_other_weights_is_refused(name):
+    with pytest.raises(ConfigError, match=f"training_arguments.{name}: not set here; valid: a stage resumes"):
+        check_training_arguments({name: True})
 
 
 def test_a_resumed_bfloat16_training_ends_where_an_uninterrupted_one_does(half, stage_inputs, tmp_path):

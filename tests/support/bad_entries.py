@@ -8,6 +8,10 @@ BAD_ENTRIES = {
         entry("<image> q", "a"),
         entry("<image><image>", "a", image=["x.png"]),
     ],
+    "<image> mark inside another": [
+        entry("<ima<image>ge> q", "a", image="x.png"),
+        entry("<image> and <im<image>age>", "a", image=["x.png", "y.png"]),
+    ],
     "<image> mark in an answer": [entry("q", "<image>", image="x.png")],
     "turns do not alternate": [
         entry("q"),

@@ -19,6 +19,7 @@ from tests.support.batches import IMAGE_TOKEN
 from tests.support.stock import (
     BASELINE,
     FAST,
+    NOT_LOGITS,
     assert_same_logs,
     assert_same_weights,
     both,
@@ -68,6 +69,19 @@ def test_label_smoothing_acts_in_fast_mode(tmp_path):
     plain.train()
     smoothed.train()
     assert logged(plain)[0]["loss"] != pytest.approx(logged(smoothed)[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_the_scale_of_the_loss_is_stocks_on_ranks_that_share_a_batch(tmp_path, monkeypatch, tensor_parallel):
+    monkeypatch.setattr(Trainer, "get_tp_size", lambda self: tensor_parallel)
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 4)
+    batch, losses = collate_rows(list(rows(4))), []
+    for trainer in both(tmp_path):
+        trainer.model.train()
+        losses.append(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    alone = trainer.model(**batch, num_items_in_batch=20).loss.item()
+    assert losses[1] == pytest.approx(4 / tensor_parallel * alone, rel=1e-5)
 
 
 def half_the_loss(outputs, labels, num_items_in_batch=None):
@@ -160,6 +174,8 @@ def test_the_tower_is_frozen_unless_it_has_a_learning_rate(tmp_path):
     tower = model.model.vision_tower
     make(DualSpeedTrainer, tmp_path, model)
     assert not any(parameter.requires_grad for parameter in tower.parameters())
+    make(DualSpeedTrainer, tmp_path, model, vision_learning_rate=0.0)
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
     trainer = make(DualSpeedTrainer, tmp_path, model, vision_learning_rate=1e-2)
     before = {name: values.clone() for name, values in trainer.model.named_parameters()}
     trainer.train()
@@ -182,7 +198,7 @@ def test_predictions_have_the_stock_form(tmp_path):
     # Stock predictions of batches with and without an image don't fit together.
     one_image = Dataset.from_list([{"seed": seed, "num_images": 1} for seed in range(7)])
     stock, ours = both(tmp_path, compute_metrics=metrics, eval_dataset=one_image)
-    stock_metrics, our_metrics = stock.evaluate(), ours.evaluate()
+    stock_metrics, our_metrics = (trainer.evaluate(ignore_keys=NOT_LOGITS) for trainer in (stock, ours))
     assert our_metrics["eval_loss"] == pytest.approx(stock_metrics["eval_loss"], rel=1e-5)
     stock_logits = seen[0].predictions[0] if isinstance(seen[0].predictions, tuple) else seen[0].predictions
     real = seen[0].label_ids != -100

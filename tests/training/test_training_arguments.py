@@ -20,7 +20,7 @@ from dualspeed import DualSpeedTrainer
 from dualspeed.errors import ConfigError
 from tests.support import tiny
 from tests.support.paths import REPOSITORY
-from tests.support.stock import FAST, logged, make, weights
+from tests.support.stock import FAST, NOT_LOGITS, logged, make, weights
 
 # Each batch has an image: without one, ours gives the projector gradients of 0 where stock gives none, and AdamW's
 # momentum then moves it.
@@ -70,7 +70,7 @@ def evaluated(trainer: Trainer) -> dict[str, Any]:
         return {"seen": len(seen)}
 
     trainer.compute_metrics = metrics
-    found = trainer.evaluate()
+    found = trainer.evaluate(ignore_keys=NOT_LOGITS)
     numbers = {key: value for key, value in found.items() if "_per_" not in key and "time" not in key}
     kinds = [{name: "tensor" if "ensor" in kind else kind for name, kind in one.items()} for one in seen]
     return {"metrics": numbers, "kinds": kinds, "dtype": str(next(trainer.model.parameters()).dtype)}
@@ -253,6 +253,11 @@ OURS = {
 """Fields that the table can't compare -> where they are tested, or what holds."""
 
 
+NAMES = {one.name for one in fields(TrainingArguments)}
+SINCE_5_23 = {"activation_checkpointing", "activation_checkpointing_kwargs"}
+"""Fields that transformers before 5.23 knows by their former names alone."""
+
+
 def has_debug_hooks(trainer: Trainer) -> bool:
     return any(
         "DebugUnderflowOverflow" in repr(hook)
@@ -275,9 +280,17 @@ def shown(kind: type, folder: Path, row: Row, name: str | None, **given: Any) ->
         gc.collect()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def modules_are_no_garbage():
+    """Objects of the imported modules stay out of the collector's sight, which is most of the table's time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def test_every_field_has_a_row():
-    names = {one.name for one in fields(TrainingArguments)}
-    assert names == WORKS.keys() | OURS.keys()
+    assert (WORKS.keys() | OURS.keys()) - (SINCE_5_23 - NAMES) == NAMES
     assert not WORKS.keys() & OURS.keys()
     named = [
         word.rstrip(";:,") for place in OURS.values() for word in place.split() if word.startswith(("test_", "tests/"))
@@ -292,7 +305,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", [name for name in WORKS if name in NAMES])
 def test_a_field_does_what_it_does_in_the_stock_trainer(tmp_path, name):
     row = WORKS[name]
     stock = shown(Trainer, tmp_path / "stock", row, name)

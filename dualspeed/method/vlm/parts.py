@@ -40,7 +40,9 @@ def feature_layers(vlm: PreTrainedModel) -> int | list[int]:
 
     The last one for models without `vision_feature_layer`.
     """
-    num_states = vlm.config.vision_config.num_hidden_layers + 1
+    config = vlm.config.vision_config
+    # Before transformers 5.23 some name it `depth` alone.
+    num_states = (config.num_hidden_layers if hasattr(config, "num_hidden_layers") else config.depth) + 1
     selected = getattr(vlm.config, "vision_feature_layer", -1)
     return selected % num_states if isinstance(selected, int) else [layer % num_states for layer in selected]
 
