@@ -96,6 +96,12 @@ def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
     )
     inject_adapter_in_model(config, vlm, NAME)
+    if config.target_parameters:
+        raise ConfigError(
+            f"lora: peft adapts the experts of {type(vlm).__name__} ({', '.join(sorted(config.target_parameters))}), "
+            "which can't be merged into a stock checkpoint here; valid: training without lora, or peft's own LoraConfig "
+            "for the attention alone"
+        )
     vlm._hf_peft_config_loaded = True  # as `vlm.add_adapter` notes it: a quantised model may then be trained
     for parameter in trainable:
         parameter.requires_grad_(True)
