@@ -99,7 +99,7 @@ def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
     if config.target_parameters:
         raise ConfigError(
             f"lora: peft adapts the experts of {type(vlm).__name__} ({', '.join(sorted(config.target_parameters))}), "
-            "which can't be merged into a stock checkpoint here; valid: training without lora, or peft's own LoraConfig "
+            "which can't be merged into a stock checkpoint here; valid: no lora, or peft's own LoraConfig "
             "for the attention alone"
         )
     vlm._hf_peft_config_loaded = True  # as `vlm.add_adapter` notes it: a quantised model may then be trained
