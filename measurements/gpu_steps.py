@@ -167,15 +167,20 @@ def pruner_seconds(bench: Bench, model: DualSpeedModel, fast_step: Callable[[], 
     return sum(found)
 
 
+NO_SLOPE = "no larger at the second depth than at the first: other work disturbs the machine"
+
+
 def through_line(depths: list[int], measured: list[Cells], depth: int) -> Cells:
     """Cells at another depth, by the line through two."""
     (first, second), (low, high) = measured, depths
     cells: Cells = {}
     for column, a in first.items():
         b = second[column]
-        if isinstance(a, float) and isinstance(b, float):
-            # The pruner costs the same at any depth.
-            cells[column] = b if column == "pruner" else a + (b - a) / (high - low) * (depth - low)
+        if column == "pruner" and isinstance(b, float):
+            cells[column] = b  # it costs the same at any depth
+        elif isinstance(a, float) and isinstance(b, float):
+            slope = (b - a) / (high - low)
+            cells[column] = a + slope * (depth - low) if slope > 0 else Reason(NO_SLOPE)
         else:
             cells[column] = a if isinstance(a, Reason) else b
     return cells

@@ -100,6 +100,7 @@ import dualspeed
 print(dualspeed.__file__, [name for name in {NOT_CORE} if find_spec(name)], trainer.state.global_step)
 """
     code = FIRST.replace("Qwen/Qwen3-VL-2B-Instruct", "base").replace("from datasets import", "from rows import")
+    code = code.replace("bf16=True)", "bf16=True, use_cpu=True)")
     (tmp_path / "example.py").write_text(code + check)
     package = next(environment.glob("lib/python*/site-packages/dualspeed/__init__.py"))
     assert run(str(python), "example.py", cwd=tmp_path).splitlines()[-1] == f"{package} [] 3"

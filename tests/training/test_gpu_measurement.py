@@ -16,6 +16,7 @@ from measurements import gpu_parts
 from measurements.gpu import PARTS, main, measured
 from measurements.gpu_cells import Bench, Reason
 from measurements.gpu_models import REAL, batch_of, build, toy
+from measurements.gpu_steps import through_line
 from measurements.gpu_tables import tables, with_tables
 from measurements.older_transformers import let_take_features
 from tests.support.paths import REPOSITORY
@@ -25,6 +26,7 @@ from tests.support.stand_in import NAME, stand_in
 ALLOWED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tokenizers"}
 OURS = ("dualspeed", "measurements", "tests")
 REASONS_OF_A_CPU = ("counts no memory of its own", "no data-sheet rate known of", "torch reports no waits for")
+REASONS_OF_A_CPU += ("no larger at the second depth",)  # of a toy model, beside other work
 BY_NAME = {part.name: part for part in PARTS}
 
 
@@ -91,6 +93,12 @@ def test_it_runs_on_an_accelerator():
     assert all(isinstance(cell, float) for cell in selection.values()), selection
     assert isinstance(pruner["ms"], float) and isinstance(pruner["published ms"], float), pruner
     assert pruner["MiB"] == Reason(f"{NAME} counts no memory of its own")
+
+
+def test_a_line_through_two_depths_needs_a_slope():
+    shallow, deep = {"fast s": 1.0, "pruner": 0.1, "peak": Reason("none")}, {"fast s": 1.5, "pruner": 0.1, "peak": 3.0}
+    assert through_line([1, 2], [shallow, deep], 4) == {"fast s": 2.5, "pruner": 0.1, "peak": Reason("none")}
+    assert isinstance(through_line([1, 2], [deep, shallow], 4)["fast s"], Reason)
 
 
 def test_a_row_that_fails_or_lasts_leaves_its_reason_and_the_others_go_on(monkeypatch, tmp_path, capsys):
