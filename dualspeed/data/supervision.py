@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dualspeed.chat_templates import TEMPLATE_NAMES, load_template
 from dualspeed.chat_templates.twins import twin_of
+from dualspeed.data.conversations import text_item
 from dualspeed.errors import SupervisionError
 
 PROCESSORS_CHOICE = inspect.signature(ProcessorMixin.apply_chat_template).parameters["return_tensors"].default
@@ -254,8 +255,3 @@ def images_of(messages: Messages) -> list[Mapping[str, Any]]:
     """Image items of a conversation."""
     items = [item for message in messages if not isinstance(message["content"], str) for item in message["content"]]
     return [item for item in items if item["type"] == "image"]
-
-
-def text_item(text: str) -> dict[str, str]:
-    """Content item of plain text."""
-    return {"type": "text", "text": text}

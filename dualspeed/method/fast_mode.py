@@ -19,7 +19,7 @@ from dualspeed.errors import ModelError
 from dualspeed.method.host_counts import to_device
 from dualspeed.method.relevance import mean_similarity, sample_of_token, similarity_by_llm
 from dualspeed.method.sequences import Sequences, placeholder_runs, prune_inputs
-from dualspeed.method.vlm.admission import evaluation_mode
+from dualspeed.method.vlm.evaluation_mode import evaluation_mode
 from dualspeed.method.vlm.inputs import blank_image, image_seeds
 from dualspeed.method.vlm.pixel_pruning import KeptSquares
 from dualspeed.method.vlm.vision import EncodedImages, encode_images, pruning_units

@@ -28,7 +28,8 @@ from dualspeed.method.objective import Objective, at_least_one
 from dualspeed.method.outputs import DualSpeedOutput
 from dualspeed.method.relevance import ClipRelevance
 from dualspeed.method.sequences import Sequences, with_counts
-from dualspeed.method.vlm.admission import check_model, evaluation_mode
+from dualspeed.method.vlm.admission import check_model
+from dualspeed.method.vlm.evaluation_mode import evaluation_mode
 from dualspeed.method.vlm.families import check_pixel_pruning
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
 from dualspeed.method.vlm.parts import conditional_parameters, trainable_visual_parameters

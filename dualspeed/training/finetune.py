@@ -28,7 +28,6 @@ from dualspeed.data.row_sources import SAVED, SAVED_SPLITS, TRAIN, in_one_line, 
 from dualspeed.device import machine, peak_memory_bytes
 from dualspeed.errors import ConfigError, DownloadError, DualSpeedError, ModelError, ResultsError
 from dualspeed.files import write_json
-from dualspeed.method.checkpoint import load_vlm
 from dualspeed.settings.finetune import FinetuneRun, FinetuneSettings
 from dualspeed.settings.modes import Mode
 from dualspeed.settings.reading import quote
@@ -36,11 +35,13 @@ from dualspeed.training.resume import EndsAtLastStep
 from dualspeed.training.state import PROGRESS, check_num_processes, check_sharding, last_checkpoint, read_progress
 from dualspeed.training.step_times import HELD_STILL, time_steps
 from dualspeed.training.trainable import hold_trained_weights_in_float32
+from dualspeed.training.trainer import load_for_training
 
 if TYPE_CHECKING:
     from dualspeed.training.trainer import DualSpeedTrainer
 
 FILE = "finetune.json"
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 NUM_KEPT = 2
 NUM_BATCHES, REPEATS = 4, 3
 """Batches that `compare` times steps on, and steps of each kind on each of them."""
@@ -171,13 +172,12 @@ def make_trainer(settings: FinetuneSettings, args: TrainingArguments) -> EndsAtL
 
 def load_model(settings: FinetuneSettings, args: TrainingArguments) -> PreTrainedModel:
     """Load the stock model, with adapters if they are asked for."""
-    dtype: dict[str, Any] = {} if args.bf16 or args.fp16 else {"dtype": "float32"}
     try:
         if settings.lora is None:
-            return load_vlm(settings.run.model, **dtype)
+            return load_for_training(settings.run.model, args)
         from dualspeed.method import adapters  # needs peft
 
-        vlm = load_vlm(settings.run.model, **dtype | adapters.quantization(settings.lora))
+        vlm = load_for_training(settings.run.model, args, **adapters.quantization(settings.lora))
     except DualSpeedError:
         raise
     except Exception as error:  # of any kind: those of HTTP clients, of the Hub, of transformers
@@ -196,13 +196,13 @@ def load_rows(run: FinetuneRun, split: str | None) -> Any:
     path = Path(run.data)
     if path.exists() and run.data_config is not None:
         raise ConfigError(f"data_config: {run.data_config!r} with files; valid: with a dataset of the Hub")
-    if run.images is not None and path.suffix not in (".json", ".jsonl"):
+    if run.images is not None and path.suffix not in JSON_SUFFIXES:
         raise ConfigError(f"images: has no effect on {run.data}; valid: with JSON files, whose image paths start there")
     if (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file():
         return load_saved(path, split)
     if path.exists() and split is not None:
         raise ConfigError(f"split: {split!r} of {path}, which has none; valid: null")
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix in JSON_SUFFIXES:
         rows = [entry.value for entry in read_entries(path)]
         return rows if run.images is None else placed(rows, run.images)
     import datasets  # comes with the workflow

@@ -73,7 +73,7 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
             train_dataset = read_dataset(train_dataset, "train", args, processing_class, **reading)
             eval_dataset = read_dataset(eval_dataset, "eval", args, processing_class, **reading)
         super().__init__(
-            model if name is None else load_vlm(name, **({} if args.bf16 or args.fp16 else {"dtype": "float32"})),
+            model if name is None else load_for_training(name, args),
             args,
             data_collator,
             train_dataset,
@@ -92,6 +92,11 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
                 question_tokenizer=self.model.question_tokenizer(processing_class),
                 positions=self.model.positions(),
             )
+
+
+def load_for_training(name: str | Path, args: TrainingArguments, **loading: Any) -> PreTrainedModel:
+    """Load a stock model in its own dtype for mixed precision, else in float32; `loading` is for `from_pretrained`."""
+    return load_vlm(name, **({} if args.bf16 or args.fp16 else {"dtype": "float32"}) | loading)
 
 
 def read_dataset(dataset: Any, name: str, args: TrainingArguments, processor: ProcessorMixin, **reading: Any) -> Any:

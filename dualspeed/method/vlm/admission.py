@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dualspeed.errors import ModelError
 from dualspeed.method.vlm.encoder import image_encoders
+from dualspeed.method.vlm.evaluation_mode import evaluation_mode
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, ENCODER_DECODER, FAMILIES, REFUSED, family_of
 from dualspeed.method.vlm.inputs import blank_image
 from dualspeed.method.vlm.parts import language_parameters, parameter_parts, width_of_text
@@ -172,15 +173,3 @@ def whole_visual_weights(vlm: PreTrainedModel) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(sharded):
         yield
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the context, then restore the mode of every submodule."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True
