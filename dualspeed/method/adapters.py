@@ -1,19 +1,28 @@
 """LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) by peft: adapters on linear layers.
 
 Adapters that peft made itself (`get_peft_model`, `add_adapter`) are taken as they are. `add_adapters` puts them on the
-language model: embeddings and head stay frozen, tied or not; projector and isolator are trained in full, the vision
-tower is frozen. A checkpoint is a stock one with the adapters merged in. Beside it, `adapter/` holds the adapter in
-peft's format and the other trained weights, from which training resumes exactly. A checkpoint written during training
-has `adapter/` only.
+linear layers of the language model: embeddings and head stay frozen, tied or not; projector and isolator are trained in
+full, the vision tower is frozen. In a mixture of experts, the experts (one parameter for all of a layer) and the router
+that chooses among them stay frozen too, whatever the family; shared experts, which every token passes, are linear
+layers. An adapter for each expert would multiply the adapters' size by the number of experts, and peft gives such
+adapters no dropout.
+
+A checkpoint is a stock one with the adapters merged in. Beside it, `adapter/` holds the adapter in peft's format and
+the other trained weights, from which training resumes exactly. A checkpoint written during training has `adapter/`
+only.
 """
 
+import copy
 import logging
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
@@ -27,7 +36,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PROJECTOR_FILE = "projector.safetensors"
 NAME = "default"
 PEFT_PREFIX = "base_model.model."
-PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False, "target_parameters": None, "modules_to_save": None}
+PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False, "modules_to_save": None}
 PLAIN |= {"trainable_token_indices": None, "layer_replication": None, "alora_invocation_tokens": None}
 """Fields of LoraConfig whose other values train what is no product of two matrices -> the value that does."""
 
@@ -39,7 +48,7 @@ def without_peft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     check_adapters(model.peft_config)
     vlm = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, layer in adapter_layers(vlm).items():
-        if not isinstance(layer.get_base_layer(), nn.Linear):
+        if not is_linear(layer.get_base_layer()):
             kind = type(layer.get_base_layer()).__name__
             raise ConfigError(f"adapters: {name} is {kind}; valid: target_modules that are linear layers")
     logger.info(
@@ -58,6 +67,12 @@ def check_adapters(configs: dict[str, PeftConfig]) -> None:
     if not isinstance(config, LoraConfig) or str(config.peft_type.value) != "LORA":
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise ConfigError(f"adapters: {kind} can't be merged into a stock checkpoint here; valid: peft.LoraConfig")
+    if parameters := sorted(config.target_parameters or ()):
+        raise ConfigError(
+            f"adapters: peft would adapt {', '.join(parameters)} as parameters, as it adapts experts, which isn't "
+            "merged; valid: target_modules without the names that peft gives to experts, or dualspeed.add_adapters, "
+            "which adapts every linear layer of the language model"
+        )
     for field, plain in PLAIN.items():
         value = getattr(config, field, plain)
         if value != plain and value:
@@ -85,26 +100,46 @@ def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
 
 def add_adapters(vlm: PreTrainedModel, lora: LoraRecipe) -> None:
     """Freeze the language model and add an adapter to each of its linear layers; other parameters keep their state."""
-    language, head = language_parameters(vlm), vlm.get_output_embeddings()
+    language = language_parameters(vlm)
+    heads = [module.get_output_embeddings() for module in vlm.modules() if isinstance(module, PreTrainedModel)]
     trainable = [parameter for parameter in vlm.parameters() if parameter.requires_grad and parameter not in language]
     layers = [
         name
         for name, module in vlm.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and module.weight in language
+        if is_linear(module) and module.weight in language and not any(module is head for head in heads)
     ]
+    named = sorted(set(layers) - read_as_experts(vlm, layers))
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=named, bias="none"
     )
-    inject_adapter_in_model(config, vlm, NAME)
-    if config.target_parameters:
-        raise ConfigError(
-            f"lora: peft adapts the experts of {type(vlm).__name__} ({', '.join(sorted(config.target_parameters))}), "
-            "which can't be merged into a stock checkpoint here; valid: no lora, or peft's own LoraConfig "
-            "for the attention alone"
-        )
+    keys = {f"{name}.lora_A.weight": torch.empty(0) for name in layers}  # say which layers; peft reads no values
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "While injecting the PEFT adapters, an inconsistency", RuntimeWarning)
+        inject_adapter_in_model(config, vlm, NAME, state_dict=keys)
     vlm._hf_peft_config_loaded = True  # as `vlm.add_adapter` notes it: a quantised model may then be trained
     for parameter in trainable:
         parameter.requires_grad_(True)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for a linear layer, quantised or not.
+
+    A router may be a subclass whose forward returns more than a product, to which nothing can be added.
+    """
+    kind = type(module)
+    own = kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes.")
+    return isinstance(module, nn.Linear) and own
+
+
+def read_as_experts(vlm: PreTrainedModel, layers: Iterable[str]) -> set[str]:
+    """Names of linear layers that peft reads as those of experts, since experts had such names before version 5.
+
+    A configuration that names one adapts the experts, which transformers 5 holds in one parameter, instead of it.
+    """
+    layers = set(layers)
+    config = LoraConfig(target_modules=sorted(layers))
+    convert_peft_config_for_transformers(config, vlm, None)
+    return layers - set(config.target_modules)
 
 
 def adapter_layers(vlm: PreTrainedModel) -> dict[str, LoraLayer]:
@@ -192,8 +227,22 @@ def save_adapters(vlm: PreTrainedModel, weights: dict[str, Tensor], folder: Path
     adapter = adapter_name(vlm)
     adapters = {peft_key(key, adapter): value.contiguous().cpu() for key, value in weights.items() if ".lora_" in key}
     save_file(adapters, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    vlm.peft_config[adapter].save_pretrained(str(folder))
+    loadable_config(vlm).save_pretrained(str(folder))
     save_file({key: weights[key].contiguous().cpu() for key in sorted(trained)}, folder / PROJECTOR_FILE)
+
+
+def loadable_config(vlm: PreTrainedModel) -> PeftConfig:
+    """Configuration with which peft puts the saved adapter on the layers that were trained.
+
+    A layer that peft would read as experts is named by its weight. Peft gives an adapter of a weight no dropout, so
+    that this configuration has none at all.
+    """
+    config = vlm.peft_config[adapter_name(vlm)]
+    experts = read_as_experts(vlm, adapter_layers(vlm))
+    if experts:
+        config = copy.copy(config)
+        config.target_parameters, config.lora_dropout = sorted(f"{name}.weight" for name in experts), 0.0
+    return config
 
 
 def load_adapters(vlm: PreTrainedModel, folder: Path) -> None:

@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.errors import ConfigError
-from dualspeed.method.adapters import add_adapters, quantization
+from dualspeed.method.adapters import adapter_layers, add_adapters, quantization
 from dualspeed.method.checkpoint import load_vlm
 from dualspeed.settings.model import Stages
 from dualspeed.settings.recipe import LoraRecipe
@@ -22,6 +22,8 @@ from dualspeed.training.trainable import set_trainable
 from tests.support import tiny
 from tests.support.batches import collate, sample
 from tests.support.stage import stage_settings, train_stage
+from tests.support.tiny_images import batch as tiny_batch
+from tests.support.tiny_models import tiny_model
 
 LORA = LoraRecipe(rank=4, alpha=8, dropout=0.1)
 
@@ -163,3 +165,70 @@ def test_bfloat16_trains_in_both_modes(lora):
         output.loss.backward()
     gradients = [p.grad for p in narrow.parameters() if p.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+MIXTURES = ["glm4v_moe", "llama4", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "aria"]
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_and_routers_stay_frozen_in_every_mixture(model_type):
+    """Whatever names peft knows them by; shared experts and attention are adapted, with the dropout asked for."""
+    stock = tiny_model(model_type)
+    decoder = set(stock.get_decoder().modules())
+    linear = {name for name, module in stock.named_modules() if type(module) is torch.nn.Linear and module in decoder}
+    linear = {name for name in linear if not name.endswith("lm_head")}
+    vlm = tiny_model(model_type)
+    add_adapters(vlm, LORA)
+    layers = adapter_layers(vlm)
+    assert layers.keys() == linear
+    assert {type(layer).__name__ for layer in layers.values()} == {"Linear"}
+    assert all(layer.lora_dropout["default"].p == LORA.dropout for layer in layers.values())
+    frozen = {name for name, p in vlm.named_parameters() if not p.requires_grad}
+    assert any(name.endswith("experts.gate_up_proj") for name in frozen)
+    assert any("router" in name or name.endswith("gate.weight") for name in frozen)
+
+
+def test_an_adapter_of_a_mixture_names_for_peft_what_was_trained(tmp_path):
+    """Peft reads `gate_proj` of GLM-4.5V as its experts', so the shared experts' are named by their weights."""
+    vlm = tiny_model("glm4v_moe")
+    add_adapters(vlm, LORA)
+    DualSpeedModel(vlm, DualSpeedConfig()).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    by_weight = {name.removesuffix(".weight") for name in saved["target_parameters"]}
+    shared = {name for name in adapter_layers(vlm) if not name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))}
+    assert by_weight == shared and any("shared_experts.gate_proj" in name for name in shared)
+    by_peft = PeftModel.from_pretrained(tiny_model("glm4v_moe"), tmp_path / "adapter").get_base_model()
+    assert adapter_layers(by_peft).keys() == adapter_layers(vlm).keys()
+
+
+def test_adapters_by_peft_of_a_mixture_s_attention_are_merged(tmp_path):
+    vlm = tiny_model("glm4v_moe").eval()
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = DualSpeedModel(get_peft_model(vlm, config), DualSpeedConfig())
+    model.save_pretrained(tmp_path)
+    inputs = tiny_batch(vlm, [1, 2, 0])
+    merged, base = AutoModelForImageTextToText.from_pretrained(tmp_path).eval(), tiny_model("glm4v_moe").eval()
+    assert not torch.allclose(base(**inputs).logits, vlm(**inputs).logits, atol=1e-3)
+    assert_close(merged(**inputs).logits, vlm(**inputs).logits, atol=1e-5, rtol=1e-5)
+    by_peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert_close(by_peft(**inputs).logits, vlm(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given", "message"),
+    [
+        (
+            "glm4v_moe",
+            {"target_modules": ["q_proj", "gate_proj", "up_proj"]},
+            "peft would adapt gate_up_proj as parameters",
+        ),
+        ("glm4v_moe", {"target_modules": "all-linear"}, "adapt down_proj, gate.weight, gate_up_proj as"),
+        ("qwen3_vl_moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}, "adapt experts.down_proj"),
+        ("llama4", {"target_modules": "all-linear"}, "router is Llama4Router; valid: target_modules that are linear"),
+    ],
+)
+def test_adapters_of_experts_and_routers_by_peft_are_refused(model_type, given, message):
+    model = get_peft_model(tiny_model(model_type), LoraConfig(r=2, **given))
+    with pytest.raises(ConfigError, match=message) as raised:
+        DualSpeedModel(model, DualSpeedConfig())
+    assert "\n" not in str(raised.value)

@@ -21,15 +21,22 @@ from transformers import CLIPConfig, CLIPModel
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.errors import SampleError
+from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
 from dualspeed.pruners import PRUNERS
 from dualspeed.pruners.selection import prefix_mask
 from dualspeed.training.micro_batches import micro_batches
 from measurements.random_tokens import random_tokens
 from tests.support import tiny
-from tests.support.families import FAMILIES, IMAGE, batch
+from tests.support.families import FAMILIES, IMAGE, Family, batch
 from tests.support.paths import REPOSITORY
 from tests.support.prepared import PreparedProcessor, collated
 from tests.support.stand_in import NAME, Syncs, host_syncs
+
+
+def reads_tower(pruner: str) -> bool:
+    """True if a pruner reads what is captured inside the vision tower."""
+    return bool({*CAPTURED_FIELDS, "before_merger"} & {*PRUNERS[pruner].needs, *PRUNERS[pruner].optional})
+
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 by_mode = pytest.mark.parametrize("mode", Mode)
@@ -42,6 +49,7 @@ QWENS = [family for family in FAMILIES if family.token_types == "mm_token_type_i
 by_qwen = pytest.mark.parametrize("family", QWENS, ids=[family.name for family in QWENS])
 SMALL, LARGE = (1, 2), (2, 0, 1, 3, 1, 1)
 AT_MOST = 2
+OF_TOWER = sorted(name for name in PRUNERS if reads_tower(name))
 
 
 def model_on_device(family, **settings) -> DualSpeedModel:
@@ -62,10 +70,10 @@ def syncs_of_step(model: DualSpeedModel, inputs: dict, mode: Mode) -> Syncs:
 
 
 @cache
-def syncs_of_family(name: str, mode: Mode, num_images: tuple[int, ...]) -> Syncs:
-    """Waits of a micro-batch of a family, with DivPrune."""
+def syncs_of_family(name: str, mode: Mode, num_images: tuple[int, ...], pruner: str = "divprune") -> Syncs:
+    """Waits of a micro-batch of a family."""
     family = next(family for family in FAMILIES if family.name == name)
-    model = model_on_device(family)
+    model = model_on_device(family, pruner=pruner)
     return syncs_of_step(model, collated(family, model, list(num_images)), mode)
 
 
@@ -92,6 +100,23 @@ def test_every_pruner_waits_little(family, pruner):
     """Whatever the pruner needs of tower, projector and text."""
     model = model_on_device(family, pruner=pruner)
     check_few(syncs_of_step(model, collated(family, model, LARGE), Mode.FAST))
+
+
+@by_qwen
+@pytest.mark.parametrize(
+    "pruner", [pytest.param(name, marks=() if name == "visionzip" else pytest.mark.slow) for name in OF_TOWER]
+)
+def test_reading_the_tower_of_a_qwen_waits_once_more_at_most(family, pruner):
+    """For the lengths of the parts that attend to themselves, where a method reads attention; else nowhere."""
+    few, many = (syncs_of_family(family.name, Mode.FAST, images, pruner) for images in (SMALL, LARGE))
+    plain = syncs_of_family(family.name, Mode.FAST, LARGE)
+    check_few(many)
+    assert [line.split(":")[0] for line in many.ours()] == [
+        *(line.split(":")[0] for line in plain.ours()),
+        *(["dualspeed/method/vlm/square_towers.py"] if "cls_attention" in PRUNERS[pruner].needs else []),
+    ]
+    assert many.others() == plain.others()
+    assert (few.ours(), len(few)) == (many.ours(), len(many))
 
 
 @pytest.mark.parametrize("pruner", ["divprune", "random", "vispruner"])
@@ -234,13 +259,23 @@ def test_an_images_tokens_that_reach_into_the_next_row_are_refused():
         model(mode=Mode.FAST, **inputs)
 
 
+def waits_with_attention(family: Family) -> int | str:
+    """Our waits with FasterVLM, which reads the tower's attention; "-" where it can't."""
+    if not family_of(family.build()).has_readable_tower:
+        return "-"
+    return len(syncs_of_family(family.name, Mode.FAST, LARGE, "fastervlm").ours())
+
+
 def test_docs_list_the_waits():
     """UPDATE_README=1 writes the table that this run found."""
-    lines = ["| family | ours | transformers, fast | transformers, slow |", "|---|---:|---:|---:|"]
+    lines = [
+        "| family | ours | ours, FasterVLM | transformers, fast | transformers, slow |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for family in FAMILIES:
         found = [syncs_of_family(family.name, mode, LARGE) for mode in Mode]
         assert len({len(syncs.ours()) for syncs in found}) == 1
-        counts = [len(found[0].ours()), *(len(syncs.others()) for syncs in found)]
+        counts = [len(found[0].ours()), waits_with_attention(family), *(len(syncs.others()) for syncs in found)]
         lines.append(" | ".join([f"| {family.name}", *map(str, counts)]) + " |")
     page = REPOSITORY / "docs" / "speed.md"
     before, old, after = re.split(

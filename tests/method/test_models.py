@@ -95,10 +95,17 @@ def test_what_is_refused_lacks_the_way_in(model_type):
     assert not has_placeholder or reads_across or tokenises or not generates or "diffusion" in REFUSED[model_type]
 
 
-@pytest.mark.slow
-def test_text_on_one_of_two_ranks_hangs_no_model():
+@pytest.mark.parametrize(
+    "model_types",
+    [
+        pytest.param([name for name in ACCEPTED if name not in TIMM], marks=pytest.mark.slow, id="others"),
+        pytest.param(list(TIMM), marks=pytest.mark.torchvision, id="timm"),
+    ],
+)
+def test_text_on_one_of_two_ranks_hangs_no_model(model_types):
     """Two processes train every accepted model with DDP, the second without images: gradients agree, nothing waits."""
-    model_types = [name for name in ACCEPTED if name not in TIMM]
+    if model_types == list(TIMM):
+        pytest.importorskip("timm")
     launcher = "-m torch.distributed.run --nproc-per-node=2 --standalone -m tests.support.models_worker"
     finished = subprocess.run(
         [sys.executable, *launcher.split(), *model_types],

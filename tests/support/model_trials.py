@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
+from dualspeed import DualSpeedConfig, DualSpeedModel, LoraRecipe, Mode, add_adapters
 from dualspeed.errors import ModelError
+from dualspeed.method.adapters import merged
 from dualspeed.method.vlm.admission import check_settings
 from dualspeed.method.vlm.encoder import accepted_inputs
 from dualspeed.method.vlm.entrance import runner
@@ -137,6 +138,26 @@ def other_ranks():
         model.has_other_ranks = before
 
 
+def adapters_learn_and_are_merged(model_type: str) -> None:
+    """LoRA: a fast step reaches every adapter, and the stock model with merged weights has the adapted loss."""
+    vlm = stock(model_type)
+    add_adapters(vlm, LoraRecipe(rank=2, alpha=4, dropout=0.0))
+    with torch.no_grad():
+        for name, parameter in vlm.named_parameters():
+            if ".lora_B" in name:  # as if trained: an untrained adapter's product is 0
+                parameter.normal_(std=0.1)
+    model = DualSpeedModel(vlm, DualSpeedConfig())
+    set_trainable(model, "finetune")
+    inputs = batch(vlm, MIXED)
+    model(mode=Mode.FAST, **inputs).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    whole = stock(model_type)
+    before = whole(**inputs).loss
+    whole.load_state_dict(merged(vlm, vlm.state_dict(), {}))
+    assert_close(whole(**inputs).loss, vlm(**inputs).loss, atol=1e-5, rtol=1e-5)
+    assert (whole(**inputs).loss - before).abs() > 1e-4
+
+
 def generates_on_pruned_tokens(model_type: str) -> None:
     """Generation on all tokens without isolator is the stock model's; on a tenth it gives as many tokens."""
     prompts = batch(stock(model_type), [1, 2], padding_side="left")
@@ -184,6 +205,7 @@ TRIALS: tuple[Callable[[str], None], ...] = (
     fast_mode_learns,
     slow_mode_reaches_all_but_the_unused,
     text_alone_calls_the_same_modules,
+    adapters_learn_and_are_merged,
     generates_on_pruned_tokens,
     batched_is_alone,
     positions_need_no_weights,

@@ -62,20 +62,26 @@ def squares_of(vlm: PreTrainedModel, patches: Tensor) -> Tensor:
     return patches.unflatten(0, (-1, vlm.config.vision_config.spatial_merge_size**2)).mean(dim=1)
 
 
+def with_window_order(vlm: PreTrainedModel, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of the tower, with the order by window, in towers that have one: read once for tower and tokens' fields.
+
+    Reading it waits for the device, since it follows from the images' grids. Nothing changes if it is there, as where
+    squares are left out.
+    """
+    if not family_of(vlm).orders_by_window or "window_index" in images:
+        return images
+    vision, grids = vlm.config.vision_config, images["image_grid_thw"]
+    order, ends = get_vision_window_index(grids, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return images | {"window_index": order.to(grids.device, non_blocking=True), "cu_window_seqlens": ends}
+
+
 def in_token_order(vlm: PreTrainedModel, squares: Tensor, images: dict[str, Tensor]) -> Tensor:
     """(P, ...) values in the order of the merger's squares -> in the order of the tokens.
 
     Args:
-        images: inputs of the tower; they have the order by window themselves if squares were left out.
+        images: inputs of the tower, as from `with_window_order`.
     """
-    if not family_of(vlm).orders_by_window:
-        return squares
-    vision = vlm.config.vision_config
-    side = vision.spatial_merge_size
-    order, _ = get_vision_window_index(
-        images["image_grid_thw"], side, vision.window_size, vision.patch_size, kwargs=dict(images)
-    )
-    return squares[order.to(squares.device).argsort()]
+    return squares[images["window_index"].argsort()] if family_of(vlm).orders_by_window else squares
 
 
 def standardised_squares(vlm: PreTrainedModel, patches: Tensor, num_tokens: list[int]) -> Tensor:
