@@ -32,9 +32,11 @@ demo: install  ## train and evaluate the demo's main rows, then show Table 1
 	$(BIN)/snakemake --quiet host reason
 	@$(MAKE) --no-print-directory show TABLES=results/tables/demo PAGE=results/report.html
 
-demo-full: install  ## the demo with all pruners, seeds, ratios and ablations
+demo-full: install  ## the demo with all pruners, seeds and ratios, and short runs for the ablation
 	$(BIN)/snakemake --quiet host reason --config experiments=config/demo/experiments-full.tsv
+	$(BIN)/snakemake --quiet host reason --config experiments=config/demo/experiments-short.tsv
 	@$(MAKE) --no-print-directory show TABLES=results/tables/demo-full PAGE=results/report-full.html
+	@echo; cat results/tables/demo-short/table3.md
 
 resume:  ## go on after a killed snakemake: end its Slurm jobs, unlock, start again (PROFILE=..., ARGS=...)
 	$(BIN)/dualspeed end-jobs

@@ -10,12 +10,14 @@ device, which no real step reaches, so that shares are upper bounds.
 """
 
 import argparse
+import gc
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import pandas as pd
@@ -82,9 +84,27 @@ def clip_tokens(shape: tuple[int, int, int], device: str) -> VisualTokens:
 def peak_of_one_call(form: str, name: str, shape: tuple[int, int, int], device: str) -> float:
     """Peak memory in bytes, without the inputs."""
     tokens, num_keep = clip_tokens(shape, device), num_tokens_to_keep(shape[1], PRUNING_RATIO)
-    before = peak_memory_bytes(torch.device(device))
+    before = forget_peak(torch.device(device))
     FORMS[form](name, tokens, num_keep)
-    return peak_memory_bytes(torch.device(device)) - before
+    return new_peak(torch.device(device)) - before
+
+
+def forget_peak(device: torch.device) -> int:
+    """Bytes that are in use now; making the inputs needed more, which later peaks would hide behind."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is resident now
+    return new_peak(device)
+
+
+def new_peak(device: torch.device) -> int:
+    """Peak bytes since `forget_peak`, of the device or of this process."""
+    if device.type != "cpu":
+        return peak_memory_bytes(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def seconds_of_forms(name: str, shape: tuple[int, int, int], device: str, repeats: int) -> list[float]:

@@ -55,6 +55,22 @@ def interval_of(values: np.ndarray) -> np.ndarray:
     return np.percentile(values[1:], INTERVAL, method="inverted_cdf")  # between two infs is nothing to interpolate
 
 
+def paired_interval(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Lower and upper end of the 95 % interval of the mean of `second` - `first`, over questions and seeds.
+
+    Each draw of the questions also draws seeds with replacement, one fewer than there are: so the variance of their
+    mean is unbiased (Rao and Wu, 1988, "Resampling inference with complex survey data").
+
+    Args:
+        first, second: (seeds, 1 + RESAMPLES) numbers of two ways of training with the same seeds, the real one first.
+    """
+    differences = second - first
+    num_seeds, num_draws = differences.shape
+    seeds = np.random.default_rng(num_seeds).integers(num_seeds, size=(num_draws - 1, max(1, num_seeds - 1)))
+    drawn = differences[seeds, np.arange(1, num_draws)[:, None]].mean(axis=1)
+    return interval_of(np.concatenate([[differences[:, 0].mean()], drawn]))
+
+
 def _resample(benchmark: str, statistics: np.ndarray, from_sums: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Scores of models on the real units, then on each draw: (models, units, m) -> (models, 1 + RESAMPLES)."""
     models, units, m = statistics.shape

@@ -25,20 +25,20 @@ from dualspeed.settings.names import in_paper_order
 from dualspeed.settings.sheet import Row, Sheet
 
 IDENTITY = ["experiment", "model", "method", "pruner", "pruning_ratio", "slow_mode_ratio", "seed"]
+LENGTH = ["slow_steps", "max_steps"]
 INFERENCE = ["inference", "inference_pruner", "inference_pruning_ratio"]
-SCORE_COLUMNS = [*IDENTITY, *INFERENCE, "benchmark", "metric", "score", "num_questions"]
+SCORE_COLUMNS = [*IDENTITY, *INFERENCE, "benchmark", "metric", "score", "num_questions", *LENGTH]
 DETAIL_COLUMNS = ["experiment", "inference", "benchmark", "metric", "value"]
 TYPE_COLUMNS = ["experiment", "inference", "benchmark", "question_type", "accuracy", "num_questions"]
 STEP_COLUMNS = ["fast_step_seconds", "slow_step_seconds", "baseline_step_seconds"]
 SPEED_COLUMNS = [
     *["experiment", "method", "pruner", "pruning_ratio", "slow_mode_ratio", "seed", "train_seconds"],
-    *[*STEP_COLUMNS, "speedup_measured", "speedup_theory"],
+    *[*STEP_COLUMNS, "speedup_measured", "speedup_theory", *LENGTH],
 ]
 COST_COLUMNS = [
     *["experiment", "pretrain", "pretrain_seconds", "finetune_seconds", "train_hours"],
     *["samples_per_second", "peak_memory_bytes", "pruner_share", "fast_flops_share", "gpu_hours"],
 ]
-STAGES = ("pretrain", "finetune")
 TUPLE_COLUMNS = ["experiments", "not_run"]  # of a summary; joined to text in a csv file
 
 # Fields that are read of each kind of file, with their type; a file may have more.
@@ -133,9 +133,10 @@ def to_csv(frame: pd.DataFrame) -> str:
     return frame.assign(**texts).to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def training_folder(layout: Layout, row: Row, stage: str) -> Path:
-    """Checkpoint folder of a row's stage, pretrain or finetune."""
-    return Path(layout.pretraining(row.pretrain_key) if stage == "pretrain" else layout.model(row.id))
+def training_folders(layout: Layout, row: Row) -> dict[str, Path]:
+    """Checkpoint folder of each of a row's stages: pretrain, unless it starts from the base model, and finetune."""
+    pretrain = {"pretrain": Path(layout.pretraining(row.pretrain_key))} if row.pretrain_key else {}
+    return pretrain | {"finetune": Path(layout.model(row.id))}
 
 
 def read_training(folder: Path) -> dict[str, Any] | None:
@@ -193,7 +194,8 @@ def _identity(row: Row) -> dict[str, Any]:
         "method": row.method,
         "pruner": row.dualspeed.pruner if prunes else None,
         "pruning_ratio": row.dualspeed.pruning_ratio if prunes else None,
-        "slow_mode_ratio": row.dualspeed.slow_mode_ratio,
+        **row.slow_settings,
+        "max_steps": row.max_steps,
         "seed": row.seed,
     }
 
@@ -239,14 +241,15 @@ def _check_units(layout: Layout, statistics: Mapping[Cell, np.ndarray]) -> None:
 
 def _speed_line(layout: Layout, row: Row) -> dict[str, Any]:
     line = _identity(row) | _read_times(layout, row)
-    training = read_training(training_folder(layout, row, "finetune"))
+    training = read_training(training_folders(layout, row)["finetune"])
     line["train_seconds"] = training["train_seconds"] if training else None
     method = row.dualspeed
     if row.method == "baseline":
         line |= {"speedup_measured": 1.0, "speedup_theory": 1.0}
-    elif "theory_u" in line:
-        line["speedup_measured"] = speedup_measured(line, method.slow_mode_ratio)
-        line["speedup_theory"] = speedup_theory(line["theory_u"], method.slow_mode_ratio, method.distillation_weight)
+    elif "theory_u" in line and (training or method.slow_steps is None):
+        share = method.slow_share(training["num_steps"]) if training and method.slow_steps else method.slow_mode_ratio
+        line["speedup_measured"] = speedup_measured(line, share)
+        line["speedup_theory"] = speedup_theory(line["theory_u"], share, method.distillation_weight)
     return line
 
 
@@ -265,8 +268,9 @@ def _read_times(layout: Layout, row: Row) -> dict[str, float]:
 
 def _cost_line(layout: Layout, row: Row) -> dict[str, Any]:
     line: dict[str, Any] = {"experiment": row.id, "pretrain": row.pretrain_key}
-    for stage in STAGES:
-        training = read_training(training_folder(layout, row, stage))
+    folders = training_folders(layout, row)
+    for stage, folder in folders.items():
+        training = read_training(folder)
         if training is None:
             continue
         line[f"{stage}_seconds"] = training["train_seconds"]
@@ -275,8 +279,8 @@ def _cost_line(layout: Layout, row: Row) -> dict[str, Any]:
         if stage == "finetune":
             line["samples_per_second"] = training["samples_per_second"]
             line["peak_memory_bytes"] = training["peak_memory_bytes"]
-    if {"pretrain_seconds", "finetune_seconds"} <= line.keys():
-        line["train_hours"] = (line["pretrain_seconds"] + line["finetune_seconds"]) / 3600
+    if all(f"{stage}_seconds" in line for stage in folders):
+        line["train_hours"] = sum(line[f"{stage}_seconds"] for stage in folders) / 3600
         if "finetune_gpu_hours" in line:
             line["gpu_hours"] = line.get("pretrain_gpu_hours", 0.0) + line["finetune_gpu_hours"]
     times = _read_times(layout, row)

@@ -15,7 +15,7 @@ from dualspeed.errors import TrackingError
 from dualspeed.evaluation.bootstrap import interval_of, relative
 from dualspeed.files import write_json
 from dualspeed.layout import TRAINING_RECORD, Layout
-from dualspeed.reporting.frames import TRAINING_FIELDS, Results, read_fields, read_results
+from dualspeed.reporting.frames import LENGTH, TRAINING_FIELDS, Results, read_fields, read_results
 from dualspeed.reporting.summary import with_baseline
 from dualspeed.settings.identity import record
 from dualspeed.settings.names import averaged
@@ -131,9 +131,10 @@ def log_row(store: OpenStore, results: Results, row: Row) -> dict[str, float]:
     if lifecycle(store, run_id) == "deleted":  # by a person, and stays so
         return {}
     log_params(store, run_id, row_params(row))
-    link = {"pretrain_key": row.pretrain_key}
-    pretrain = find_runs(store, {"kind": "stage"} | link, project_id(lock.parent))
-    log_tags(store, run_id, link | ({"pretrain_run_id": pretrain[0].info.run_id} if pretrain else {}))
+    if row.pretrain_key is not None:
+        link = {"pretrain_key": row.pretrain_key}
+        pretrain = find_runs(store, {"kind": "stage"} | link, project_id(lock.parent))
+        log_tags(store, run_id, link | ({"pretrain_run_id": pretrain[0].info.run_id} if pretrain else {}))
     run = store.client.get_run(run_id)
     finished_ms = _finished_ms(results, row)
     metrics = row_metrics(results, row)
@@ -149,7 +150,7 @@ def log_row(store: OpenStore, results: Results, row: Row) -> dict[str, float]:
 def row_params(row: Row) -> dict[str, Any]:
     """Settings of a row; also under the names of the tables, p, r and pruner, of which a Baseline has only r."""
     params = {"model": row.model, "method": row.method, "seed": row.seed, "dualspeed": record(row.dualspeed)}
-    params |= {"r": row.dualspeed.slow_mode_ratio}
+    params |= {"r": row.dualspeed.slow_mode_ratio} if row.dualspeed.slow_steps is None else {}
     if row.method != "baseline":
         params |= {"pruner": row.dualspeed.pruner, "p": row.dualspeed.pruning_ratio}
     return params
@@ -173,7 +174,7 @@ def row_metrics(results: Results, row: Row) -> dict[str, float]:
         shown = {"rel": rel[0, 0], "rel_low": low, "rel_high": high}
         metrics |= {key: value for key, value in shown.items() if np.isfinite(value)}
     for frame in (results.speed, results.costs):
-        numbers = frame.drop(columns=["pruning_ratio", "slow_mode_ratio", "seed"], errors="ignore")
+        numbers = frame.drop(columns=["pruning_ratio", "slow_mode_ratio", "seed", *LENGTH], errors="ignore")
         values = numbers[frame["experiment"] == row.id].iloc[0]
         metrics |= {key: value for key, value in values.items() if not isinstance(value, str) and not pd.isna(value)}
     return metrics

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dualspeed.reporting.summary import SETTINGS
-from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.reporting.summary import DEFAULTS, SETTINGS
 
 
 class PaperValue(NamedTuple):
@@ -55,7 +54,7 @@ def _values_of(line: dict[str, Any]) -> dict[str, Any]:
     family = FAMILIES.get(line["model"])
     if family is None or line["method"] != "dualspeed":
         return {}
-    if any(line[name] != getattr(DualSpeedConfig(), name) for name in SETTINGS):
+    if any(line[name] != DEFAULTS[name] for name in SETTINGS if not pd.isna(line[name])):
         return {}
     rel, speedup = RELATIVE[family], SPEEDUP[family]
     return {

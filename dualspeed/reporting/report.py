@@ -17,14 +17,13 @@ from dualspeed.files import write_atomic
 from dualspeed.reporting.examples import read_examples
 from dualspeed.reporting.frames import (
     SCORE_FIELDS,
-    STAGES,
     Results,
     read_fields,
     read_results,
     read_training,
-    training_folder,
+    training_folders,
 )
-from dualspeed.reporting.summary import is_baseline, summarise_table, typical_rows
+from dualspeed.reporting.summary import is_baseline, slow_steps_of, summarise_table, typical_rows
 from dualspeed.reporting.table_cells import format_relative, time_unit
 from dualspeed.reporting.table_format import NOT_RUN, TEXT_COLUMNS, Table, format_mean, format_number
 from dualspeed.reporting.tables import make_tables
@@ -88,7 +87,7 @@ def headline(summary: pd.DataFrame) -> list[dict[str, str]]:
             "method": METHOD_LABELS[line.method],
             "pruner": ""
             if is_baseline(line)
-            else f"{PRUNER_LABELS[line.pruner]}, p = {line.pruning_ratio:g}, r = {line.slow_mode_ratio:g}",
+            else f"{PRUNER_LABELS[line.pruner]}, p = {line.pruning_ratio:g}, {slow_steps_of(line)}",
             "mean": format_mean(line.mean, line.mean_std),
             "rel": format_relative(line),
             "speedup": format_number(line.speedup_measured, 2, "x"),
@@ -133,8 +132,7 @@ def environments(results: Results) -> list[dict[str, Any]]:
     """Environments that the stages were trained in, without repeats: {"machine", "commit", "versions", "stages"}."""
     found: dict[tuple[str, str, str], dict[str, None]] = {}
     for row in results.sheet.rows:
-        for stage in STAGES:
-            folder = training_folder(results.layout, row, stage)
+        for folder in training_folders(results.layout, row).values():
             training = read_training(folder)
             if training is None:
                 continue
@@ -149,13 +147,13 @@ def environments(results: Results) -> list[dict[str, Any]]:
 
 def row_view(results: Results, row: Row) -> dict[str, Any]:
     """A row for the template: its settings, its training, and a line for each score."""
-    training = read_training(training_folder(results.layout, row, "finetune")) or {}
+    training = read_training(training_folders(results.layout, row)["finetune"]) or {}
     facts = {
         "model": row.model,
         "method": METHOD_LABELS[row.method],
         "seed": row.seed,
         **record(row.dualspeed),
-        "pretraining": row.pretrain_key,
+        "pretraining": row.pretrain_key or "none",
         "settings_hash (tag of its MLflow run)": row.settings_hash,
     }
     for key in ("num_steps", "num_slow_steps", "train_seconds", "samples_per_second", "peak_memory_bytes"):

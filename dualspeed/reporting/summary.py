@@ -7,6 +7,7 @@ interval of `rel`, which are inf where a Baseline scored 0 on a benchmark; MEANS
 of "row: benchmark"). A value that doesn't exist yet is NaN.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,12 @@ from dualspeed.settings.sheet import Row, Sheet
 
 METHODS = tuple(METHOD_LABELS)  # in the paper's order
 PRUNERS = ("divprune", "fastervlm", "cdpruner")  # in the paper's order; others follow by name
-SETTINGS = ["pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"]
+SETTINGS = [
+    *["pruner", "pruning_ratio", "slow_mode_ratio", "slow_steps"],  # one of the last two is None
+    *["num_virtual_tokens", "distillation_weight", "max_steps"],
+]
+DEFAULTS: dict[str, Any] = {name: getattr(DualSpeedConfig(), name, None) for name in SETTINGS}
+"""Name of a setting -> the paper's value; None of `max_steps`: the recipe's."""
 MEANS = [
     *["speedup_measured", "speedup_theory", "pretrain_seconds", "finetune_seconds", "train_hours", "pruner_share"],
     *["fast_step_seconds", "slow_step_seconds", "baseline_step_seconds", "fast_flops_share"],
@@ -53,11 +59,18 @@ def usual_settings(summary: pd.DataFrame) -> dict[str, Any]:
     dualspeed = summary[(summary["method"] == "dualspeed") & (summary["inference"] == "full")]
     usual = {}
     for name in SETTINGS:
-        default = getattr(DualSpeedConfig(), name)
-        counts = dualspeed.groupby(name)["num_seeds"].sum()
-        most = list(counts.index[counts == counts.max()])
-        usual[name] = default if default in most else most[-1]
+        default = DEFAULTS[name]
+        counts: Counter = Counter()
+        for value, num_seeds in zip(dualspeed[name], dualspeed["num_seeds"], strict=True):
+            counts[None if pd.isna(value) else value] += num_seeds
+        most = [value for value, count in counts.items() if count == max(counts.values())]
+        usual[name] = default if default in most else max(most, key=_none_first)
     return usual
+
+
+def has_setting(summary: pd.DataFrame, name: str, value: Any) -> pd.Series:
+    """Mask of the lines whose setting `name` is `value`, which may be None."""
+    return summary[name].isna() if value is None else summary[name] == value
 
 
 def typical_rows(summary: pd.DataFrame) -> pd.DataFrame:
@@ -68,7 +81,7 @@ def typical_rows(summary: pd.DataFrame) -> pd.DataFrame:
     for method, names in {"naive_prune": SETTINGS[:2], "dualspeed": SETTINGS}.items():
         matches = summary["method"] == method
         for name in names if usual else ():
-            matches &= summary[name] == usual[name]
+            matches &= has_setting(summary, name, usual[name])
         keep |= matches
     return summary[keep]
 
@@ -87,16 +100,37 @@ def summary_columns(benchmarks: Sequence[str]) -> list[str]:
 
 
 def with_baseline(sheet: Sheet, rows: Iterable[Row]) -> list[tuple[str, str]]:
-    """(id, id of the Baseline of the same model and seed) of each row that has such a Baseline."""
-    baselines = {(row.model, row.seed): row.id for row in sheet.rows if row.method == "baseline"}
-    return [(row.id, baselines[row.model, row.seed]) for row in rows if (row.model, row.seed) in baselines]
+    """(id, id of its Baseline) of each row that has one, of the same model and seed.
+
+    The Baseline is as long as the row; if there is none, as long as the recipe says.
+    """
+    baselines = {(row.model, row.seed, row.max_steps): row.id for row in sheet.rows if row.method == "baseline"}
+    found = []
+    for row in rows:
+        for max_steps in (row.max_steps, None):
+            if (key := (row.model, row.seed, max_steps)) in baselines:
+                found.append((row.id, baselines[key]))
+                break
+    return found
 
 
 def varied_settings(summary: pd.DataFrame) -> dict[str, str]:
-    """{symbol: column} of r, l and alpha, each only if the DualSpeed rows differ in it."""
-    symbols = {"r": "slow_mode_ratio", "l": "num_virtual_tokens", "alpha": "distillation_weight"}
+    """{symbol: column} of r, slow steps, l and alpha, each if the DualSpeed rows differ in it; steps, if any do."""
+    symbols = {
+        "r": "slow_mode_ratio",
+        "Slow steps": "slow_steps",
+        "l": "num_virtual_tokens",
+        "alpha": "distillation_weight",
+        "Steps": "max_steps",
+    }
     dualspeed = summary[summary["method"] == "dualspeed"]
-    return {symbol: column for symbol, column in symbols.items() if dualspeed[column].nunique() > 1}
+    rows = {column: summary if column == "max_steps" else dualspeed for column in symbols.values()}
+    return {symbol: column for symbol, column in symbols.items() if rows[column][column].nunique(dropna=False) > 1}
+
+
+def slow_steps_of(line: Any) -> str:
+    """How many of the steps of a summary's line are slow: a share, or a number."""
+    return f"r = {line.slow_mode_ratio:g}" if pd.isna(line.slow_steps) else f"{line.slow_steps:g} slow steps"
 
 
 def is_baseline(line: Any) -> bool:
@@ -116,12 +150,17 @@ def _group_by_settings(sheet: Sheet, rows: Iterable[Row]) -> list[list[Row]]:
 def _paper_order(row: Row, models: list[str]) -> tuple:
     pruner = row.dualspeed.pruner
     rank = PRUNERS.index(pruner) if pruner in PRUNERS else len(PRUNERS)
-    numbers = [getattr(row.dualspeed, name) for name in SETTINGS[1:]]
+    numbers = [_none_first(_settings_of(row)[name]) for name in SETTINGS[1:]]
     return models.index(row.model), METHODS.index(row.method), rank, pruner, *numbers
 
 
+def _none_first(value: Any) -> tuple[bool, Any]:
+    """Key that sorts values of a setting, None before all others."""
+    return value is not None, value
+
+
 def _settings_of(row: Row) -> dict[str, Any]:
-    settings = {name: getattr(row.dualspeed, name) for name in SETTINGS}
+    settings = {name: getattr(row.dualspeed, name, row.max_steps) for name in SETTINGS} | row.slow_settings
     if row.method == "baseline":
         settings |= {"pruner": None, "pruning_ratio": None}
     return {"model": row.model, "method": row.method} | settings

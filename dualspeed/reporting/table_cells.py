@@ -27,6 +27,8 @@ def setting_cells(summary: pd.DataFrame, leave_out: Sequence[str] = ()) -> dict[
     cells["Pruner"] = summary["pruner"].map(lambda name: format_setting(PRUNER_LABELS.get(name, name)))
     cells["p"] = summary["pruning_ratio"].map(format_setting)
     cells |= {symbol: summary[column].map(format_setting) for symbol, column in varied_settings(summary).items()}
+    if "Steps" in cells:
+        cells["Steps"] = summary["max_steps"].map(lambda steps: "recipe's" if pd.isna(steps) else format_setting(steps))
     return {label: list(column) for label, column in cells.items() if label not in leave_out}
 
 

@@ -135,11 +135,12 @@ def format_mean(mean: float, std: float) -> str:
     return format_number(mean) if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
 
-def format_gain(gain: float | None) -> str:
-    """Change of Rel.; empty for the line that has none before it."""
+def format_gain(gain: float | None, interval: np.ndarray | None = None) -> str:
+    """Change of Rel. with its interval; empty for the line that has none before it."""
     if gain is None:
         return ""
-    return NO_RATIO if np.isinf(gain) else NOT_RUN if pd.isna(gain) else f"{gain:+.2f}"
+    ends = "" if interval is None else " [{:+.2f}, {:+.2f}]".format(*interval)
+    return NO_RATIO if np.isinf(gain) else NOT_RUN if pd.isna(gain) else f"{gain:+.2f}{ends}"
 
 
 def format_setting(value: object) -> str:

@@ -1,11 +1,21 @@
 """Settings of the method (paper section 3)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from dualspeed.errors import ConfigError
 from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.model import PRUNE_BUDGETS
-from dualspeed.settings.modes import MODE_SCHEDULES
+from dualspeed.settings.modes import MODE_SCHEDULES, Mode, counted_is_slow, mode_of_step
 from dualspeed.settings.names import PRUNER_NAMES
+
+
+def check_slow_steps(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if someone wrote both a number and a share of slow steps, the share's default included."""
+    count, share = given.get("slow_steps"), given.get("slow_mode_ratio")
+    if count is not None and share is not None:
+        raise ConfigError(f"slow_steps: {count!r} beside slow_mode_ratio {share!r}; valid: one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +28,8 @@ class DualSpeedConfig:
     """Share p of an image's visual tokens that fast mode drops, in [0, 1)."""
     slow_mode_ratio: float = number(minimum=0, maximum=1, default=0.1)
     """Share r of the steps that run in slow mode: 1 is ordinary training, 0 is pruning alone."""
+    slow_steps: int | None = number(minimum=1, default=None)
+    """Number N of slow steps in the whole training, evenly spaced, instead of the share r; None: r decides."""
     num_virtual_tokens: int = number(minimum=0, default=4)
     """Length l of the mode isolator; 0 means none."""
     distillation_weight: float = number(minimum=0, default=1.0)
@@ -36,3 +48,34 @@ class DualSpeedConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.slow_steps is None:
+            return
+        if self.slow_mode_ratio != type(self).slow_mode_ratio:
+            check_slow_steps({"slow_steps": self.slow_steps, "slow_mode_ratio": self.slow_mode_ratio})
+        if self.mode_schedule != type(self).mode_schedule:
+            raise ConfigError(f"mode_schedule: {self.mode_schedule!r} has no effect with slow_steps; valid: without it")
+
+    def mode_of_step(self, seed: int, step: int, num_steps: int) -> Mode:
+        """Mode of optimizer step `step` (from 0) of `num_steps`; all its micro-batches share it.
+
+        Raises:
+            ConfigError: as `slow_share`.
+        """
+        if self.slow_steps is None:
+            return mode_of_step(seed, step, self.slow_mode_ratio, self.mode_schedule)
+        self.slow_share(num_steps)
+        return Mode.SLOW if counted_is_slow(seed, step, self.slow_steps, num_steps) else Mode.FAST
+
+    def slow_share(self, num_steps: float) -> float:
+        """Share of slow steps in a training of `num_steps` steps.
+
+        Raises:
+            ConfigError: there are fewer steps than `slow_steps`.
+        """
+        if self.slow_steps is None:
+            return self.slow_mode_ratio
+        if self.slow_steps > num_steps:
+            raise ConfigError(
+                f"slow_steps: {self.slow_steps} of {num_steps:g} steps; valid: at most the training's steps"
+            )
+        return self.slow_steps / num_steps

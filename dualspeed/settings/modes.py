@@ -23,6 +23,12 @@ def stratified_is_slow(seed: int, step: int, slow_mode_ratio: float) -> bool:
     return math.floor((step + 1) * slow_mode_ratio + offset) > math.floor(step * slow_mode_ratio + offset)
 
 
+def counted_is_slow(seed: int, step: int, slow_steps: int, num_steps: int) -> bool:
+    """Exactly `slow_steps` of `num_steps` steps, evenly spaced; whole numbers, so that no rounding can change it."""
+    offset = random.Random(f"{seed}").randrange(num_steps)
+    return ((step + 1) * slow_steps + offset) // num_steps > (step * slow_steps + offset) // num_steps
+
+
 # name -> (seed, step, slow_mode_ratio) -> is this step slow?
 MODE_SCHEDULES = {"bernoulli": bernoulli_is_slow, "stratified": stratified_is_slow}
 

@@ -19,8 +19,10 @@ COLUMNS = {
     "pruner": str,
     "pruning_ratio": float,
     "slow_mode_ratio": float,
+    "slow_steps": int,
     "num_virtual_tokens": int,
     "distillation_weight": float,
+    "max_steps": int,
     "seed": int,
     "tables": str,
 }
@@ -31,6 +33,8 @@ NUMBERS = {
 }
 LINE_END = re.compile(r"\r\n|\r|\n")
 REQUIRED = ("id", "model", "method")
+SETTINGS = tuple(COLUMNS)[3:-3]
+"""Columns that are settings of the method."""
 
 # method -> the settings it stands for. A Baseline or NaivePrune has no isolator: nothing would train it, or use it.
 METHODS = {
@@ -75,7 +79,9 @@ def resolve_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a cell contradicts its method; repeating one of its settings is fine.
     """
     settings = dict(METHODS[row["method"]])
-    for column in ("pruner", "pruning_ratio", "slow_mode_ratio", "num_virtual_tokens", "distillation_weight"):
+    if row["slow_steps"] is not None and row["method"] != "dualspeed":
+        raise ConfigError(f"slow_steps: {row['slow_steps']} contradicts the method {row['method']}; valid: empty")
+    for column in SETTINGS:
         cell = row[column]
         if cell is None:
             continue

@@ -56,13 +56,13 @@ def timed_recipe(recipe: Recipe) -> Recipe:
 def speed_settings(model: ModelConfig, dualspeed: DualSpeedConfig) -> SpeedSettings:
     """Settings of the measurement of a row's step times.
 
-    r enters a speedup by arithmetic on the times of a fast and a slow step, and alpha only decides whether a teacher
-    runs; so rows that differ in nothing else share a measurement.
+    The share of slow steps enters a speedup by arithmetic on the times of a fast and a slow step, and alpha only
+    decides whether a teacher runs; so rows that differ in nothing else share a measurement.
     """
     weight = 1.0 if dualspeed.distillation_weight else 0.0
     ratio = DualSpeedConfig().slow_mode_ratio
     return SpeedSettings(
-        dualspeed=dataclasses.replace(dualspeed, slow_mode_ratio=ratio, distillation_weight=weight),
+        dualspeed=dataclasses.replace(dualspeed, slow_mode_ratio=ratio, slow_steps=None, distillation_weight=weight),
         recipe=timed_recipe(model.stages.finetune),
     )
 

@@ -43,8 +43,8 @@ def test_a_setting_that_is_set_changes_the_key(change):
 @pytest.mark.parametrize("name", [one.name for one in dataclasses.fields(DualSpeedConfig)])
 def test_every_setting_of_the_method_is_part_of_the_key(name):
     others = {"pruner": "random", "mode_schedule": "stratified", "prune_budget": "tile", "relevance_clip": "clip"}
-    others |= {"pixel_pruning": 0.0}
-    value = others.get(name, 0.5 if name != "num_virtual_tokens" else 8)
+    others |= {"pixel_pruning": 0.0, "num_virtual_tokens": 8, "slow_steps": 20}
+    value = others.get(name, 0.5)
     assert key_of(DualSpeedConfig(**{name: value})) != key_of(DualSpeedConfig())
 
 
@@ -65,6 +65,7 @@ def test_defaults_are_those_of_this_generation():
         "pruner": "divprune",
         "pruning_ratio": 0.9,
         "slow_mode_ratio": 0.1,
+        "slow_steps": None,
         "num_virtual_tokens": 4,
         "distillation_weight": 1.0,
         "distillation_temperature": 1.0,
@@ -87,6 +88,10 @@ def test_defaults_are_those_of_this_generation():
         "global_batch_size": 4,
         "per_device_batch_size": None,
         "slow_per_device_batch_size": None,
+        "tokens_per_batch": None,
+        "slow_tokens_per_batch": None,
+        "attn_implementation": None,
+        "packing": False,
         "projector_learning_rate": None,
         "vision_learning_rate": None,
         "lora": None,

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -26,36 +25,15 @@ from dualspeed.settings.sheet import Row
 from dualspeed.settings.sheet_file import COLUMNS
 from dualspeed.settings.stage import StageSettings
 from tests.support.paths import REPOSITORY
+from tests.support.projects import CONFIG, DEMO, load, write_sheet
 
-DEMO, DEMO_FULL = (REPOSITORY / f"config/demo/experiments{name}.tsv" for name in ("", "-full"))
-CONFIG = yaml.safe_load((REPOSITORY / "config/demo/config.yaml").read_text())
+DEMO_FULL = REPOSITORY / "config/demo/experiments-full.tsv"
 MODEL = "models.tiny.stages.finetune"
 ARGUMENTS = f"{MODEL}.training_arguments"
 
 
-def load(sheet: Path = DEMO, **changes: Any) -> Project:
-    """The demo's project with dotted keys (written with __) set; None as a value deletes the key."""
-    content = json.loads(json.dumps(CONFIG)) | {"experiments": str(sheet)}
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        block = content
-        for parent in parents:
-            block = block[parent]
-        block[last] = value
-    return load_project(content, "config.yaml")
-
-
 def row_of(project: Project, identifier: str) -> Row:
     return next(row for row in project.rows if row.id == identifier)
-
-
-def write_sheet(folder: Path, *rows: str) -> Path:
-    """A sheet whose rows are given as `column=value` words."""
-    cells = [dict(word.split("=") for word in row.split()) for row in rows]
-    columns = list(dict.fromkeys(column for row in cells for column in row))
-    lines = ["\t".join(columns), *("\t".join(row.get(column, "") for column in columns) for row in cells)]
-    (folder / "experiments.tsv").write_text("\n".join(lines) + "\n")
-    return folder / "experiments.tsv"
 
 
 def read_row(folder: Path, row: str) -> Row:

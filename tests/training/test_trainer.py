@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, DualSpeedTrainer, Mode
+from dualspeed.errors import ConfigError
 from dualspeed.settings.modes import MODE_SCHEDULES, mode_of_step
 from dualspeed.training.trainable import parts_of, set_trainable
 from tests.support import tiny
@@ -85,6 +86,24 @@ def test_schedules_have_their_ratio(ratio):
             assert abs(sum(stratified[:count]) - count * ratio) <= 1 + 1e-9
         drawn = sum(mode_of_step(seed, step, ratio) is Mode.SLOW for step in range(10_000))
         assert abs(drawn - 10_000 * ratio) < 5 * (10_000 * ratio * (1 - ratio)) ** 0.5
+
+
+def test_slow_steps_are_dealt_out_exactly_whatever_interrupts_them(tmp_path):
+    config = DualSpeedConfig(slow_steps=3, pruning_ratio=0.7, pruner="random")
+    whole = trainer(tmp_path / "whole", dualspeed=config)
+    whole.train()
+    assert sum("slow/ce_loss" in entry for entry in losses(whole)) == 3
+    trainer(tmp_path / "parts", dualspeed=config, save_strategy="steps", save_steps=5).train()
+    resumed = trainer(tmp_path / "parts", model=tiny.llava(seed=9, dropout=0.1), dualspeed=config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-5"))
+    assert losses(resumed) == losses(whole)
+
+
+def test_more_slow_steps_than_steps_are_refused_before_the_first_one(tmp_path):
+    made = trainer(tmp_path, dualspeed=DualSpeedConfig(slow_steps=NUM_STEPS + 1))
+    with pytest.raises(ConfigError, match=f"slow_steps: {NUM_STEPS + 1} of {NUM_STEPS} steps"):
+        made.train()
+    assert made.state.global_step == 0
 
 
 def test_resumed_equals_uninterrupted(tmp_path):

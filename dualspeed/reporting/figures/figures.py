@@ -27,7 +27,9 @@ from dualspeed.reporting.figures.style import (
 )
 from dualspeed.reporting.frames import read_results
 from dualspeed.reporting.summary import (
+    has_setting,
     is_baseline,
+    slow_steps_of,
     summarise,
     summarise_table,
     typical_rows,
@@ -106,11 +108,13 @@ def draw_panels(left: Axes, right: Axes, rows: pd.DataFrame, prefix: str) -> Non
     """Draw the two panels of one model; each varies one setting and keeps the others at their usual values."""
     usual = usual_settings(rows)
     is_baseline, same_pruner = rows["method"] == "baseline", rows["pruner"] == usual["pruner"]
-    same_p, same_r = (rows[name] == usual[name] for name in ("pruning_ratio", "slow_mode_ratio"))
+    same_p = rows["pruning_ratio"] == usual["pruning_ratio"]
+    same_r, same_count = (has_setting(rows, name, usual[name]) for name in ("slow_mode_ratio", "slow_steps"))
     is_naive = rows["method"] == "naive_prune"
-    draw_curve(left, rows[(same_pruner & (same_r | is_naive)) | is_baseline], "pruning_ratio", "p")
-    draw_curve(right, rows[(same_pruner & same_p) | is_baseline], "slow_mode_ratio", "r")
-    left.set_title(f"{prefix}Over pruning ratio p, at r = {usual['slow_mode_ratio']:g}")
+    draw_curve(left, rows[(same_pruner & ((same_r & same_count) | is_naive)) | is_baseline], "pruning_ratio", "p")
+    has_r = rows["slow_mode_ratio"].notna()
+    draw_curve(right, rows[(same_pruner & same_p & has_r) | is_baseline], "slow_mode_ratio", "r")
+    left.set_title(f"{prefix}Over pruning ratio p, at {slow_steps_of(pd.Series(usual))}")
     right.set_title(f"{prefix}Over slow-mode ratio r, at p = {usual['pruning_ratio']:g}")
     left.set_ylabel("Rel. (% of Baseline, full tokens)")
 
@@ -216,7 +220,7 @@ def draw_mismatch(rows: pd.DataFrame) -> Figure:
 
 
 def name_rows(rows: pd.DataFrame) -> list[str]:
-    """Name of each line of a summary: method, pruner and p; r, l and alpha that are not the usual ones; the model."""
+    """Name of each line of a summary: method, pruner and p; settings that vary and are unusual; the model."""
     varied = varied_settings(rows)
     usual = usual_settings(rows) if varied else {}
     names = []
@@ -226,7 +230,11 @@ def name_rows(rows: pd.DataFrame) -> list[str]:
             parts.append(f"{PRUNER_LABELS.get(row.pruner, row.pruner)} p = {row.pruning_ratio:g}")
         if row.method == "dualspeed":
             values = {symbol: (getattr(row, column), usual[column]) for symbol, column in varied.items()}
-            parts += [f"{symbol} = {value:g}" for symbol, (value, usual_one) in values.items() if value != usual_one]
+            parts += [
+                f"{symbol} = {value:g}"
+                for symbol, (value, usual_one) in values.items()
+                if value != usual_one and not pd.isna(value)
+            ]
         if rows["model"].nunique() > 1:
             parts.append(row.model)
         names.append(", ".join(parts))
