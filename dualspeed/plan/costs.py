@@ -10,6 +10,7 @@ from dualspeed.layout import Layout
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters, visual_flops
 from dualspeed.plan.memory import ERROR, RESERVED, Peak, peak_memory
 from dualspeed.plan.shapes import ModelShape, shape_of
+from dualspeed.plan.towers import Encoded
 from dualspeed.settings.plan import DatasetEstimate, Gpu
 from dualspeed.settings.project import Project
 from dualspeed.settings.recipe import Recipe, batch_plan
@@ -68,6 +69,8 @@ class StageCost:
     """Disk space of the trained model."""
     state_bytes: float
     """Disk space of the checkpoints to resume from, while it trains."""
+    kept_bytes: float
+    """Disk space of the features that `cache_features` keeps, if no two samples show the same image."""
 
     @property
     def memory(self) -> float:
@@ -127,7 +130,8 @@ def lengths_of(project: Project, settings: StageSettings, shape: ModelShape, pre
 def counted(estimate: DatasetEstimate, manifest: dict, shape: ModelShape) -> DatasetEstimate:
     """Replace the estimate's lengths by those that preparation counted; text tokens are all but the images' tokens."""
     mean = manifest["num_tokens"] / manifest["num_samples"]
-    text = max(1, round(mean - estimate.image_share * shape.visual_tokens(*estimate.image_size)))
+    image = shape.visual_tokens(*estimate.image_size) + shape.tower.markers(*estimate.image_size)
+    text = max(1, round(mean - estimate.image_share * image))
     supervised = max(1, round(estimate.supervised_tokens * text / estimate.text_tokens))
     return dataclasses.replace(
         estimate,
@@ -142,16 +146,21 @@ def sample_of(
     settings: StageSettings, shape: ModelShape, estimate: DatasetEstimate, text: int, has_image: bool = True
 ) -> Sample:
     """Sample with `text` tokens and, if `has_image`, an image; cut at max_length."""
-    method, size = settings.dualspeed, estimate.image_size
-    visual = shape.visual_tokens(*size) if has_image else 0
-    text = min(text, settings.recipe.max_length - visual)
+    method, size, longest = settings.dualspeed, estimate.image_size, settings.recipe.max_length
+    visual, markers = (shape.visual_tokens(*size), shape.tower.markers(*size)) if has_image else (0, 0)
+    if visual + markers >= longest:
+        raise ConfigError(
+            f"max_length: {longest}, and an image of {size[0]} x {size[1]} pixels has {visual + markers} tokens; "
+            "valid: more, or smaller images in plan.datasets"
+        )
+    text = min(text, longest - visual - markers)
     kept = shape.kept_tokens(*size, method.pruning_ratio, method.num_virtual_tokens, method.prune_budget)
     return Sample(
-        full_tokens=text + visual,
-        fast_tokens=text + (kept if has_image else 0),
+        full_tokens=text + visual + markers,
+        fast_tokens=text + (kept + markers if has_image else 0),
         supervised_tokens=round(text * estimate.supervised_tokens / estimate.text_tokens),
         visual_tokens=visual,
-        tiles=shape.num_tiles(*size) if has_image else 0,
+        encoded=shape.encoded(*size) if has_image else Encoded(),
     )
 
 
@@ -160,8 +169,8 @@ def longest_sample(settings: StageSettings, shape: ModelShape, estimate: Dataset
 
     If some samples have no image, its length in fast mode is that of the longest text alone, which no pruning shortens.
     """
-    grids = shape.grids or ((1, 1),)
-    largest = dataclasses.replace(estimate, image_size=max(grids, key=lambda grid: shape.visual_tokens(*grid)))
+    size = shape.tower.largest(estimate.largest_image_size or estimate.image_size)
+    largest = dataclasses.replace(estimate, image_size=size)
     text = estimate.longest_text_tokens or settings.recipe.max_length
     with_image = sample_of(settings, shape, largest, text)
     if estimate.image_share == 1:
@@ -178,8 +187,15 @@ def stage_cost(project: Project, settings: StageSettings, model: str) -> StageCo
     recipe, trained, processes = settings.recipe, trained_by(settings), processes_of(settings.recipe, wanted)
     batch = recipe.per_device_batch_size or recipe.global_batch_size // processes.num_gpus
     batch_plan(recipe.global_batch_size, processes.num_gpus, batch)
-    modes = modes_of(settings)
+    num_passes = recipe.training_arguments.get("num_train_epochs", 3)
+    if (max_steps := recipe.training_arguments.get("max_steps", -1)) > 0:
+        num_passes = max_steps * recipe.global_batch_size / lengths.samples
+    modes = modes_of(settings, num_passes * lengths.samples / recipe.global_batch_size)
     batches = {mode: batch if mode == "fast" else recipe.slow_per_device_batch_size or batch for mode in modes}
+    for mode in modes if (budgets := recipe.token_budgets) else ():
+        budget = budgets["fast" if mode == "fast" else "slow"]
+        longest = lengths.longest.fast_tokens if mode == "fast" else lengths.longest.full_tokens
+        batches[mode] = min(batch, max(1, budget // longest))
     peak = peak_memory(
         shape,
         lengths.longest,
@@ -189,9 +205,6 @@ def stage_cost(project: Project, settings: StageSettings, model: str) -> StageCo
         num_gpus=processes.num_gpus,
         accumulates=min(batches.values()) * processes.num_gpus < recipe.global_batch_size,
     )
-    num_passes = recipe.training_arguments.get("num_train_epochs", 3)
-    if (max_steps := recipe.training_arguments.get("max_steps", -1)) > 0:
-        num_passes = max_steps * recipe.global_batch_size / lengths.samples
 
     def flops(modes: dict[str, float], kinds: tuple[tuple[float, Sample], ...] = lengths.kinds) -> float:
         return num_passes * lengths.samples * sum(
@@ -204,7 +217,7 @@ def stage_cost(project: Project, settings: StageSettings, model: str) -> StageCo
         (share, dataclasses.replace(sample, fast_tokens=sample.full_tokens - sample.visual_tokens))
         for share, sample in lengths.kinds
     )
-    in_tower = sum(share * visual_flops(shape, sample, trained) for share, sample in lengths.kinds)
+    in_tower = sum(share * visual_flops(sample, trained) for share, sample in lengths.kinds)
     baseline_flops = flops({"baseline": 1.0})
     num_parameters = sum(shape.parameters.values())
     return StageCost(
@@ -219,11 +232,12 @@ def stage_cost(project: Project, settings: StageSettings, model: str) -> StageCo
         # Two checkpoints are kept while a third is written. Each has bfloat16 weights; those that are trained are
         # float32 (2 bytes more) with two float32 moments.
         state_bytes=3 * (2 * num_parameters + 10 * trained_parameters(shape, trained)),
+        kept_bytes=lengths.samples * sum(share * sample.encoded.kept_bytes for share, sample in lengths.kinds),
     )
 
 
-def modes_of(settings: StageSettings) -> dict[str, float]:
+def modes_of(settings: StageSettings, num_steps: float) -> dict[str, float]:
     """Share of a stage's steps in each mode."""
-    ratio, distills = settings.dualspeed.slow_mode_ratio, settings.dualspeed.distillation_weight > 0
+    ratio, distills = settings.dualspeed.slow_share(num_steps), settings.dualspeed.distillation_weight > 0
     shares = {"fast": 1 - ratio, "slow" if distills else "baseline": ratio}
     return {mode: share for mode, share in shares.items() if share > 0}

@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dualspeed.plan.shapes import ModelShape
+from dualspeed.plan.towers import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class Sample:
     """Tokens with a label."""
     visual_tokens: int
     """Visual tokens before pruning; 0 without an image."""
-    tiles: int
-    """Tiles that the vision tower encodes."""
+    encoded: Encoded
+    """Cost of encoding its image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +64,11 @@ def language_flops(shape: ModelShape, tokens: int, supervised: int, trained: Tra
     return linear_passes * (linear + head) + 3 * (attention + adapters) + recomputed
 
 
-def vision_flops(shape: ModelShape, tiles: int, trained: Trained) -> float:
-    """FLOPs of the vision tower on a sample's tiles, without its last layer, which comes after the selected one."""
-    positions = shape.side**2 + 1
-    block = 4 * shape.vision_width**2 + 2 * shape.vision_width * shape.vision_inner
-    blocks = (shape.vision_layers - 1) * (2 * positions * block + 4 * positions**2 * shape.vision_width)
-    patches = 2 * shape.side**2 * shape.vision_width * 3 * shape.patch_size**2
-    return tiles * (3 * blocks + 2 * patches if trained.vision else blocks + patches)
-
-
-def projector_flops(shape: ModelShape, tiles: int, trained: Trained) -> float:
-    """FLOPs of the projector, which is trained in both stages, on a sample's tiles."""
-    tokens = tiles * shape.side**2
-    first, second = 2 * shape.vision_width * shape.text_width, 2 * shape.text_width**2
-    return tokens * ((3 if trained.vision else 2) * first + 3 * second)
-
-
-def visual_flops(shape: ModelShape, sample: Sample, trained: Trained) -> float:
-    """FLOPs of vision tower and projector for one sample, which pruning doesn't lower."""
-    return vision_flops(shape, sample.tiles, trained) + projector_flops(shape, sample.tiles, trained)
+def visual_flops(sample: Sample, trained: Trained) -> float:
+    """FLOPs of vision tower and projector, which every stage trains, for one sample; pruning doesn't lower them."""
+    encoded = sample.encoded
+    tower = 3 * encoded.blocks + 2 * encoded.patches if trained.vision else encoded.blocks + encoded.patches
+    return tower + (3 if trained.vision else 2) * encoded.entry + 3 * encoded.projector
 
 
 def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, distill: bool = True) -> float:
@@ -92,7 +79,7 @@ def step_flops(shape: ModelShape, sample: Sample, trained: Trained, mode: str, d
         distill: False leaves out the teacher of a slow step, a forward pass in fast mode.
     """
     trained = trained.in_mode(mode)
-    visual = visual_flops(shape, sample, trained)
+    visual = visual_flops(sample, trained)
     # Similarities of all pairs of visual tokens, which DivPrune and similar pruners compute.
     pruner = 2 * sample.visual_tokens**2 * shape.text_width
     fast, full, supervised = sample.fast_tokens, sample.full_tokens, sample.supervised_tokens

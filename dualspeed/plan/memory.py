@@ -91,7 +91,7 @@ def activation_bytes(
     # Gradients inside a block: of both factors of the gated product and of the residual stream. The gradient of the
     # product itself takes the memory that the product frees.
     passing = tokens * (4 * shape.text_inner + 2 * stream * width)
-    visual = batch * sample.tiles * shape.side**2 * (2 * shape.vision_width + 6 * width)
+    visual = batch * sample.encoded.saved_bytes
     ends = tokens * (2 * stream * width + 4 * width)
     logits = batch * sample.supervised_tokens * shape.vocabulary * 14
     begins = kept + visual + max(ends + logits, passing + (block if trained.checkpointing else 0))
@@ -118,7 +118,7 @@ def peak_memory(
     num_trained = trained_parameters(shape, trained)
     added = shape.adapter_parameters(trained.lora_rank)
     num_frozen = sum(parts.values()) + added - num_trained
-    block_parameters = parts["layers"] / shape.text_layers
+    block_parameters, head_parameters = parts["layers"] / shape.text_layers, shape.vocabulary * shape.text_width
     outside = sum(parts.values()) - parts["layers"]
     shared = 1 / num_gpus
     weights, optimizer, gradients = {
@@ -136,9 +136,11 @@ def peak_memory(
     in_float32 = sharding == "ddp" and trained.language and not trained.lora_rank
     if in_float32:
         # Autocast's bfloat16 copies: of all weights at once, or with checkpointing of one block at a time.
-        copies = 2 * (block_parameters + parts["embeddings"] / 2 if trained.checkpointing else num_trained)
+        copies = 2 * (block_parameters + head_parameters if trained.checkpointing else num_trained)
     trains_blocks = trained.language and not trained.lora_rank
-    gradients_to_come = gradients * (block_parameters + parts["embeddings"] / 2) / num_trained if trains_blocks else 0
+    # Those of the first block and of the embeddings, unless the head, which has them, is the same weights.
+    to_come = block_parameters + (0 if shape.ties_embeddings else head_parameters)
+    gradients_to_come = gradients * to_come / num_trained if trains_blocks else 0
     fullest = [
         activation_bytes(shape, sample, trained, mode, batch, in_float32, is_sharded=sharding != "ddp")
         for mode, batch in batches.items()

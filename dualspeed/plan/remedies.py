@@ -54,7 +54,13 @@ def possible_changes(settings: StageSettings, num_gpus: int) -> Iterator[tuple[s
             lambda recipe: dataclasses.replace(recipe, training_arguments=checkpointing),
         )
     batch = recipe.per_device_batch_size or recipe.global_batch_size // num_gpus
-    while batch % 2 == 0:
+    if budgets := recipe.token_budgets:
+        fast, slow = (budget // 2 for budget in budgets.values())
+        yield (
+            f"tokens_per_batch: {fast} and slow_tokens_per_batch: {slow}",
+            lambda recipe: dataclasses.replace(recipe, tokens_per_batch=fast, slow_tokens_per_batch=slow),
+        )
+    while batch % 2 == 0 and not budgets:
         batch //= 2
         yield f"per_device_batch_size: {batch}", with_batch(batch)
     if recipe.accelerate_config != FSDP2 and num_gpus > 1:

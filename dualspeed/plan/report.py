@@ -74,9 +74,10 @@ def lines_of(project: Project) -> list[Line]:
     num_sharing = Counter(row.pretrain_key for row in project.rows)
     lines = []
     for row in project.rows:
-        if (num_rows := num_sharing.pop(row.pretrain_key, 0)) > 0:
+        pretrain = project.pretrain_settings(row)
+        if pretrain is not None and (num_rows := num_sharing.pop(row.pretrain_key, 0)) > 0:
             also = f" (+{num_rows - 1} rows)" if num_rows > 1 else ""
-            lines.append(line_of(project, row, project.pretrain_settings(row), also))
+            lines.append(line_of(project, row, pretrain, also))
         lines.append(line_of(project, row, project.finetune_settings(row), ""))
     return lines
 
@@ -99,7 +100,7 @@ def table(project: Project, lines: list[Line]) -> str:
     ]
     disk = sum(line.cost.checkpoint_bytes for line in lines) / 1e9
     total = ["all", *[""] * (HEADERS.index("EFLOPs") - 1), sum(line.cost.flops for line in lines) / 1e18]
-    total += [""] * (HEADERS.index("A100-80G GPU h") - len(total)) + hours + [disk, ""]
+    total += [""] * (HEADERS.index(f"{next(iter(GPUS.values())).name} GPU h") - len(total)) + hours + [disk, ""]
     formats = [".1f" if name in ("EFLOPs",) or name.endswith(" h") else ".0f" for name in HEADERS]
     formats[HEADERS.index("speedup")] = ".2f"
     return tabulate([*cells, total], HEADERS, floatfmt=formats, intfmt=",", tablefmt="github")
@@ -144,6 +145,7 @@ def notes(project: Project, lines: list[Line]) -> str:
             f"Memory: of the longest samples; margin: share of an {GPUS[project.plan.gpu].name} (plan.gpu) that left; "
             f"rows have to fit it with {ERROR:.0%} more than they need, by which the arithmetic may be wrong.",
             "Disk: checkpoints that stay, and beside them, while a stage trains, what it resumes from.",
+            *kept_features(lines),
             f"Downloads: {known:.0f} GB in files whose size is stated, and {sizes.count(None)} files or patterns of "
             "unknown size." if sizes else "Downloads: none.",
             f"Lengths are assumed (plan.datasets) until preparation counts them: {', '.join(assumed)}."
@@ -151,6 +153,20 @@ def notes(project: Project, lines: list[Line]) -> str:
             else "Lengths are counted.",
         ]
     )  # fmt: skip
+
+
+def kept_features(lines: list[Line]) -> list[str]:
+    """Sentences that say what each folder of `cache_features` will hold."""
+    found = {
+        (line.settings.recipe.cache_features, line.model, line.settings.recipe.data_name): line.cost
+        for line in lines
+        if line.settings.recipe.cache_features is not None
+    }
+    return [
+        f"Kept features (cache_features): up to {cost.kept_bytes / 1e9:.3g} GB in {folder} for {model} on {data}, "
+        f"{cost.kept_bytes / cost.lengths.samples / 1e6:.2f} MB a sample; shared by all rows."
+        for (folder, model, data), cost in found.items()
+    ]
 
 
 def refusal(project: Project, line: Line) -> str:

@@ -5,6 +5,7 @@ All that concerns modules and tensors is in dualspeed.method.vlm.families.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from dualspeed.errors import ConfigError
@@ -36,17 +37,37 @@ BASE_FAMILIES = {
 """model_type -> family."""
 
 
-def check_base_family(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError unless a checkpoint's configuration is one of BASE_FAMILIES, whose costs are known.
+class TowerKind(StrEnum):
+    """Kind of a vision tower with its projector, by which `dualspeed plan` computes its cost."""
+
+    SQUARE = "square"
+    """CLIP on square tiles, two products for each patch."""
+    SHUFFLED = "shuffled"
+    """SigLIP on square tiles, one product for each square of patches."""
+    WINDOWS = "windows"
+    """Any resolution, attention within windows, a merger."""
+
+
+TOWER_KINDS = {
+    "llava": TowerKind.SQUARE,
+    "llava_next": TowerKind.SQUARE,
+    "idefics3": TowerKind.SHUFFLED,
+    "smolvlm": TowerKind.SHUFFLED,
+    "qwen2_5_vl": TowerKind.WINDOWS,
+}
+"""model_type -> kind of its tower, of the families whose costs are known."""
+
+
+def tower_kind(config: Mapping[str, Any], source: str) -> TowerKind:
+    """Kind of the tower of a checkpoint, by its configuration; ConfigError if its costs aren't known.
 
     Args:
         source: the checkpoint's folder.
     """
     kind = config.get("model_type", "llava")
-    if kind not in BASE_FAMILIES:
-        raise ConfigError(
-            f"{source}: costs follow from the sizes of {' or '.join(BASE_FAMILIES)}, and this is {kind!r}"
-        )
+    if kind not in TOWER_KINDS:
+        raise ConfigError(f"{source}: costs follow from the sizes of {' or '.join(TOWER_KINDS)}, and this is {kind!r}")
+    return TOWER_KINDS[kind]
 
 
 def aspect_ratios_of(processor: str) -> tuple[str, ...]:

@@ -51,16 +51,21 @@ class ModelParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The two stages of training."""
+    """The stages of training."""
 
-    pretrain: Recipe
-    """Projector and isolator."""
+    pretrain: Recipe | None = None
+    """Projector and isolator; null: rows finetune the base model as it is, which a finished VLM is good for."""
     finetune: Recipe
     """Language model, projector and isolator."""
 
     def __post_init__(self) -> None:
-        if self.pretrain.lora is not None:
+        if self.pretrain is not None and self.pretrain.lora is not None:
             raise ConfigError("pretrain.lora: the language model isn't trained there; valid: in stages.finetune")
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """Stage -> recipe of each stage that there is, in the order of training."""
+        return {stage: recipe for stage in STAGES if (recipe := getattr(self, stage)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,36 +91,50 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for stage in STAGES:
-            recipe, wanted = getattr(self.stages, stage), self.resources_of(stage)
+        for stage, recipe in self.stages.recipes.items():
+            wanted = self.resources_of(stage)
             try:
                 batch_plan(recipe.global_batch_size, wanted.num_processes, recipe.per_device_batch_size or 1)
             except ConfigError as error:
                 raise ConfigError(f"stages.{stage}.{error} (resources.{stage})") from None
-        templates = [getattr(self.stages, stage).chat_template for stage in STAGES]
-        if templates[1] == AUTO != templates[0]:
+        templates = [recipe.chat_template for recipe in self.stages.recipes.values()]
+        if templates[-1] == AUTO != templates[0]:
             raise ConfigError(
                 f"stages.finetune.chat_template: 'auto' behind a pretraining in {templates[0]!r}, which its "
                 "checkpoint has as its own; valid: 'auto' in both, or a name"
             )
         if (self.source == "parts") != (self.parts is not None):
             raise ConfigError(f"parts: with source {self.source!r}; valid: with source 'parts', and only there")
+        self.check_without_pretraining()
         if self.pixel_pruning is not None and self.source in MADE_HERE:
             raise ConfigError(
                 f"pixel_pruning: {self.pixel_pruning:g} with source {self.source!r}, a LLaVA, whose tower takes whole "
                 "images; valid: null, or the folder of a Qwen-VL as source"
             )
 
+    def check_without_pretraining(self) -> None:
+        """Raise ConfigError if there is no pretraining, but something needs one or is for one."""
+        if self.stages.pretrain is not None:
+            return
+        if self.parts is not None and self.parts.projector is None:
+            raise ConfigError(
+                "stages.pretrain: missing, and the projector of `parts` has random weights; valid: a recipe, or a "
+                "projector in parts.projector"
+            )
+        if self.resources.pretrain != JobResources():
+            raise ConfigError("resources.pretrain: given without stages.pretrain; valid: both or neither")
+
     def resources_of(self, job: str) -> JobResources:
         """Resources of a job of this kind (a field of ModelResources), with the recipe's defaults."""
-        stage = "pretrain" if job == "pretrain" else "finetune"
-        use_cpu = bool(getattr(self.stages, stage).training_arguments.get("use_cpu"))
+        recipe = self.stages.recipes.get(job, self.stages.finetune)
+        use_cpu = bool(recipe.training_arguments.get("use_cpu"))
         return getattr(self.resources, job).resolved(use_cpu)
 
     @property
     def inputs(self) -> dict[str, str]:
         """Key -> file or folder that has to be there, or to be downloaded."""
-        files = {f"stages.{stage}.accelerate_config": getattr(self.stages, stage).accelerate_config for stage in STAGES}
+        recipes = self.stages.recipes.items()
+        files = {f"stages.{stage}.accelerate_config": recipe.accelerate_config for stage, recipe in recipes}
         if self.parts is not None:
             files |= {
                 f"parts.{key}": getattr(self.parts, key) for key in ("language_model", "vision_tower", "projector")

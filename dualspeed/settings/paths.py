@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.model import STAGES, ModelConfig
+from dualspeed.settings.model import ModelConfig
 from dualspeed.settings.reading import quote
-from dualspeed.settings.recipe import PARQUET_SUFFIXES, DataRecipe
+from dualspeed.settings.recipe import PARQUET_SUFFIXES
 from dualspeed.settings.sources import Source, sources_of
 
 LONGEST_PART, LONGEST_RESULTS = 255, 3000
@@ -67,8 +67,7 @@ def check_paths(
 
 def data_paths(place: str, model: ModelConfig) -> Iterator[tuple[str, str, bool]]:
     """Yield (key, path, True if it must be a folder) of the data of a model's stages."""
-    for stage in STAGES:
-        recipe: DataRecipe = getattr(model.stages, stage)
+    for stage, recipe in model.stages.recipes.items():
         if recipe.annotations:
             yield f"{place}.{stage}.annotations", recipe.annotations, False
         if recipe.validation_annotations is not None:

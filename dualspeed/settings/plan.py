@@ -18,6 +18,7 @@ class Gpu:
 
 
 GPUS = {
+    "rtx4090": Gpu("RTX4090-24G", 165e12, 24e9),
     "a100": Gpu("A100-80G", 312e12, 80e9),
     "a100-40g": Gpu("A100-40G", 312e12, 40e9),
     "h100": Gpu("H100-80G", 989e12, 80e9),
@@ -38,7 +39,10 @@ class DatasetEstimate:
     image_share: float = number(minimum=0, maximum=1, default=1.0)
     """Share of the samples that have an image."""
     image_size: tuple[int, int] = (480, 640)
-    """Height and width of a picture, which LLaVA-NeXT's tokens follow from."""
+    """Height and width of a picture, which the tokens follow from, except LLaVA's."""
+    largest_image_size: tuple[int, int] | None = None
+    """Height and width of the largest picture, which memory follows from where a family takes any size, as Qwen-VL
+    does; null: `image_size`."""
     text_only_tokens: int | None = number(above=0, default=None)
     """Tokens of a sample without an image; null: as many as of the others' text."""
     longest_text_tokens: int | None = number(above=0, default=None)
@@ -46,8 +50,10 @@ class DatasetEstimate:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ConfigError(f"image_size: {self.image_size!r}; valid: height and width in pixels")
+        for name in ("image_size", "largest_image_size"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise ConfigError(f"{name}: {size!r}; valid: height and width in pixels")
 
 
 @dataclass(frozen=True, kw_only=True)

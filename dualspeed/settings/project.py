@@ -110,13 +110,13 @@ class Project:
             name=self.sheet_name, results=self.results, rows=self.rows, benchmarks=self.scored, inference=pruned
         )
 
-    def pretrain_settings(self, row: Row) -> StageSettings:
-        """Settings of the pretraining that a row starts from."""
+    def pretrain_settings(self, row: Row) -> StageSettings | None:
+        """Settings of the pretraining that a row starts from; None if it starts from the base model."""
         return pretrain_settings(self.models[row.model], row.dualspeed, row.seed)
 
     def finetune_settings(self, row: Row) -> StageSettings:
         """Settings of the finetuning that makes a row's model."""
-        return finetune_settings(self.models[row.model], row.dualspeed, row.seed)
+        return finetune_settings(self.models[row.model], row.dualspeed, row.seed, row.max_steps)
 
     def speed_settings(self, row: Row) -> SpeedSettings:
         """Settings of the measurement of a row's step times."""

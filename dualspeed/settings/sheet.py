@@ -8,7 +8,7 @@ from typing import Any
 from dualspeed.errors import ConfigError
 from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.identity import key_of
-from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.method import DualSpeedConfig, check_slow_steps
 from dualspeed.settings.model import ModelConfig
 from dualspeed.settings.names import PRUNER_NAMES, TABLES, TEXT_PRUNERS
 from dualspeed.settings.reading import check_choice, check_name, check_range
@@ -33,14 +33,23 @@ class Row:
     """Settings that method and cells resolve to."""
     seed: int
     """Seed of training."""
+    max_steps: int | None = None
+    """Steps of its finetuning; None: those of the model's recipe."""
     tables: tuple[str, ...]
     """Tables and figures that show this row."""
-    pretrain_key: str
-    """Folder name of the pretraining that it starts from; rows with the same key share it."""
+    pretrain_key: str | None
+    """Folder name of the pretraining that it starts from, which rows with the same key share; None: it starts from the
+    base model."""
     speed_key: str | None
     """File name of the measurement of its step times; None for a row that never prunes."""
     settings_hash: str
     """Key of all that trains it; with `id` it names the row's run in MLflow."""
+
+    @property
+    def slow_settings(self) -> dict[str, float | None]:
+        """`slow_mode_ratio` or `slow_steps`, whichever decides its slow steps; the other is None."""
+        count = self.dualspeed.slow_steps
+        return {"slow_mode_ratio": self.dualspeed.slow_mode_ratio if count is None else None, "slow_steps": count}
 
     @property
     def inferences(self) -> tuple[str, ...]:
@@ -112,6 +121,7 @@ def read_row(cells: Mapping[str, Any], models: Mapping[str, ModelConfig], file: 
         seed = cells["seed"] or 0
         check_range("seed", seed, 0 <= seed <= LARGEST_SEED, f"0 or more, at most {LARGEST_SEED}")
         model, settings = models[cells["model"]], resolve_cells(cells)
+        check_slow_steps(cells)
         relevance_clip = model.relevance_clip if settings.get("pruner") in TEXT_PRUNERS else None
         dualspeed = DualSpeedConfig(
             **settings,
@@ -119,17 +129,22 @@ def read_row(cells: Mapping[str, Any], models: Mapping[str, ModelConfig], file: 
             relevance_clip=relevance_clip,
             pixel_pruning=None if cells["method"] == "baseline" else model.pixel_pruning,
         )
+        max_steps = cells["max_steps"]
+        if max_steps is not None:
+            check_range("max_steps", max_steps, max_steps > 0, "above 0, or empty")
         pretrain = pretrain_settings(model, dualspeed, seed)
+        stages = [] if pretrain is None else [pretrain]
         return Row(
             id=cells["id"],
             model=cells["model"],
             method=cells["method"],
             dualspeed=dualspeed,
             seed=seed,
+            max_steps=max_steps,
             tables=tables,
-            pretrain_key=pretrain_key(cells["model"], pretrain),
+            pretrain_key=None if pretrain is None else pretrain_key(cells["model"], pretrain),
             speed_key=None if cells["method"] == "baseline" else speed_key(cells["model"], model, dualspeed),
-            settings_hash=key_of([pretrain, finetune_settings(model, dualspeed, seed)], num_digits=12),
+            settings_hash=key_of([*stages, finetune_settings(model, dualspeed, seed, max_steps)], num_digits=12),
         )
     except ConfigError as error:
         raise ConfigError(f"{file}: row {cells['id']}: {error}") from None

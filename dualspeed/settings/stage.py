@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from dualspeed.errors import ConfigError
 from dualspeed.settings.fields import check_fields, choice
 from dualspeed.settings.identity import key_of
 from dualspeed.settings.method import DualSpeedConfig
@@ -25,14 +26,28 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_cache(self.recipe.cache_features, self.dualspeed)
+        if (max_steps := self.recipe.training_arguments.get("max_steps", -1)) > 0:
+            self.dualspeed.slow_share(max_steps)
 
 
-def pretrain_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int) -> StageSettings:
+def check_cache(cache_features: str | None, dualspeed: DualSpeedConfig) -> None:
+    """Raise ConfigError for kept features of images whose pixels are pruned."""
+    if cache_features is not None and dualspeed.pixel_pruning is not None:
+        pruned = f"with pixel_pruning {dualspeed.pixel_pruning:g} other pixels enter the tower in each mode"
+        raise ConfigError(f"cache_features: {cache_features!r}, but {pruned}; valid: one of both")
+
+
+def pretrain_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int) -> StageSettings | None:
     """Settings of the pretraining that a row starts from: on full tokens if r = 1, else in fast mode only.
+
+    None for a model without a pretraining, whose rows start from the base model.
 
     Settings without an effect on it are set to their defaults, so that rows which share a pretraining ask for the same.
     """
-    config = dataclasses.replace(dualspeed, distillation_weight=0.0)
+    if model.stages.pretrain is None:
+        return None
+    config = dataclasses.replace(dualspeed, distillation_weight=0.0, slow_steps=None)
     if config.slow_mode_ratio == 1:
         default = DualSpeedConfig()
         config = dataclasses.replace(
@@ -47,9 +62,14 @@ def pretrain_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int)
     return StageSettings(stage="pretrain", seed=seed, recipe=model.stages.pretrain, dualspeed=config)
 
 
-def finetune_settings(model: ModelConfig, dualspeed: DualSpeedConfig, seed: int) -> StageSettings:
-    """Settings of the finetuning that makes a row's model."""
-    return StageSettings(stage="finetune", seed=seed, recipe=model.stages.finetune, dualspeed=dualspeed)
+def finetune_settings(
+    model: ModelConfig, dualspeed: DualSpeedConfig, seed: int, max_steps: int | None = None
+) -> StageSettings:
+    """Settings of the finetuning that makes a row's model, in `max_steps` steps if that isn't None."""
+    recipe = model.stages.finetune
+    if max_steps is not None:
+        recipe = dataclasses.replace(recipe, training_arguments=recipe.training_arguments | {"max_steps": max_steps})
+    return StageSettings(stage="finetune", seed=seed, recipe=recipe, dualspeed=dualspeed)
 
 
 def pretrain_key(model: str, settings: StageSettings) -> str:

@@ -6,28 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.cli import main
 from dualspeed.errors import ConfigError, PlanError
-from dualspeed.method.adapters import add_adapters
 from dualspeed.method.fast_mode import encode_batch
 from dualspeed.plan.costs import Processes, stage_cost
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters, visual_flops
 from dualspeed.plan.memory import activation_bytes, peak_memory
+from dualspeed.plan.remedies import possible_changes
 from dualspeed.plan.report import lines_of, plan
 from dualspeed.plan.shapes import make_shape
 from dualspeed.plan.shapes import shape_of as shape_of_model
 from dualspeed.settings.plan import GPUS
 from dualspeed.settings.project import load_project
-from dualspeed.settings.recipe import LoraRecipe
 from dualspeed.training.step_times import count_flops
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 from tests.support import tiny
 from tests.support.batches import IMAGE_TOKEN
 from tests.support.paths import REPOSITORY
+from tests.support.plan import TRAININGS, measured_peak, stage_of
 from tests.support.steps import training_steps
 
 SIZES = [(28, 28), (20, 60), (61, 20), (30, 50), (200, 90), (33, 64), (64, 48)]
@@ -56,7 +55,7 @@ def shape_of(family: str):
 
 def batch_of(family: str, size=(112, 112), batch=BATCH, text=NUM_TEXT):
     shape = shape_of(family)
-    visual, tiles = shape.visual_tokens(*size), shape.num_tiles(*size)
+    visual, tiles = shape.visual_tokens(*size), shape.tower.num_tiles(*size)
     row = torch.full((visual + text,), 7)
     row[4 : 4 + visual] = IMAGE_TOKEN
     labels = torch.full_like(row, -100)
@@ -79,7 +78,7 @@ def sample_of(family: str, config: DualSpeedConfig, size=(112, 112), text=NUM_TE
         fast_tokens=kept + text,
         supervised_tokens=NUM_SUPERVISED,
         visual_tokens=visual,
-        tiles=shape.num_tiles(*size),
+        encoded=shape.encoded(*size),
     )
 
 
@@ -94,34 +93,17 @@ def test_visual_tokens_and_tiles_are_those_of_the_processor_and_the_model(size):
     found = tiny.llava_next_processor()._get_num_multimodal_tokens(image_sizes=[size])
     assert shape.visual_tokens(*size) == found.num_image_tokens[0]
     model = DualSpeedModel(tiny.llava_next(), DualSpeedConfig(pruning_ratio=0.7, prune_budget="tile"))
-    pixels = torch.randn(1, shape.num_tiles(*size), 3, 28, 28)
+    pixels = torch.randn(1, shape.tower.num_tiles(*size), 3, 28, 28)
     images = encode_batch(model, {"pixel_values": pixels, "image_sizes": torch.tensor([size])})
-    assert [int((images.tiles == tile).sum()) for tile in range(shape.num_tiles(*size))] == shape.tiles(*size)
+    num_tiles = shape.tower.num_tiles(*size)
+    assert [int((images.tiles == tile).sum()) for tile in range(num_tiles)] == shape.tower.tiles(*size)
 
 
 def test_the_papers_setting_keeps_305_of_2880_tokens():
     shape = make_shape({}, {}, 32_064, [[672, 672]])
-    assert sum(shape.tiles(500, 500)) == 2880
+    assert sum(shape.tower.tiles(500, 500)) == 2880
     assert shape.kept_tokens(500, 500, 0.9, 4, "tile") == 305
     assert make_shape({}, {}, 32_064, None).kept_tokens(500, 300, 0.9, 4, "image") == 61
-
-
-TRAININGS = {
-    "pretrain": Trained(language=False),
-    "finetune": Trained(language=True),
-    "finetune with checkpointing": Trained(language=True, checkpointing=True),
-    "finetune with vision": Trained(language=True, vision=True),
-    "lora": Trained(language=True, lora_rank=16),
-}
-
-
-def stage_of(model: DualSpeedModel, trained: Trained) -> None:
-    """Prepare a model for the stage that `trained` describes."""
-    if trained.lora_rank:
-        add_adapters(model.vlm, LoraRecipe(rank=trained.lora_rank, dropout=0.0))
-    set_trainable(model, "finetune" if trained.language else "pretrain", with_vision=trained.vision)
-    if trained.checkpointing:
-        model.activation_checkpointing_enable()
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -149,18 +131,6 @@ def test_trained_parameters_are_counted_exactly(name):
 
 
 MEMORY_BATCH, MEMORY_TEXT = 8, 300
-
-
-def measured_peak(run) -> int:
-    """Peak bytes allocated by `run`, from torch's profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def memory_case(trained: Trained):
@@ -217,7 +187,9 @@ def test_memory_of_a_whole_training_is_within_a_tenth_of_what_is_measured(name, 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3", "fsdp2"])
 def test_sharding_divides_what_it_shares(sharding):
     shape, trained = make_shape({}, {}, 32_064, None), Trained(language=True, checkpointing=True)
-    sample = Sample(full_tokens=700, fast_tokens=200, supervised_tokens=50, visual_tokens=576, tiles=1)
+    sample = Sample(
+        full_tokens=700, fast_tokens=200, supervised_tokens=50, visual_tokens=576, encoded=shape.encoded(1, 1)
+    )
 
     def peak(num_gpus):
         return peak_memory(shape, sample, trained, {"fast": 4}, sharding, num_gpus, accumulates=True)
@@ -271,12 +243,12 @@ def test_the_towers_share_is_that_of_the_flops_that_torch_counts():
     batch = batch_of("llava")
     model = DualSpeedModel(model_of("llava"), DualSpeedConfig())
     set_trainable(model, "finetune")
-    sample = Sample(full_tokens=0, fast_tokens=0, supervised_tokens=0, visual_tokens=64, tiles=1)
+    sample = Sample(full_tokens=0, fast_tokens=0, supervised_tokens=0, visual_tokens=64, encoded=shape.encoded(1, 1))
 
     def encode() -> None:
         torch.cat(encode_batch(model, {"pixel_values": batch["pixel_values"]}).features).sum().backward()
 
-    assert BATCH * visual_flops(shape, sample, trained) == pytest.approx(count_flops(encode), rel=0.01)
+    assert BATCH * visual_flops(sample, trained) == pytest.approx(count_flops(encode), rel=0.01)
 
 
 def test_families_whose_sizes_it_does_not_know_are_refused(in_repository, tmp_path):
@@ -284,7 +256,7 @@ def test_families_whose_sizes_it_does_not_know_are_refused(in_repository, tmp_pa
     project = load_project("config/paper/config.yaml")
     model = dataclasses.replace(project.models["llava-1.5-7b"], source=str(tmp_path), parts=None)
     with pytest.raises(
-        ConfigError, match=r"costs follow from the sizes of llava or llava_next, and this is 'qwen3_vl'"
+        ConfigError, match=r"costs follow from the sizes of llava or .* or qwen2_5_vl, and this is 'qwen3_vl'"
     ):
         shape_of_model(model, project.downloads)
 
@@ -338,3 +310,26 @@ def test_a_dataset_of_unknown_lengths_is_one_clear_error(in_repository, tmp_path
     assert main(["plan", "--config", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "plan.datasets: no entry for 'data/llava-next-data/data'" in message
+
+
+def test_batches_by_tokens_need_the_memory_of_their_budget(in_repository):
+    """2,048 tokens are the longest sample of a Baseline: four of them fit into 8,192 or a few more."""
+    project = load_project("config/paper/config.yaml")
+    row = next(row for row in project.rows if row.id == "llava-1.5-7b-baseline")
+    settings = project.finetune_settings(row)
+
+    def peak(**sizes):
+        sizes = {"per_device_batch_size": None, "slow_per_device_batch_size": None} | sizes
+        recipe = dataclasses.replace(settings.recipe, **sizes)
+        return stage_cost(project, dataclasses.replace(settings, recipe=recipe), row.model).peak
+
+    four = peak(per_device_batch_size=4)
+    assert peak(tokens_per_batch=2048, slow_tokens_per_batch=8200) == peak(tokens_per_batch=8192) == four
+    assert peak(per_device_batch_size=2) == peak(tokens_per_batch=4096) != four
+    recipe = dataclasses.replace(
+        settings.recipe, per_device_batch_size=None, slow_per_device_batch_size=None, tokens_per_batch=8192
+    )
+    changes = list(possible_changes(dataclasses.replace(settings, recipe=recipe), 8))
+    (halve,) = (change for name, change in changes if name == "tokens_per_batch: 4096 and slow_tokens_per_batch: 4096")
+    assert halve(recipe).token_budgets == {"fast": 4096, "slow": 4096}
+    assert not any(name.startswith("per_device_batch_size") for name, _ in changes)

@@ -24,7 +24,7 @@ def planned(kind: str, strategy: str) -> dict[str, float]:
         fast_tokens=kept + part.NUM_TEXT,
         supervised_tokens=part.NUM_SUPERVISED,
         visual_tokens=part.NUM_VISUAL,
-        tiles=1,
+        encoded=shape.encoded(56, 56),
     )
     trained = Trained(language=True, lora_rank=part.LORA.rank if kind == "lora" else 0)
     peak = peak_memory(shape, sample, trained, {"fast": part.BATCH}, strategy, num_gpus=2, accumulates=True)

@@ -43,11 +43,11 @@ def plan(project: Path, *arguments: str, package: Path | None = None) -> set[str
     return {re.sub(r"-[0-9a-f]{8}\b", "-*", job) for job in jobs if not job.startswith("All of the sheet")}
 
 
-def edit_config(change: Callable[[dict], object]) -> Edit:
-    """An edit of config.yaml."""
+def edit_config(change: Callable[[dict], object], name: str = "demo") -> Edit:
+    """An edit of config/<name>/config.yaml."""
 
     def edit(project: Path) -> None:
-        file = project / "config/demo/config.yaml"
+        file = project / f"config/{name}/config.yaml"
         content = yaml.safe_load(file.read_text())
         change(content)
         file.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -55,15 +55,16 @@ def edit_config(change: Callable[[dict], object]) -> Edit:
     return edit
 
 
-def edit_rows(change: Callable[[dict[str, dict]], object], sheet: str = "experiments") -> Edit:
-    """An edit of the sheet's rows, by id; written to `sheet`."""
+def edit_rows(change: Callable[[dict[str, dict]], object], sheet: str = "experiments", name: str = "demo") -> Edit:
+    """An edit of the sheet's rows, by id; written to `sheet`, without comments."""
 
     def edit(project: Path) -> None:
-        with (project / "config/demo/experiments.tsv").open(newline="") as file:
-            rows = {row["id"]: row for row in csv.DictReader(file, delimiter="\t")}
+        with (project / f"config/{name}/experiments.tsv").open(newline="") as file:
+            lines = [line for line in file if not line.startswith("#")]
+            rows = {row["id"]: row for row in csv.DictReader(lines, delimiter="\t")}
         columns = list(next(iter(rows.values())))
         change(rows)
-        with (project / f"config/demo/{sheet}.tsv").open("w", newline="") as file:
+        with (project / f"config/{name}/{sheet}.tsv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, delimiter="\t")
             writer.writeheader()
             writer.writerows(rows.values())
@@ -107,6 +108,10 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+FOLDERS = ("make_demo_data", "make_base_model", "link_base_model", "prepare_data", "pretrain", "finetune")
+"""Rules whose output is a folder."""
+
+
 def write_stubs(project: Path, *arguments: str) -> None:
     """Write a stand-in for every output of the workflow."""
     for line in snakemake(project, "--summary", *arguments).splitlines():
@@ -114,7 +119,7 @@ def write_stubs(project: Path, *arguments: str) -> None:
         if len(columns) == 5 and path.startswith("results/"):
             output = project / path
             output.parent.mkdir(parents=True, exist_ok=True)
-            if columns[1] in ("make_demo_data", "make_base_model", "prepare_data", "pretrain", "finetune"):
+            if columns[1] in FOLDERS:
                 output.mkdir()
             else:
                 output.write_text(path)

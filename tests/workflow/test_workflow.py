@@ -145,6 +145,10 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
         edit_config(lambda content: pretrain_recipe(content)["training_arguments"].update(learning_rate=5.0e-4)),
         finetune(*ROWS) | PRETRAIN,
     ),
+    "no pretraining": (
+        edit_config(lambda content: content["models"]["tiny"]["stages"].pop("pretrain")),
+        finetune(*ROWS),
+    ),
     "pretraining template": (
         edit_config(lambda content: pretrain_recipe(content).update(chat_template="turns")),
         finetune(*ROWS) | PRETRAIN | {"Check and prepare the pretrain data of tiny"},
@@ -173,6 +177,7 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
     ),
     "resources": (edit_config(change_resources), set()),
     "accelerate_config": (edit_config(change_launcher), set()),
+    "cache_features": (edit_config(lambda content: finetune_recipe(content).update(cache_features="kept")), set()),
     "new benchmark": (edit_config(add_benchmark), evaluate(*ROWS) | TABLES),
     "new test split": (
         edit_config(add_test_split),
@@ -223,6 +228,7 @@ LINES = {
     "a removed row": ("removed row",),
     "`stages.finetune.training_arguments`": ("finetuning learning rate",),
     "`stages.pretrain.training_arguments`": ("pretraining learning rate",),
+    "a stage `pretrain`, added or removed": ("no pretraining",),
     # tests/workflow/test_data_sources.py has the sources
     "a stage's `annotations`, `chat_template` or `max_length`, or a source, share or limit of its `data`": (
         "finetuning annotations",
@@ -237,6 +243,7 @@ LINES = {
     "`data.*` (the demo's, at the top)": ("data",),
     "`base_model.*`": ("base_model",),
     "`accelerate_config`": ("accelerate_config",),
+    "`cache_features`": ("cache_features",),
     "`models.<model>.resources`": ("resources",),
     "`plan.*`": ("plan",),
     "`tracking.*`": ("tracking",),

@@ -44,7 +44,7 @@ LAYOUT = Layout(PROJECT.results)
 STATE = LAYOUT.state
 
 ROWS = {row.id: row for row in PROJECT.rows}
-PRETRAININGS = {row.pretrain_key: row for row in PROJECT.rows}
+PRETRAININGS = {row.pretrain_key: row for row in PROJECT.rows if row.pretrain_key}
 SPEEDS = {row.speed_key: row for row in PROJECT.rows if row.speed_key}
 DEMO_MODELS = [name for name, model in PROJECT.models.items() if model.source == "demo"]
 ASSEMBLED_MODELS = [name for name, model in PROJECT.models.items() if model.source == "parts"]
@@ -108,7 +108,7 @@ FIGURE_FILES = expand(
 )
 REPORT = LAYOUT.report(PROJECT.sheet_name)
 # What makes this sheet again; the page says so.
-OTHER_FILES = [str(path) for path in workflow.configfiles if Path(path) != Path("config/demo/config.yaml")]
+OTHER_FILES = [path for path in map(os.path.relpath, workflow.configfiles) if path != "config/demo/config.yaml"]
 COMMAND = shlex.join(
     ["snakemake"]
     + [word for path in OTHER_FILES for word in ("--configfile", path)]
@@ -167,6 +167,12 @@ def model_of_pretraining(wildcards):
     return PRETRAININGS[wildcards.pretraining].model
 
 
+def start_of_row(wildcards):
+    """Checkpoint that a row's finetuning starts from: its pretraining, or a base model that is not pretrained here."""
+    key = ROWS[wildcards.experiment].pretrain_key
+    return LAYOUT.pretraining(key) if key else base_model(model_of_row(wildcards))
+
+
 def model_of_row(wildcards):
     """Model that a row trains."""
     return ROWS[wildcards.experiment].model
@@ -191,8 +197,10 @@ def growing(minutes):
 
 
 def launch_options(model, stage):
-    """Options of `dualspeed train` for its processes."""
-    return wanted(model, stage).launch_options(recipe_of(model, stage).accelerate_config)
+    """Options of `dualspeed train` that change no result: its processes, and where they keep features."""
+    recipe = recipe_of(model, stage)
+    cache = f" --cache-features {shlex.quote(recipe.cache_features)}" if recipe.cache_features else ""
+    return wanted(model, stage).launch_options(recipe.accelerate_config) + cache
 
 
 def share_options(wildcards):

@@ -35,7 +35,7 @@ rule pretrain:
 
 use rule pretrain as finetune with:
     input:
-        model=lambda wildcards: LAYOUT.pretraining(ROWS[wildcards.experiment].pretrain_key),
+        model=start_of_row,
         data=lambda wildcards: LAYOUT.prepared(model_of_row(wildcards), "finetune"),
         store=ancient(LAYOUT.store_ready),
     output:
