@@ -22,7 +22,7 @@ import transformers
 from dualspeed.device import best_device
 from dualspeed.pruners import PRUNERS
 from measurements import gpu_device as devices
-from measurements import gpu_parts, gpu_steps
+from measurements import gpu_packing, gpu_parts, gpu_steps
 from measurements.gpu_cells import Bench, Cells, Part, Reason, explain
 from measurements.gpu_models import REAL
 from measurements.older_transformers import FIRST_VERSION
@@ -91,6 +91,16 @@ PARTS = (
         measure=gpu_parts.input_row,
         seconds=40,
     ),
+    Part(
+        name="packing",
+        title="Packed rows",
+        note="Seconds of a step by LoRA with rows that are padded (SDPA), and behind one another without padding (flex "
+        "attention, and flash attention 2 where it is installed). Padding: its share of the padded batch.",
+        rows=tuple(REAL),
+        columns=gpu_packing.COLUMNS,
+        measure=gpu_packing.packing_row,
+        seconds=60,
+    ),
 )
 
 
@@ -126,7 +136,7 @@ def order() -> Iterator[tuple[Part, str]]:
         yield parts["answers"], name
     for name in REAL:
         yield parts["steps"], f"{name}, full"
-    for name in ("selection", "pruners", "input"):
+    for name in ("selection", "pruners", "input", "packing"):
         yield from ((parts[name], row) for row in parts[name].rows)
 
 

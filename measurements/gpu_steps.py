@@ -16,6 +16,7 @@ import torch
 
 from dualspeed.method.fast_mode import observe_pruning
 from dualspeed.method.model import DualSpeedModel
+from dualspeed.method.objective import Objective
 from dualspeed.method.vlm.parts import parameter_parts
 from dualspeed.settings.modes import Mode
 from dualspeed.training.micro_batches import micro_batches
@@ -132,8 +133,11 @@ def measure_at(bench: Bench, name: str, kind: str, depth: int) -> Cells:
     return cells
 
 
-def steps_of(bench: Bench, model: DualSpeedModel, shape: Shape) -> dict[str, Callable[[], None]]:
+def steps_of(
+    bench: Bench, model: DualSpeedModel, shape: Shape, objective: Objective | None = None
+) -> dict[str, Callable[[], None]]:
     """Step of each mode, on one batch that is on the device already; the learning rate is 0."""
+    objective = objective or Objective()
     batch = batch_of(shape, bench.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_fused = bench.device.type in ("cpu", "cuda", "xpu")
@@ -145,7 +149,7 @@ def steps_of(bench: Bench, model: DualSpeedModel, shape: Shape) -> dict[str, Cal
         optimizer.zero_grad()
         for part in micro_batches(batch, [1] * shape.samples, size):
             with devices.bfloat16(bench.device):
-                loss = model(**part, **MODES[mode], num_items_in_batch=num_items).loss
+                loss = model(**part, **MODES[mode], num_items_in_batch=num_items, objective=objective).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

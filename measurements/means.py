@@ -27,6 +27,7 @@ from dualspeed.device import machine, peak_memory_bytes
 from dualspeed.method.fast_mode import encode_batch
 from dualspeed.method.losses import supervised_positions
 from dualspeed.method.model import DualSpeedModel
+from dualspeed.method.packing import packed_logits
 from dualspeed.method.sequences import Sequences
 from dualspeed.method.vlm.vision import EncodedImages
 from dualspeed.settings.modes import Mode
@@ -155,16 +156,7 @@ def vlm_inputs(inputs: Sequences, images: ModelOutput | None) -> dict:
 
 def packed(model: DualSpeedModel) -> AbstractContextManager:
     """Pack all samples into one row, each with positions from 0; SDPA gets a mask that separates them."""
-
-    def logits(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None) -> Tensor:
-        is_token = inputs.attention_mask.bool()
-        lengths = is_token.sum(dim=1).tolist()
-        row = vlm_inputs(inputs, images) | {"input_ids": inputs.input_ids[is_token][None], "attention_mask": None}
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(is_token.device)
-        positions = supervised_positions(inputs.labels)[is_token][None]
-        return vlm(**row, position_ids=position_ids, logits_to_keep=positions).logits
-
-    return patch("dualspeed.method.objective.supervised_logits", logits)
+    return patch("dualspeed.method.objective.supervised_logits", packed_logits)
 
 
 def encoded_twice(model: DualSpeedModel) -> AbstractContextManager:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations import deepspeed
 
-from dualspeed.errors import IncompleteModelError, ModelError
+from dualspeed.errors import ConfigError, IncompleteModelError, ModelError
 from dualspeed.files import write_json
 from dualspeed.layout import METHOD_FILE
 from dualspeed.method.isolator import ISOLATOR_FILE, ModeIsolator
@@ -31,9 +31,25 @@ ISOLATOR_KEY = "mode_isolator.weight"
 VLM_PREFIX = "vlm."
 
 
-def load_vlm(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a stock checkpoint; ModelError if a weight is missing, unexpected or of another shape."""
-    vlm, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **kwargs)
+def load_vlm(path: str | Path, attn_implementation: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a stock checkpoint; ModelError if a weight is missing, unexpected or of another shape.
+
+    Args:
+        attn_implementation: of the language model alone, for the tower keeps its own; None: transformers' choice.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        ConfigError: the attention isn't installed, or the model has none of that kind.
+    """
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = {"text_config": attn_implementation}
+    try:
+        vlm, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
+        line = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"attn_implementation: {attn_implementation!r}: {line}; valid: what is installed") from error
     wrong = {problem: sorted(map(str, keys)) for problem, keys in report.items() if keys}
     if wrong:
         raise ModelError(f"{path}: the weights don't fit {type(vlm).__name__}: {wrong}")

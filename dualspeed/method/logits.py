@@ -4,6 +4,7 @@ B samples, L length, M supervised tokens, V vocabulary.
 """
 
 import inspect
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,12 +20,17 @@ from dualspeed.pruners.selection import true_places
 def supervised_logits(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None) -> Tensor:
     """(M, V) logits at the positions that predict a supervised token; no others are computed."""
     labels: Tensor = inputs.labels  # type: ignore[assignment]  # None in generation alone
-    return run_vlm(vlm, inputs, images, supervised_positions(labels))
+    return run_vlm(vlm, inputs.input_ids, images, supervised_positions(labels), **arguments_of(inputs))
 
 
 def every_logit(vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None) -> Tensor:
     """(B, L, V) logits at all positions."""
-    return run_vlm(vlm, inputs, images, logits_to_keep=0)
+    return run_vlm(vlm, inputs.input_ids, images, logits_to_keep=0, **arguments_of(inputs))
+
+
+def arguments_of(inputs: Sequences) -> dict[str, Any]:
+    """Arguments of the stock model beside tokens and images."""
+    return {"attention_mask": mask_for_attention(inputs), **inputs.by_token}
 
 
 def at_supervised(logits: Tensor, inputs: Sequences) -> Tensor:
@@ -35,17 +41,20 @@ def at_supervised(logits: Tensor, inputs: Sequences) -> Tensor:
 
 
 def run_vlm(
-    vlm: PreTrainedModel, inputs: Sequences, images: ModelOutput | None, logits_to_keep: Tensor | int
+    vlm: PreTrainedModel, input_ids: Tensor, images: ModelOutput | None, logits_to_keep: Tensor | int, **arguments: Any
 ) -> Tensor:
-    """Logits of the stock model at the given positions; 0 for all."""
+    """Logits of the stock model at the given positions; 0 for all.
+
+    Args:
+        arguments: of the model, beside tokens and images.
+    """
     model = runner(vlm)
     selects = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     logits = model(
-        **inputs_of_forward(vlm, inputs.input_ids, images),
-        attention_mask=mask_for_attention(inputs),
+        **inputs_of_forward(vlm, input_ids, images),
         use_cache=False,
         **({"logits_to_keep": logits_to_keep} if selects else {}),
-        **inputs.by_token,
+        **arguments,
     ).logits
     return logits if selects or isinstance(logits_to_keep, int) else logits[logits_to_keep]
 

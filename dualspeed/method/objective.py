@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 from dualspeed.method.logits import at_supervised, every_logit, supervised_logits
 from dualspeed.method.losses import cross_entropy, supervised_labels
 from dualspeed.method.outputs import DualSpeedOutput
+from dualspeed.method.packing import packed_logits
 from dualspeed.method.sequences import Sequences
 
 LossFunction = Callable[..., Tensor]
@@ -27,6 +28,8 @@ class Objective:
     labels (B, L), and the number of supervised tokens of the whole step, None if it isn't known."""
     all_logits: bool = False
     """True returns the logits of all positions, with their labels, as the stock model does."""
+    packs: bool = False
+    """True runs the rows of a batch behind one another, without padding, where not all logits are needed."""
 
     @property
     def needs_all_logits(self) -> bool:
@@ -38,7 +41,7 @@ class Objective:
     ) -> tuple[Tensor, DualSpeedOutput | None]:
         """(M, V) logits of the supervised tokens, and if `needs_all_logits` all of them with their labels."""
         if not self.needs_all_logits:
-            return supervised_logits(vlm, inputs, images), None
+            return (packed_logits if self.packs else supervised_logits)(vlm, inputs, images), None
         whole = DualSpeedOutput(logits=every_logit(vlm, inputs, images), labels=inputs.labels)
         return at_supervised(whole.logits, inputs), whole
 

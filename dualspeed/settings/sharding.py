@@ -123,11 +123,11 @@ def check_deepspeed_fit(sharding: Sharding, recipe: Recipe, precision: str) -> N
     file, settings = sharding.file, sharding.deepspeed
     if find_spec("deepspeed") is None:
         raise ConfigError(f"{file}: needs DeepSpeed; valid: pip install --no-build-isolation deepspeed, or fsdp2.yaml")
-    if recipe.slow_per_device_batch_size is not None:
-        raise ConfigError(
-            f"slow_per_device_batch_size: {recipe.slow_per_device_batch_size}, but DeepSpeed ({file}) counts "
-            "micro-batches itself; valid: null, or FSDP2"
-        )
+    for name in ("slow_per_device_batch_size", "tokens_per_batch"):
+        if (value := getattr(recipe, name)) is not None:
+            raise ConfigError(
+                f"{name}: {value}, but DeepSpeed ({file}) counts micro-batches itself; valid: null, or FSDP2"
+            )
     for key in ("optimizer", "scheduler"):
         if key in settings:
             raise ConfigError(

@@ -21,10 +21,12 @@ from transformers import CLIPConfig, CLIPModel
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.errors import SampleError
+from dualspeed.method.objective import Objective
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
 from dualspeed.pruners import PRUNERS
 from dualspeed.pruners.selection import prefix_mask
 from dualspeed.training.micro_batches import micro_batches
+from dualspeed.training.token_batches import read_rows
 from measurements.random_tokens import random_tokens
 from tests.support import tiny
 from tests.support.families import FAMILIES, IMAGE, Family, batch
@@ -188,6 +190,26 @@ def test_a_batch_without_positions_has_the_same_loss_and_more_waits(family, mode
     assert torch.equal(
         model(mode=mode, positions_3d=inputs["positions_3d"], **given).loss, model(mode=mode, **given).loss
     )
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], *QWENS[-1:]], ids=["llava", "qwen3_vl"])
+@by_mode
+def test_packing_waits_no_more_than_padding(family, mode):
+    """By a mask, which transformers makes of the positions; flash attention would read the lengths."""
+    model = model_on_device(family)
+    inputs = collated(family, model, LARGE)
+    padded, packed = (
+        syncs_of_step(model, {**inputs, "objective": Objective(packs=packs)}, mode).ours() for packs in (False, True)
+    )
+    assert padded == packed and len(packed) <= AT_MOST
+
+
+def test_a_division_by_tokens_waits_once():
+    model = model_on_device(FAMILIES[0])
+    inputs = send_to_device(dict(collated(FAMILIES[0], model, LARGE)), NAME)
+    num_images = inputs.pop("num_images")
+    syncs = syncs_of(lambda: read_rows(inputs, num_images, model.config.image_token_id, model.dualspeed))
+    assert len(syncs.ours()) == 1
 
 
 @by_family

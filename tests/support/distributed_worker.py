@@ -1,7 +1,8 @@
 """Training that tests/training/test_distributed.py runs in one process, in two with DDP, and in two with FSDP2.
 
 Eight steps, each kind of batch in both modes: images on both ranks, no image, images on the first rank only, and
-samples with and without images. Writes losses, modes, the first rank's gradients and the final checkpoint.
+samples with and without images. With two more arguments, budgets of tokens divide the steps. Writes losses, modes,
+the first rank's gradients and the final checkpoint.
 """
 
 import sys
@@ -45,12 +46,24 @@ def uneven_sample(family: str, seed: int, num_images: int) -> dict:
     return made | {"labels": [-100] * unsupervised + made["labels"][unsupervised:]}
 
 
-def main(family: str, base: str, out: str, kind: str) -> None:
+class CountingTrainer(DualSpeedTrainer):
+    """Counts the micro-batches of each step on this rank."""
+
+    counts = [0] * NUM_STEPS
+
+    def compute_loss(self, model, *args, **kwargs):
+        """Loss, as ever."""
+        if model.training:
+            self.counts[self.state.global_step] += 1
+        return super().compute_loss(model, *args, **kwargs)
+
+
+def main(family: str, base: str, out: str, kind: str, fast: str = "", slow: str = "") -> None:
     num_images = [count for composition in COMPOSITIONS for _ in range(2) for count in composition]
     dataset = Dataset.from_list([{"seed": seed, "num_images": count} for seed, count in enumerate(num_images)])
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     model = AutoModelForImageTextToText.from_pretrained(base)
-    trainer = DualSpeedTrainer(
+    trainer = CountingTrainer(
         model=tiny.frozen_tower(model),
         args=TrainingArguments(
             output_dir=f"{out}/checkpoints",
@@ -67,17 +80,22 @@ def main(family: str, base: str, out: str, kind: str) -> None:
             disable_tqdm=True,
             **(fsdp if kind == "fsdp" else {}),
         ),
-        dualspeed=DualSpeedConfig(slow_mode_ratio=0.5, mode_schedule="stratified", pruning_ratio=0.7),
+        dualspeed=DualSpeedConfig(slow_steps=NUM_STEPS // 2, pruning_ratio=0.7),
         train_dataset=dataset,
         eval_dataset=dataset.select(range(5)),  # odd, so that two processes get different numbers
         preprocess_logits_for_metrics=count_answers,
         compute_metrics=mean_of_answers,
-        data_collator=lambda rows: collate([uneven_sample(family, row["seed"], row["num_images"]) for row in rows]),
+        data_collator=lambda rows: (
+            collate([uneven_sample(family, row["seed"], row["num_images"]) for row in rows])
+            | {"num_images": [row["num_images"] for row in rows]}
+        ),
+        **({"tokens_per_batch": int(fast), "slow_tokens_per_batch": int(slow)} if fast else {}),
     )
     recorder = GradientRecorder()
     trainer.add_callback(recorder)
     trainer.train()
     is_sharded = {isinstance(parameter, DTensor) for parameter in trainer.model.parameters()}
+    counts = trainer.accelerator.gather(torch.tensor([trainer.counts]))
     trainer.save_model(f"{out}/saved")
     validation = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -87,7 +105,7 @@ def main(family: str, base: str, out: str, kind: str) -> None:
         record["validation"] = [validation["eval_answer_accuracy"], validation["eval_ce_loss"]]
         record["logs"] = trainer.state.log_history
         record["distributed_type"] = trainer.accelerator.distributed_type.value
-        record["sharded"] = is_sharded
+        record["sharded"], record["micro_batches"] = is_sharded, counts.tolist()
         record["find_unused_parameters"] = trainer.args.ddp_find_unused_parameters
         torch.save(record, Path(out) / "record.pt")
 

@@ -121,6 +121,12 @@ MISFITS = {
         lambda *_: None,
         "slow_per_device_batch_size: 1, but DeepSpeed",
     ),
+    "batches by tokens": (
+        {"tokens_per_batch": 4096},
+        "zero3",
+        lambda *_: None,
+        "tokens_per_batch: 4096, but DeepSpeed",
+    ),
     "4-bit weights": ({"lora": LoraRecipe(quantize=True)}, "fsdp2", lambda *_: None, "4-bit weights are not sharded"),
 }
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 from tests.support import tiny
+from tests.support.distributed_worker import NUM_STEPS
 from tests.support.paths import REPOSITORY
 from tests.support.sharded import forced
 
@@ -19,8 +20,8 @@ WORKER = "tests.support.distributed_worker"
 FAMILIES = {"llava": tiny.make_llava, "llava_next": tiny.make_llava_next}
 
 
-def run(family: str, base: Path, out: Path, kind: str) -> dict:
-    """Train with `kind` = single, ddp or fsdp; the first rank's record."""
+def run(family: str, base: Path, out: Path, kind: str, *budgets: str) -> dict:
+    """Train with `kind` = single, ddp or fsdp, and budgets of tokens or none; the first rank's record."""
     out.mkdir(parents=True)
     launcher = [sys.executable]
     if kind != "single":
@@ -29,7 +30,7 @@ def run(family: str, base: Path, out: Path, kind: str) -> dict:
     if kind == "fsdp":
         environment = forced(environment)
     finished = subprocess.run(
-        [*launcher, "-m", WORKER, family, str(base), str(out), kind],
+        [*launcher, "-m", WORKER, family, str(base), str(out), kind, *budgets],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -83,3 +84,22 @@ def test_two_processes_train_as_one(single, kind):
     AutoModelForImageTextToText.from_pretrained(folder / kind / "saved")
     isolators = [load_file(path / "mode_isolator.safetensors") for path in (folder / kind / "saved", stock)]
     assert_close(*isolators, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("single", ["llava"], indirect=True)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_batches_by_tokens_have_the_gradients_of_plain_ones(single, kind):
+    """Longer samples need more micro-batches on one rank than on the other; FSDP needs as many on both."""
+    family, folder, expected = single
+    record = run(family, folder / "base", folder / f"tokens-{kind}", kind, "55", "75")
+    assert record["distributed_type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind]
+    assert record["sharded"] == ({True} if kind == "fsdp" else {False})
+    assert expected["micro_batches"] == [[1] * NUM_STEPS]
+    wanted = [[2, 2, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 2, 2]]
+    assert record["micro_batches"] == ([list(map(max, *wanted))] * 2 if kind == "fsdp" else wanted)
+    assert record["modes"] == expected["modes"]
+    assert record["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for step, gradients in enumerate(expected["gradients"]):
+        assert record["gradients"][step].keys() == gradients.keys()
+        assert_close(record["gradients"][step], gradients, atol=1e-5, rtol=1e-4)

@@ -12,7 +12,7 @@ import torch
 from dualspeed.method.model import DualSpeedModel
 from dualspeed.settings.method import DualSpeedConfig
 from dualspeed.settings.modes import Mode
-from measurements import gpu_parts
+from measurements import gpu_packing, gpu_parts
 from measurements.gpu import PARTS, main, measured
 from measurements.gpu_cells import Bench, Reason
 from measurements.gpu_models import REAL, batch_of, build, toy
@@ -21,12 +21,14 @@ from measurements.gpu_tables import tables, with_tables
 from measurements.older_transformers import let_take_features
 from tests.support.paths import REPOSITORY
 from tests.support.stand_in import NAME, stand_in
+from tests.support.varlen import STAND_IN, attention_by_lengths, by_lengths
 
 # What a machine with a GPU has; numpy and tokenizers come with transformers.
 ALLOWED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tokenizers"}
 OURS = ("dualspeed", "measurements", "tests")
 REASONS_OF_A_CPU = ("counts no memory of its own", "no data-sheet rate known of", "torch reports no waits for")
 REASONS_OF_A_CPU += ("no larger at the second depth",)  # of a toy model, beside other work
+REASONS_OF_A_CPU += ("flex_attention has no backward pass on a CPU", "flash-attn is not installed")
 BY_NAME = {part.name: part for part in PARTS}
 
 
@@ -93,6 +95,21 @@ def test_it_runs_on_an_accelerator():
     assert all(isinstance(cell, float) for cell in selection.values()), selection
     assert isinstance(pruner["ms"], float) and isinstance(pruner["published ms"], float), pruner
     assert pruner["MiB"] == Reason(f"{NAME} counts no memory of its own")
+
+
+def test_packed_steps_are_measured(monkeypatch):
+    """With attention that reads lengths on a CPU."""
+    monkeypatch.setitem(gpu_packing.WAYS, "flex", STAND_IN)
+    bench = Bench(device=torch.device("cpu"), is_toy=True)
+    with attention_by_lengths():
+        cells = measured(bench, BY_NAME["packing"], "Qwen3-VL-8B", time.monotonic() + 600)
+        # Three steps of each: to warm up, and timed, in micro-batches; checkpointed layers run twice.
+        assert by_lengths.calls >= 2 * 2 * 4
+    assert all(
+        isinstance(cells[f"{mode} {way} s"], float) for mode in ("Baseline", "fast") for way in ("padded", "flex")
+    )
+    assert cells["fast flash s"] == Reason("flash-attn is not installed")
+    assert 0 < cells["Baseline padding"] < cells["fast padding"] < 1
 
 
 def test_a_line_through_two_depths_needs_a_slope():

@@ -172,6 +172,23 @@ def test_steps_that_do_not_fit_are_one_clear_error(stage_inputs, tmp_path, monke
     monkeypatch.setattr(DualSpeedModel, "forward", run_out_of_memory)
     with pytest.raises(ConfigError, match=r"per_device_batch_size: 4, .* don't fit into the memory of .*; valid: "):
         measured(stage_inputs, tmp_path, speed())
+    budgets = speed(tokens_per_batch=60, slow_tokens_per_batch=70)
+    with pytest.raises(ConfigError, match=r"tokens_per_batch: 60, slow_tokens_per_batch: 70: .*valid: fewer tokens"):
+        measured(stage_inputs, tmp_path, budgets)
+
+
+def test_steps_divided_by_tokens_are_timed_as_they_train(stage_inputs, tmp_path, monkeypatch):
+    parts: list[int] = []
+
+    def noting(model, *args, **inputs):
+        parts.append(len(inputs["input_ids"]))
+        return forward(model, *args, **inputs)
+
+    forward = DualSpeedModel.forward
+    monkeypatch.setattr(DualSpeedModel, "forward", noting)
+    record = measured(stage_inputs, tmp_path, speed(tokens_per_batch=50, slow_tokens_per_batch=70))
+    assert (record["batch_size"], record["gradient_accumulation_steps"]) == (4, 1)
+    assert 0 < max(parts) < 4
 
 
 def test_rows_share_a_measurement_unless_their_steps_differ():
@@ -195,6 +212,9 @@ def test_rows_share_a_measurement_unless_their_steps_differ():
         {"image_aspect_ratio": "pad"},
         {"per_device_batch_size": 2},
         {"slow_per_device_batch_size": 2},
+        {"tokens_per_batch": 4096},
+        {"attn_implementation": "eager"},
+        {"packing": True, "attn_implementation": "flash_attention_2"},
     ]
     assert {key(**changes) for changes in same} == {key()}
     assert key(DualSpeedConfig(slow_mode_ratio=0.5)) == key()

@@ -53,6 +53,8 @@ class Family:
     """True if `prune_budget: tile` is meaningful."""
     has_3d_positions: bool = False
     """True if image tokens have rotary positions in time, height and width."""
+    packs_rows: bool = False
+    """True if packed rows were compared with padded ones: positions and cumulative lengths reach every layer."""
     blank_image: Callable[[PreTrainedModel], dict[str, Tensor]] = blank_images.square
     """Function that makes the inputs of `get_image_features` for one blank image."""
 
