@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dualspeed.cluster.gpus import take_gpus
 from dualspeed.cluster.heartbeat import watch_nodes
 from dualspeed.cluster.launch import add_hosts, launch, must_launch, place_of
-from dualspeed.errors import DualSpeedError
+from dualspeed.errors import DualSpeedError, sentence_of
 from dualspeed.layout import Layout
 from dualspeed.settings.command_line import PARENT, STORE, read_shard, settings_file
 from dualspeed.settings.jobs import read_settings
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             take_gpus(options.gpus)
         options.run(options)
     except DualSpeedError as error:
-        print(f"dualspeed {options.command}: {error}", file=sys.stderr)
+        print(f"dualspeed {options.command}: {sentence_of(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -69,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--nodes", type=int, default=1, help="nodes that train together")
     train.add_argument("--processes", type=int, default=1, help="training processes on each node")
     train.add_argument("--accelerate-config", help="file for `accelerate launch`: how processes share the model")
+    train.add_argument("--cache-features", help="folder that keeps what the frozen vision tower makes of each image")
     train.add_argument("--cpus", type=int, default=1, help="CPU cores on each node, shared by its processes")
     add_hosts(train)
     add_gpus(train)
@@ -222,7 +223,7 @@ def run_train(options: argparse.Namespace) -> None:
     from dualspeed.training.stage import train
 
     with watch_nodes():
-        train(*inputs, options.out, store_of(options), parent_of(options), options.time_limit)
+        train(*inputs, options.out, store_of(options), parent_of(options), options.time_limit, options.cache_features)
 
 
 def run_answer(options: argparse.Namespace) -> None:

@@ -9,6 +9,11 @@ class DualSpeedError(Exception):
     """Base class; the message names what is wrong, where, and what would be valid."""
 
 
+def sentence_of(error: DualSpeedError) -> str:
+    """Message of an error; of one in a data loader's worker, without the traceback that torch puts before it."""
+    return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip("\n")
+
+
 class ConfigError(DualSpeedError, ValueError):
     """Invalid setting: the message names file, key and value, and what would be valid."""
 
@@ -83,6 +88,10 @@ class BaseModelError(DualSpeedError, ValueError):
 
 class DivergenceError(DualSpeedError, FloatingPointError):
     """Loss that is no longer finite; the message names the training and the step."""
+
+
+class FeatureCacheError(DualSpeedError, RuntimeError):
+    """Folder of kept features that can't be used, read or written; the message names it and says what to do."""
 
 
 class ModelError(DualSpeedError, ValueError):

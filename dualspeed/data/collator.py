@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from dualspeed.batch import IGNORE_INDEX, TOKEN_INPUTS
+from dualspeed.batch import IGNORE_INDEX, TOKEN_INPUTS, TOWER_STATES
 from dualspeed.data.conversations import Problem
-from dualspeed.data.images import open_image
+from dualspeed.data.images import ImageSource, open_image
 from dualspeed.data.pixels import byte_output, normalized_pixels
 from dualspeed.data.questions import text_of_user, tokenize_questions
 from dualspeed.data.rows import read_row
@@ -49,6 +49,8 @@ class ConversationCollator:
         positions: function of input_ids, attention_mask and the batch that gives `positions_3d` (B, 3, L), the
             positions in time, height and width of the Qwen-VL families (`DualSpeedModel.positions`). A collator is the
             place for them, since a model on an accelerator would wait for each of their numbers. None: none.
+        tower_states: function of the batch's images, in reading order, that gives `tower_states`, what is kept of a
+            frozen vision tower's pass over them (dualspeed.training.stored_features). None: the tower runs.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ConversationCollator:
         with_num_images: bool = False,
         question_tokenizer: Callable[..., Mapping] | None = None,
         positions: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] | None = None,
+        tower_states: Callable[[Sequence[ImageSource]], Any] | None = None,
     ) -> None:
         check_padding_side(padding_side)
         self.processor = processor
@@ -68,6 +71,7 @@ class ConversationCollator:
         self.with_num_images = with_num_images
         self.question_tokenizer = question_tokenizer
         self.positions = positions
+        self.tower_states = tower_states
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> BatchFeature:
         """Return the batch of `examples`, rows in any format; errors name a sample by its id."""
@@ -93,6 +97,8 @@ class ConversationCollator:
             batch["question_ids"] = tokenize_questions(questions, self.question_tokenizer)
         if self.positions is not None and "pixel_values" in batch:
             batch["positions_3d"] = self.positions(batch["input_ids"], batch["attention_mask"], batch)
+        if self.tower_states is not None:
+            batch[TOWER_STATES] = self.tower_states([source for example in examples for source in example["images"]])
         return batch
 
     def _check_lengths(self, examples: Sequence[dict[str, Any]], rows: list[list[int]]) -> None:

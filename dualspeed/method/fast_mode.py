@@ -22,6 +22,7 @@ from dualspeed.method.sequences import Sequences, placeholder_runs, prune_inputs
 from dualspeed.method.vlm.evaluation_mode import evaluation_mode
 from dualspeed.method.vlm.inputs import blank_image, image_seeds
 from dualspeed.method.vlm.pixel_pruning import KeptSquares
+from dualspeed.method.vlm.tower_states import TowerStates
 from dualspeed.method.vlm.vision import EncodedImages, encode_images, pruning_units
 from dualspeed.pruners import MergedTokens, VisualTokens
 from dualspeed.pruners.selection import prefix_mask
@@ -47,13 +48,17 @@ def observe_pruning(model: "DualSpeedModel", observer: PruningObserver) -> Itera
 
 
 def encode_batch(
-    model: "DualSpeedModel", images: dict[str, Tensor], grids: Sequence[Sequence[int]] | None = None
+    model: "DualSpeedModel",
+    images: dict[str, Tensor],
+    grids: Sequence[Sequence[int]] | None = None,
+    states: TowerStates | None = None,
 ) -> EncodedImages:
     """Encode the images of a batch, or a blank one if `images` is empty.
 
     Args:
         grids: `RowCounts.grids` for fast mode, which leaves squares of patches out of the tower if the setting
             `pixel_pruning` says so; None: all enter.
+        states: kept outputs of the tower's layers for these images; None: the tower runs.
     """
     return encode_images(
         model.vlm,
@@ -62,6 +67,7 @@ def encode_batch(
         with_tiles=model.dualspeed.prune_budget == "tile",
         pixel_pruning=model.dualspeed.pixel_pruning if images and grids is not None else None,
         grids=grids or (),
+        states=None if states is None else states.to(model.device),
     )
 
 

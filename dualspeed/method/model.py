@@ -34,6 +34,7 @@ from dualspeed.method.vlm.families import check_pixel_pruning
 from dualspeed.method.vlm.inputs import image_inputs, token_inputs
 from dualspeed.method.vlm.parts import conditional_parameters, trainable_visual_parameters
 from dualspeed.method.vlm.positions import Positions3D, make_positions
+from dualspeed.method.vlm.tower_states import TowerStates
 from dualspeed.method.vlm.vision import EncodedImages
 from dualspeed.pruners import get_pruner
 from dualspeed.settings.method import DualSpeedConfig
@@ -142,6 +143,7 @@ class DualSpeedModel(nn.Module):
         image_sizes: Tensor | None = None,
         question_ids: Tensor | None = None,
         positions_3d: Tensor | None = None,
+        tower_states: TowerStates | None = None,
         mode: Mode = Mode.SLOW,
         distill: bool = True,
         pruning_seed: int = 0,
@@ -156,6 +158,7 @@ class DualSpeedModel(nn.Module):
             pixel_values, image_sizes: all images of the batch in reading order, as the VLM takes them; None: no image.
             question_ids: (B, Q) tokens of the user's text for query-based pruners; ConversationCollator gives it.
             positions_3d: (B, 3, L) positions for the Qwen-VL families, from a collator with `positions`; else computed.
+            tower_states: kept outputs of the frozen tower's layers for all images of the batch; None: the tower runs.
             mode: FAST trains on pruned tokens, SLOW on all of them.
             distill: True lets a slow step learn from fast mode too (unless the distillation weight is 0).
             pruning_seed: changes the random pruners' choice from step to step.
@@ -163,8 +166,7 @@ class DualSpeedModel(nn.Module):
             objective: how the loss is made of the logits, and which logits are returned.
             inputs: further outputs of the VLM's processor: image_grid_thw, token_type_ids and so on.
         """
-        mode = Mode(mode)
-        self._recompute(mode is Mode.SLOW)
+        self._recompute((mode := Mode(mode)) is Mode.SLOW)
         labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pixels = image_inputs(self.vlm, {**inputs, "pixel_values": pixel_values, "image_sizes": image_sizes})
@@ -172,19 +174,18 @@ class DualSpeedModel(nn.Module):
         full = Sequences(input_ids, attention_mask, labels, by_token, question_ids)
         full, pixels = with_counts(full, self.config.image_token_id, pixels)
         counts, has_images = full.counted(self.config.image_token_id), pixel_values is not None
-        is_encoding = has_images or has_other_ranks()
-        encoded = encode_batch(self, pixels, counts.grids if mode is Mode.FAST else None) if is_encoding else None
+        grids = counts.grids if mode is Mode.FAST else None
+        encoded = encode_batch(self, pixels, grids, tower_states) if has_images or has_other_ranks() else None
         images, teacher_logits = encoded if has_images else None, None
         if distill and mode is Mode.SLOW and self.dualspeed.distillation_weight > 0 and encoded is not None:
-            # It reads what fast steps read: without the squares of pixels that are pruned before the tower.
             read = encoded if self.dualspeed.pixel_pruning is None else encode_batch(self, pixels, counts.grids)
-            teacher_logits = self._teacher_logits(full, read if has_images else None, pruning_seed)
+            teacher = Objective(packs=objective.packs)
+            teacher_logits = self._teacher_logits(teacher, full, read if has_images else None, pruning_seed)
         trained, features, isolator = full, images.output if images else None, None
         if mode is Mode.FAST:
             trained, features, isolator = self._fast_inputs(full, images, pruning_seed)
         logits, whole = objective.logits(self.vlm, trained, features)
         check_supervision(sum(counts.supervised), logits, teacher_logits)
-
         ce_loss = objective.loss(logits, labels, whole, num_items_in_batch)
         loss = ce_loss + self._zero_term(encoded, has_images, mode, isolator)
         distillation_loss = None if mode is Mode.FAST else ce_loss.new_zeros(())
@@ -199,10 +200,16 @@ class DualSpeedModel(nn.Module):
         num_items = at_least_one(logits, num_items_in_batch)
         return distillation(logits, teacher_logits, self.dualspeed.distillation_temperature, num_items)
 
-    def _teacher_logits(self, full: Sequences, images: EncodedImages | None, pruning_seed: int) -> Tensor:
-        """(M, V) logits of the same weights on the fast input, without gradient or dropout."""
+    def _teacher_logits(
+        self, objective: Objective, full: Sequences, images: EncodedImages | None, pruning_seed: int
+    ) -> Tensor:
+        """(M, V) logits of the same weights on the fast input, without gradient or dropout.
+
+        Args:
+            images: what fast steps read: without the squares of pixels that are pruned before the tower.
+        """
         with torch.no_grad(), evaluation_mode(self.vlm):
-            return Objective().logits(self.vlm, *self._fast_inputs(full, images, pruning_seed)[:2])[0]
+            return objective.logits(self.vlm, *self._fast_inputs(full, images, pruning_seed)[:2])[0]
 
     def _fast_inputs(
         self, full: Sequences, images: EncodedImages | None, pruning_seed: int

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dualspeed.errors import ConfigError
-from dualspeed.settings.fields import check_fields, number
+from dualspeed.settings.attention import ATTENTION, check_reads_lengths
+from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.identity import DECIDES_NOTHING, record
-from dualspeed.settings.method import DualSpeedConfig
+from dualspeed.settings.method import DualSpeedConfig, check_slow_steps
 from dualspeed.settings.reading import did_you_mean, quote, read_dataclass
 from dualspeed.settings.recipe import LoraRecipe
 from dualspeed.settings.schema import field_docstrings
+from dualspeed.settings.stage import check_cache
 from dualspeed.settings.training_arguments import check_argument, training_argument_types
 from dualspeed.settings.yaml_file import read_yaml
 
@@ -65,6 +67,16 @@ class FinetuneRun:
     """Learning rate of the vision tower; null: it is frozen."""
     slow_batch_size: int | None = number(above=0, default=None)
     """Samples of a micro-batch of a slow step on each device; null: as in fast steps."""
+    tokens_per_batch: int | None = number(above=0, default=None)
+    """Most tokens of a micro-batch, padding included, after pruning in fast steps; null: whole batches of samples."""
+    slow_tokens_per_batch: int | None = number(above=0, default=None)
+    """The same in slow steps; null: tokens_per_batch."""
+    cache_features: str | None = field(default=None, metadata=DECIDES_NOTHING)
+    """Folder that keeps what the frozen vision tower makes of each image; null: the tower runs in every step."""
+    attn_implementation: str | None = choice(ATTENTION, default=None)
+    """Implementation of the language model's attention, in transformers' names; null: its choice."""
+    packing: bool = False
+    """Join the rows of a micro-batch behind one another, without padding; needs flash or flex attention."""
     lora: bool = False
     """Train adapters instead of the whole language model; any lora_ option asks for them too."""
     compare: bool = field(default=False, metadata=DECIDES_NOTHING)
@@ -72,6 +84,10 @@ class FinetuneRun:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.cache_features is not None and self.vision_learning_rate is not None:
+            raise ConfigError("cache_features: the vision tower is trained by vision_learning_rate; valid: one of both")
+        if self.packing:
+            check_reads_lengths(self.attn_implementation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +248,13 @@ def settings_of(values: dict[str, Any], source: str) -> FinetuneSettings:
     for name, value in of_group[None].items():
         check_argument(f"{source}: {name}", name, value)
     run = read_dataclass(FinetuneRun, of_group[FinetuneRun], source)
+    check_slow_steps(of_group[DualSpeedConfig])
+    dualspeed = read_dataclass(DualSpeedConfig, of_group[DualSpeedConfig], source)
+    check_cache(run.cache_features, dualspeed)
     has_lora = run.lora or bool(of_group[LoraRecipe])
     return FinetuneSettings(
         run=run,
-        dualspeed=read_dataclass(DualSpeedConfig, of_group[DualSpeedConfig], source),
+        dualspeed=dualspeed,
         lora=read_dataclass(LoraRecipe, of_group[LoraRecipe], source, LORA.strip("_")) if has_lora else None,
         training_arguments=of_group[None],
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from dualspeed.chat_templates import AUTO, TEMPLATE_NAMES
 from dualspeed.errors import ConfigError
+from dualspeed.settings.attention import ATTENTION, check_reads_lengths
 from dualspeed.settings.data_source import DataSource
 from dualspeed.settings.fields import check_fields, choice, number
 from dualspeed.settings.identity import DECIDES_NOTHING
@@ -102,6 +103,14 @@ class Recipe(DataRecipe):
     """Samples of a micro-batch on each device; null: no gradient accumulation."""
     slow_per_device_batch_size: int | None = number(above=0, default=None)
     """The same in slow steps, which need more memory a sample; null: as many as in fast ones."""
+    tokens_per_batch: int | None = number(above=0, default=None)
+    """Instead of samples: most tokens of a micro-batch on each device, padding included; in fast steps, pruned ones."""
+    slow_tokens_per_batch: int | None = number(above=0, default=None)
+    """The same in slow steps; null: tokens_per_batch."""
+    attn_implementation: str | None = choice(ATTENTION, default=None)
+    """Implementation of the language model's attention, in transformers' names; null: its choice."""
+    packing: bool = False
+    """Join the rows of a micro-batch behind one another, without padding; needs flash or flex attention."""
     projector_learning_rate: float | None = number(minimum=0, default=None)
     """Learning rate of projector and isolator; null: that of everything else."""
     vision_learning_rate: float | None = number(minimum=0, default=None)
@@ -112,6 +121,8 @@ class Recipe(DataRecipe):
     """Optimizer steps from one validation to the next."""
     accelerate_config: str | None = field(default=None, metadata=DECIDES_NOTHING)
     """File for `accelerate launch`: how many processes, and how they share the model; null: one process."""
+    cache_features: str | None = field(default=None, metadata=DECIDES_NOTHING)
+    """Folder that keeps what the frozen vision tower makes of each image; null: the tower runs in every step."""
     training_arguments: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingArguments; batch sizes, seed and folders are set elsewhere."""
 
@@ -123,10 +134,38 @@ class Recipe(DataRecipe):
             fast = self.per_device_batch_size or self.global_batch_size
             valid = f"from 1 to the samples of a fast step, {fast}, or null"
             check_range("slow_per_device_batch_size", slow, 0 < slow <= fast, valid)
+        self._check_tokens_per_batch()
+        if self.packing:
+            check_reads_lengths(self.attn_implementation)
         if (self.validation_annotations is None) != (self.validation_steps is None):
             given = f"{self.validation_steps!r} with validation_annotations {self.validation_annotations!r}"
             raise ConfigError(f"validation_steps: {given}; valid: both or neither")
+        if self.cache_features is not None and self.vision_learning_rate is not None:
+            rate = f"with vision_learning_rate {self.vision_learning_rate:g} the tower's features change"
+            raise ConfigError(f"cache_features: {self.cache_features!r}, but {rate}; valid: one of both")
         check_training_arguments(self.training_arguments)
+
+    def _check_tokens_per_batch(self) -> None:
+        """Raise ConfigError for settings that contradict tokens_per_batch, or have no effect."""
+        if self.tokens_per_batch is None:
+            if self.slow_tokens_per_batch is not None:
+                raise ConfigError("slow_tokens_per_batch: has no effect without tokens_per_batch; valid: both, or null")
+            return
+        for name in ("per_device_batch_size", "slow_per_device_batch_size"):
+            if (value := getattr(self, name)) is not None:
+                raise ConfigError(f"{name}: {value}, but tokens_per_batch decides; valid: null, or no tokens_per_batch")
+        if self.training_arguments.get("train_sampling_strategy") == "batch_rebalance":
+            raise ConfigError(
+                "training_arguments.train_sampling_strategy: 'batch_rebalance' divides steps by full lengths, beside "
+                "tokens_per_batch; valid: 'group_by_length', 'random' or 'sequential'"
+            )
+
+    @property
+    def token_budgets(self) -> dict[str, int]:
+        """Most tokens of a micro-batch of `fast` and of `slow` steps; empty without tokens_per_batch."""
+        if self.tokens_per_batch is None:
+            return {}
+        return {"fast": self.tokens_per_batch, "slow": self.slow_tokens_per_batch or self.tokens_per_batch}
 
     def preparation(self) -> DataRecipe:
         """The part that preparing the data depends on."""

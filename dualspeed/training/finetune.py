@@ -81,7 +81,7 @@ def finetune(settings: FinetuneSettings) -> None:
         result = result or train(trainer, folder)
         note(folder, settings, result, is_first)
         if not is_timed:
-            note(folder, settings, result | {"compared": compare(trainer)}, is_first)
+            note(folder, settings, result | {"compared": compare(trainer, sum(result["steps"].values()))}, is_first)
     if is_first:
         print(told(folder, json.loads((folder / FILE).read_text(encoding="utf-8"))["result"]))
 
@@ -160,6 +160,10 @@ def make_trainer(settings: FinetuneSettings, args: TrainingArguments) -> EndsAtL
             projector_learning_rate=run.projector_learning_rate,
             vision_learning_rate=run.vision_learning_rate,
             slow_batch_size=run.slow_batch_size,
+            cache_features=run.cache_features,
+            tokens_per_batch=run.tokens_per_batch,
+            slow_tokens_per_batch=run.slow_tokens_per_batch,
+            packing=run.packing,
         )
     except DualSpeedError:
         raise
@@ -172,12 +176,13 @@ def make_trainer(settings: FinetuneSettings, args: TrainingArguments) -> EndsAtL
 
 def load_model(settings: FinetuneSettings, args: TrainingArguments) -> PreTrainedModel:
     """Load the stock model, with adapters if they are asked for."""
+    attention = {"attn_implementation": settings.run.attn_implementation}
     try:
         if settings.lora is None:
-            return load_for_training(settings.run.model, args)
+            return load_for_training(settings.run.model, args, **attention)
         from dualspeed.method import adapters  # needs peft
 
-        vlm = load_for_training(settings.run.model, args, **adapters.quantization(settings.lora))
+        vlm = load_for_training(settings.run.model, args, **attention, **adapters.quantization(settings.lora))
     except DualSpeedError:
         raise
     except Exception as error:  # of any kind: those of HTTP clients, of the Hub, of transformers
@@ -255,8 +260,12 @@ def train(trainer: EndsAtLastStep, folder: Path) -> dict[str, Any]:
     }
 
 
-def compare(trainer: EndsAtLastStep) -> dict[str, float]:
-    """Seconds of a step of each kind on the same batches, and how many times faster than full-token steps a step is."""
+def compare(trainer: EndsAtLastStep, num_steps: int) -> dict[str, float]:
+    """Seconds of a step of each kind on the same batches, and how many times faster than full-token steps a step is.
+
+    Args:
+        num_steps: steps of the training whose mean step is compared.
+    """
     model = trainer.inner_model
     with TemporaryDirectory() as folder:
         still = dataclasses.replace(trainer.args, output_dir=folder, report_to=[], eval_strategy="no", **HELD_STILL)
@@ -266,10 +275,13 @@ def compare(trainer: EndsAtLastStep) -> dict[str, float]:
             train_dataset=trainer.train_dataset,
             data_collator=trainer.data_collator,
             slow_batch_size=trainer.slow_batch_size,
+            tokens_per_batch=trainer.token_budgets and trainer.token_budgets.fast,
+            slow_tokens_per_batch=trainer.token_budgets and trainer.token_budgets.slow,
+            packing=trainer.packing,
         )
         clock, _ = time_steps(timer, NUM_BATCHES, REPEATS)
     seconds = {f"{kind}_step_seconds": clock.mean_seconds(kind) for kind in ("baseline", "fast", "slow")}
-    share = model.dualspeed.slow_mode_ratio
+    share = model.dualspeed.slow_share(num_steps)
     mean = (1 - share) * seconds["fast_step_seconds"] + share * seconds["slow_step_seconds"]
     return seconds | {"ratio": seconds["baseline_step_seconds"] / mean}
 

@@ -5,30 +5,29 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from dualspeed.batch import IGNORE_INDEX
-from dualspeed.errors import ConfigError, SampleError
+from dualspeed.errors import ConfigError
 from dualspeed.method.model import DualSpeedModel
 from dualspeed.method.objective import Objective
 from dualspeed.method.outputs import DualSpeedOutput
 from dualspeed.settings.method import DualSpeedConfig
-from dualspeed.settings.modes import Mode, mode_of_step
+from dualspeed.settings.modes import Mode
 from dualspeed.settings.sharding import DDP, ZERO3
 from dualspeed.training.arguments import check_arguments, check_dtypes, eval_modes_of, named_arguments, set_defaults
-from dualspeed.training.micro_batches import micro_batches
+from dualspeed.training.micro_batches import parts_of
 from dualspeed.training.mode_events import ModeEvents
 from dualspeed.training.optimizer import check_rates, split_groups
 from dualspeed.training.random_state import kept_random_state
 from dualspeed.training.saving import SavesStockCheckpoints
+from dualspeed.training.stored_features import StoresFeatures
+from dualspeed.training.token_batches import check_division, division, token_budgets
 from dualspeed.training.totals import Totals
 from dualspeed.training.trainable import freeze_untrained
 
@@ -40,10 +39,33 @@ else:
     Base = object
 
 
-class DualSpeedMixin(SavesStockCheckpoints, Base):
+class DualSpeedMixin(StoresFeatures, SavesStockCheckpoints, Base):
     """Mixin that stands before a Trainer: `class DualSpeedTrainer(DualSpeedMixin, Trainer)`.
 
     The trainer is made with the stock model. Then a DualSpeedModel takes the model's place.
+
+    Args:
+        model: a stock VLM, whose vision tower is then frozen unless it has a learning rate, with adapters of peft
+            or without; or a DualSpeedModel, of which the caller chose the trainable parameters.
+        dualspeed: settings of the method; None: those of the DualSpeedModel, or the paper's for a stock VLM.
+        projector_learning_rate: learning rate of projector and isolator; None: `args.learning_rate`.
+        vision_learning_rate: learning rate of the vision tower; None: frozen, or for a DualSpeedModel with a
+            trainable tower `args.learning_rate`.
+        slow_batch_size: samples of a micro-batch of a slow step on each device; larger batches are split. The data
+            collator must then also give `num_images`, a list with the number of images of each sample. None: no
+            split.
+        tokens_per_batch: divide the `per_device_train_batch_size` samples of a step by their lengths into
+            micro-batches of at most so many tokens, padding included; in fast steps the tokens after pruning. The
+            collator gives `num_images`, too. None: no division.
+        slow_tokens_per_batch: the same in slow steps; None: `tokens_per_batch`.
+        packing: join the rows of a micro-batch behind one another, without padding, of which budgets then count
+            none. The model's attention has to read cumulative lengths: flash or flex attention.
+        eval_mode: `slow` evaluates on all tokens, `fast` on pruned ones, with metrics named `eval_fast_*`, `both`
+            does both.
+        cache_features: folder that keeps what the frozen vision tower makes of each image, which is encoded once,
+            before training, and read in every step. None: the tower runs in every step.
+        positional, kwargs: as for the trainer; the data collator gives input_ids, attention_mask, labels and, for a
+            batch with images, pixel_values and the VLM's other image inputs.
     """
 
     model: Any
@@ -60,33 +82,22 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
         projector_learning_rate: float | None = None,
         vision_learning_rate: float | None = None,
         slow_batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        slow_tokens_per_batch: int | None = None,
+        packing: bool = False,
         eval_mode: str = "slow",
+        cache_features: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Set up training.
-
-        Args:
-            model: a stock VLM, whose vision tower is then frozen unless it has a learning rate, with adapters of peft
-                or without; or a DualSpeedModel, of which the caller chose the trainable parameters.
-            dualspeed: settings of the method; None: those of the DualSpeedModel, or the paper's for a stock VLM.
-            projector_learning_rate: learning rate of projector and isolator; None: `args.learning_rate`.
-            vision_learning_rate: learning rate of the vision tower; None: frozen, or for a DualSpeedModel with a
-                trainable tower `args.learning_rate`.
-            slow_batch_size: samples of a micro-batch of a slow step on each device; larger batches are split. The data
-                collator must then also give `num_images`, a list with the number of images of each sample. None: no
-                split.
-            eval_mode: `slow` evaluates on all tokens, `fast` on pruned ones, with metrics named `eval_fast_*`, `both`
-                does both.
-            positional, kwargs: as for the trainer; the data collator gives input_ids, attention_mask, labels and, for a
-                batch with images, pixel_values and the VLM's other image inputs.
-        """
+        """Set up training; the arguments are those of the class."""
         args = TrainingArguments("tmp_trainer") if args is None else args
         if isinstance(model, DualSpeedModel) and dualspeed not in (None, model.dualspeed):
             raise ConfigError("the model carries other DualSpeed settings than `dualspeed`; give them once")
         self.dualspeed = model.dualspeed if isinstance(model, DualSpeedModel) else dualspeed or DualSpeedConfig()
         self.learning_rates = {"projector": projector_learning_rate, "vision": vision_learning_rate}
-        self.slow_batch_size = slow_batch_size
-        self.eval_modes = eval_modes_of(eval_mode)
+        self.slow_batch_size, self.packing = slow_batch_size, packing
+        self.token_budgets = token_budgets(args, tokens_per_batch, slow_tokens_per_batch, slow_batch_size)
+        self.eval_modes, self.cache_features = eval_modes_of(eval_mode), cache_features
         self.evaluation_seconds = 0.0
         """Total duration of the evaluations, which the throughput leaves out."""
         self._totals = Totals()
@@ -105,8 +116,7 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
             self.model = self.model_wrapped = self.callback_handler.model = self.wrapped(made)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         check_rates(self.model, self.learning_rates)
-        if slow_batch_size is not None and self.is_deepspeed_enabled:
-            raise ConfigError("slow_batch_size: DeepSpeed's engine counts micro-batches itself; valid: None")
+        check_division(self)
         self.add_callback(ModeEvents(self))
 
     def wrapped(self, vlm: PreTrainedModel, dualspeed: DualSpeedConfig | None = None) -> DualSpeedModel:
@@ -158,8 +168,7 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
 
     def mode_of_step(self, step: int) -> Mode:
         """Mode of the optimizer step `step`, from 0; the same on every rank and after every resume."""
-        config = self.inner_model.dualspeed
-        return mode_of_step(self.args.seed, step, config.slow_mode_ratio, config.mode_schedule)
+        return self.inner_model.dualspeed.mode_of_step(self.args.seed, step, self.state.max_steps)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -183,18 +192,17 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward pass of a batch; in a slow step, of micro-batches of `slow_batch_size` samples."""
+        """Run forward and backward pass of a batch, or of the micro-batches that it is divided into."""
         inputs = dict(inputs)
-        num_images, size = inputs.pop("num_images", None), self.slow_batch_size
-        is_fast = self.mode_of_step(self.state.global_step) is Mode.FAST
-        if is_fast or size is None or len(inputs["input_ids"]) <= size:
+        num_images = inputs.pop("num_images", None)
+        groups, extents = division(self, inputs, num_images)
+        if len(groups) == 1:
             return super().training_step(model, inputs, num_items_in_batch)
-        if num_images is None:
-            raise SampleError("slow_batch_size needs `num_images` in each batch, which the data collator doesn't give")
-        *first, last = micro_batches(inputs, num_images, size)
+        parts, losses = parts_of(inputs, num_images, groups, extents), []
         with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
-            losses = [super(DualSpeedMixin, self).training_step(model, part, num_items_in_batch) for part in first]
-        losses.append(super().training_step(model, last, num_items_in_batch))
+            for part in islice(parts, len(groups) - 1):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, next(parts), num_items_in_batch))
         return torch.stack(losses).sum()
 
     def compute_loss(
@@ -218,6 +226,7 @@ class DualSpeedMixin(SavesStockCheckpoints, Base):
                 label_smoothing=self.args.label_smoothing_factor,
                 function=self.compute_loss_func,
                 all_logits=return_outputs and not self.predicts_supervised_only,
+                packs=self.packing and is_training,
             ),
         )
         self.note_outputs(inputs, outputs)

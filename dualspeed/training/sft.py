@@ -49,7 +49,8 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer):  # type: ignore[misc]  # 
             model: a stock VLM, the name on the Hub or folder of a checkpoint, or a PeftModel with LoRA adapters.
             args: SFTConfig; packing, padding_free and `dft` don't go with pruning.
             positional, named: the further arguments of `trl.SFTTrainer`, and those of DualSpeedMixin: `dualspeed`,
-                `projector_learning_rate`, `vision_learning_rate`, `slow_batch_size` and `eval_mode`.
+                `projector_learning_rate`, `vision_learning_rate`, `slow_batch_size`, `tokens_per_batch`,
+                `slow_tokens_per_batch`, `packing`, `eval_mode` and `cache_features`.
         """
         if isinstance(model, DualSpeedModel):
             raise ConfigError("model: TRL reads what a DualSpeedModel lacks; valid: its stock model (model.vlm)")
@@ -64,7 +65,8 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer):  # type: ignore[misc]  # 
                 f"router_aux_loss_coef: {self.router_aux_loss_coef}, but steps on pruned tokens have no loss of the "
                 "experts' balance; valid: SFTConfig(router_aux_loss_coef=0.0)"
             )
-        check_collator(self.data_collator, self.inner_model, self.slow_batch_size)
+        divided = {"slow_batch_size": self.slow_batch_size, "tokens_per_batch": self.token_budgets}
+        check_collator(self.data_collator, self.inner_model, divided)
 
     def note_outputs(self, inputs: dict[str, Any], outputs: DualSpeedOutput) -> None:
         """Note the predictions of a micro-batch for TRL's metrics."""
@@ -108,12 +110,16 @@ def check_sft_arguments(args: SFTConfig) -> None:
         raise ConfigError("gradient_checkpointing_kwargs: 'selective' needs TRL's own switch; valid: without it")
 
 
-def check_collator(collator: Any, model: DualSpeedModel, slow_batch_size: int | None) -> None:
-    """Raise ConfigError if TRL's collator lacks what the settings need in each batch."""
+def check_collator(collator: Any, model: DualSpeedModel, divided: dict[str, Any]) -> None:
+    """Raise ConfigError if TRL's collator lacks what the settings need in each batch.
+
+    Args:
+        divided: arguments that divide batches, by name; None: not given.
+    """
     if not isinstance(collator, DataCollatorForVisionLanguageModeling):
         return
     needed = {f"pruner {model.dualspeed.pruner!r}": model.question_tokenizer(collator.processor) is not None}
-    needed["slow_batch_size"] = slow_batch_size is not None
+    needed |= {name: value is not None for name, value in divided.items()}
     for name, is_needed in needed.items():
         if is_needed:
             raise ConfigError(

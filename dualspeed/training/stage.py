@@ -32,7 +32,7 @@ from dualspeed.tracking.delivery import ParentRun
 from dualspeed.tracking.metric_log import MetricLog, RunSpec
 from dualspeed.tracking.store import Store
 from dualspeed.training.callbacks import MetricLogCallback, StopInTime
-from dualspeed.training.grouping import group_lengths
+from dualspeed.training.grouping import FULL_LENGTH, group_lengths
 from dualspeed.training.resume import ResumableTrainer, unfinished_folder
 from dualspeed.training.state import (
     CHECKPOINTS,
@@ -42,6 +42,7 @@ from dualspeed.training.state import (
     open_state,
     read_progress,
 )
+from dualspeed.training.token_batches import TokenBudgets, check_samples
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 from dualspeed.training.validation import count_answers, mean_of_answers
 
@@ -57,6 +58,7 @@ def train(
     tracking: Store | None = None,
     parent: ParentRun | None = None,
     time_limit: float | None = None,
+    cache_features: str | None = None,
 ) -> None:
     """Train a stage from the checkpoint in `model_folder` on the prepared data in `data_folder`; write it to `out`.
 
@@ -65,6 +67,7 @@ def train(
         tracking: MLflow store that metrics also go to; None: to the state folder alone.
         parent: run of the row that the training belongs to; None for a pretraining, which rows share.
         time_limit: minutes that this job has; training stops before with a checkpoint. None: no limit.
+        cache_features: folder of kept features (dualspeed.training.stored_features); None: the tower runs.
 
     Raises:
         InterruptedTrainingError: the time was over, or SIGTERM came.
@@ -85,7 +88,8 @@ def train(
         spec = run_spec(settings, out, parent)
         with MetricLog(state, tracking, spec) if is_first_process else nullcontext() as metric_log:
             started -= read_progress(checkpoint).get("seconds", 0.0)
-            trainer = make_trainer(settings, model, processor, dataset, held_out, state / CHECKPOINTS, started)
+            data = dataset, held_out
+            trainer = make_trainer(settings, model, processor, *data, state / CHECKPOINTS, started, cache_features)
             check_strategy(trainer)
             check_sharding(checkpoint, trainer.sharding)
             trainer.add_callback(stop)
@@ -130,12 +134,13 @@ def run_spec(settings: StageSettings, out: Path, parent: ParentRun | None) -> Ru
 def load_model(settings: StageSettings, folder: Path) -> tuple[DualSpeedModel, ProcessorMixin]:
     """Load the model, with the stage's parameters trainable, and its processor, with the stage's chat template."""
     set_seed(settings.seed)  # initialises the isolator, if the checkpoint has none
+    attention = {"attn_implementation": settings.recipe.attn_implementation}
     if (lora := settings.recipe.lora) is None:
-        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed)
+        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **attention)
     else:
         from dualspeed.method import adapters  # needs peft
 
-        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **adapters.quantization(lora))
+        model = DualSpeedModel.from_pretrained(folder, settings.dualspeed, **attention, **adapters.quantization(lora))
         adapters.add_adapters(model.vlm, lora)
     set_trainable(model, settings.stage, with_vision=settings.recipe.vision_learning_rate is not None)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # its optimizer holds float32 weights itself
@@ -157,6 +162,7 @@ def make_trainer(
     held_out: Dataset | None,
     checkpoints: Path,
     started: float,
+    cache_features: str | None = None,
 ) -> ResumableTrainer:
     """Make the trainer of a stage.
 
@@ -164,15 +170,18 @@ def make_trainer(
         held_out: validation samples; None: no validation.
         checkpoints: folder of the checkpoints to resume from.
         started: `time.monotonic()` at the start of the stage, as if nothing had interrupted it.
+        cache_features: as for `train`.
     """
     recipe = settings.recipe
+    if recipe.token_budgets:
+        check_samples(dataset, TokenBudgets(**recipe.token_budgets), settings.dualspeed)
     dataset, length_column = group_lengths(dataset, settings.dualspeed)
     if held_out is not None:
         held_out, _ = group_lengths(held_out, settings.dualspeed)
     return ResumableTrainer(
         started=started,
         model=model,
-        args=training_arguments(settings, checkpoints, length_column, held_out is not None),
+        args=training_arguments(settings, checkpoints, length_column, held_out),
         train_dataset=dataset,
         eval_dataset=held_out,
         preprocess_logits_for_metrics=count_answers,
@@ -180,7 +189,7 @@ def make_trainer(
         data_collator=ConversationCollator(
             processor,
             recipe.max_length,
-            with_num_images=recipe.slow_per_device_batch_size is not None,
+            with_num_images=recipe.slow_per_device_batch_size is not None or recipe.tokens_per_batch is not None,
             question_tokenizer=model.question_tokenizer(processor),
             positions=model.positions(),
         ),
@@ -188,11 +197,15 @@ def make_trainer(
         projector_learning_rate=recipe.projector_learning_rate,
         vision_learning_rate=recipe.vision_learning_rate,
         slow_batch_size=recipe.slow_per_device_batch_size,
+        tokens_per_batch=recipe.tokens_per_batch,
+        slow_tokens_per_batch=recipe.slow_tokens_per_batch,
+        cache_features=cache_features,
+        packing=recipe.packing,
     )
 
 
 def training_arguments(
-    settings: StageSettings, checkpoints: Path, length_column: str, has_validation: bool
+    settings: StageSettings, checkpoints: Path, length_column: str, held_out: Dataset | None
 ) -> TrainingArguments:
     """Make a stage's `transformers.TrainingArguments`, for this number of processes; those of the recipe come last."""
     recipe, num_processes = settings.recipe, world_size()
@@ -205,12 +218,15 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         "length_column_name": length_column,
     }
-    if has_validation:
+    if held_out is not None:
+        # Validations run on full tokens, as slow steps do.
+        eval_batch_size = recipe.slow_per_device_batch_size or per_device_batch_size
+        if recipe.token_budgets:
+            eval_batch_size = max(1, recipe.token_budgets["slow"] // max(held_out[FULL_LENGTH]))
         arguments |= {
             "eval_strategy": "steps",
             "eval_steps": recipe.validation_steps,
-            # Validations run on full tokens, as slow steps do.
-            "per_device_eval_batch_size": recipe.slow_per_device_batch_size or per_device_batch_size,
+            "per_device_eval_batch_size": eval_batch_size,
         }
     return TrainingArguments(**arguments | recipe.training_arguments)
 

@@ -157,10 +157,13 @@ def time_steps(trainer: DualSpeedTrainer, num_batches: int, repeats: int) -> tup
     try:
         trainer.train()
     except torch.OutOfMemoryError as error:
-        sizes = f"{trainer.args.per_device_train_batch_size}, slow_per_device_batch_size: {trainer.slow_batch_size}"
+        fast, slow = trainer.args.per_device_train_batch_size, trainer.slow_batch_size
+        given, fewer = f"per_device_batch_size: {fast}, slow_per_device_batch_size: {slow}", "samples"
+        if budgets := trainer.token_budgets:
+            given, fewer = f"tokens_per_batch: {budgets.fast}, slow_tokens_per_batch: {budgets.slow}", "tokens"
         raise ConfigError(
-            f"per_device_batch_size: {sizes}: their steps don't fit into the memory of {machine(trainer.args.device)}; "
-            "valid: fewer samples, or a device with more memory"
+            f"{given}: their steps don't fit into the memory of {machine(trainer.args.device)}; valid: fewer {fewer}, "
+            "or a device with more memory"
         ) from error
     return clock, collate
 

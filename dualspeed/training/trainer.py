@@ -13,6 +13,7 @@ from dualspeed.errors import ConfigError
 from dualspeed.method.checkpoint import load_vlm
 from dualspeed.method.model import DualSpeedModel
 from dualspeed.training.mixin import DualSpeedMixin
+from dualspeed.training.token_batches import check_longest
 from dualspeed.training.trainable import hold_trained_weights_in_float32
 
 DROPPED_ROWS = "dropped_rows_{}.jsonl"
@@ -58,7 +59,8 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
             to_messages: function that makes of a row one in a format of docs/data.md. None: rows are such.
             max_dropped_share: largest share of unusable rows, which are counted and listed (DROPPED_ROWS).
             others, named: the further arguments of `transformers.Trainer`, and those of DualSpeedMixin: `dualspeed`,
-                `projector_learning_rate`, `vision_learning_rate`, `slow_batch_size` and `eval_mode`.
+                `projector_learning_rate`, `vision_learning_rate`, `slow_batch_size`, `tokens_per_batch`,
+                `slow_tokens_per_batch`, `packing`, `eval_mode` and `cache_features`.
         """
         args = TrainingArguments("tmp_trainer") if args is None else args
         name = model if isinstance(model, str | Path) else None
@@ -85,13 +87,19 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
         if name is not None and not self.is_deepspeed_enabled:
             hold_trained_weights_in_float32(self.model)
         if reads_rows:
-            self.data_collator = ConversationCollator(
-                processing_class,
-                max_length,
-                with_num_images=self.slow_batch_size is not None,
-                question_tokenizer=self.model.question_tokenizer(processing_class),
-                positions=self.model.positions(),
-            )
+            self.data_collator = self._default_collator(processing_class, max_length)
+
+    def _default_collator(self, processor: ProcessorMixin, max_length: int | None) -> ConversationCollator:
+        """Collator that gives what model and settings need."""
+        if self.token_budgets is not None:
+            check_longest(self.token_budgets, max_length)
+        return ConversationCollator(
+            processor,
+            max_length,
+            with_num_images=self.slow_batch_size is not None or self.token_budgets is not None,
+            question_tokenizer=self.model.question_tokenizer(processor),
+            positions=self.model.positions(),
+        )
 
 
 def load_for_training(name: str | Path, args: TrainingArguments, **loading: Any) -> PreTrainedModel:

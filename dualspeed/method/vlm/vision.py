@@ -18,8 +18,9 @@ from dualspeed.method.vlm.families import family_of
 from dualspeed.method.vlm.family import Family
 from dualspeed.method.vlm.inputs import image_units
 from dualspeed.method.vlm.pixel_pruning import KeptSquares, prune_pixels
-from dualspeed.method.vlm.square_towers import in_token_order, squares_of, standardised_squares
+from dualspeed.method.vlm.square_towers import in_token_order, squares_of, standardised_squares, with_window_order
 from dualspeed.method.vlm.tower import capture_fields, per_token, skip_unused_vision_layers
+from dualspeed.method.vlm.tower_states import ATTENTION_FIELDS, TowerStates, states_in_place
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def encode_images(
     with_tiles: bool = False,
     pixel_pruning: float | None = None,
     grids: Sequence[Sequence[int]] = (),
+    states: TowerStates | None = None,
 ) -> EncodedImages:
     """Run vision tower and projector once over all images of a batch.
 
@@ -83,12 +85,21 @@ def encode_images(
         with_tiles: True to return each token's tile.
         pixel_pruning: tolerance of `prune_pixels`, which leaves squares of patches out; None: all enter the tower.
         grids: as in `prune_pixels`.
+        states: kept outputs of the tower's layers for these images, which are not run then; None: they are.
     """
     squares = None
     if pixel_pruning is not None:
         images, squares = prune_pixels(vlm, images, grids, pixel_pruning)
+    images = with_window_order(vlm, images)
     captured: dict[str, Tensor] = {}
-    with skip_unused_vision_layers(vlm) as layer_arguments, capture_fields(vlm, needs, captured):
+    if states is not None:
+        captured = {name: values for name, values in states.fields.items() if name in needs}
+        needs = [name for name in needs if name not in ATTENTION_FIELDS]
+    with (
+        skip_unused_vision_layers(vlm) as layer_arguments,
+        states_in_place(vlm, states),
+        capture_fields(vlm, needs, captured),
+    ):
         output = image_encoder(vlm)(**images, **layer_arguments, return_dict=True)
     features = image_units(vlm, output)
     if family_of(vlm).projects_later:
