@@ -26,19 +26,28 @@ def baseline(vlm: PreTrainedModel, batch: dict[str, Tensor]) -> None:
 def fast(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pruning_ratio: float) -> None:
     """Cross-entropy on kept tokens behind the isolator."""
     recompute_always(vlm)
-    logits, labels = pruned_logits(vlm, isolator, batch, pruning_ratio)
-    cross_entropy(logits, labels).backward()
+    fast_loss(vlm, isolator, batch, pruning_ratio).backward()
 
 
 def slow(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pruning_ratio: float) -> None:
     """Cross-entropy on all tokens, and distillation from the pruned ones."""
     recompute_always(vlm)
+    slow_loss(vlm, isolator, batch, pruning_ratio).backward()
+
+
+def fast_loss(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pruning_ratio: float) -> Tensor:
+    """Loss of `fast`."""
+    return cross_entropy(*pruned_logits(vlm, isolator, batch, pruning_ratio))
+
+
+def slow_loss(vlm: PreTrainedModel, isolator: nn.Module, batch: dict[str, Tensor], pruning_ratio: float) -> Tensor:
+    """Loss of `slow`."""
     with torch.no_grad():
         teacher_logits, teacher_labels = pruned_logits(vlm, isolator, batch, pruning_ratio)
     logits, labels = full_logits(vlm, batch), batch["labels"]
     student, teacher = supervised(logits, labels), supervised(teacher_logits, teacher_labels)
     divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
-    (cross_entropy(logits, labels) + divergence / len(student)).backward()
+    return cross_entropy(logits, labels) + divergence / len(student)
 
 
 def recompute_always(vlm: PreTrainedModel) -> None:
