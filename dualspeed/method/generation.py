@@ -55,7 +55,7 @@ def generate(
     # From given positions (3-D ones in the Qwen-VL families) stock generation counts on after the last of them.
     num_run = pruned.input_ids.shape[1]
     # Embeddings have no ids to return.
-    prompt = WholePrompt(input_ids, num_run, num_returned=0 if family_of(vlm).runs else num_run)
+    prompt = WholePrompt(input_ids, num_run, num_returned=0 if family_of(vlm).enters_as_embeddings else num_run)
     output = runner(vlm).generate(
         attention_mask=pruned.attention_mask,
         **inputs_of_forward(vlm, pruned.input_ids, kept),

@@ -3,7 +3,7 @@
 import torch
 
 from dualspeed.method.model import DualSpeedModel
-from dualspeed.method.vlm.parts import Part, parameter_parts
+from dualspeed.method.vlm.parts import CHOOSING, Part, language_parameters, named_with, parameter_parts
 
 
 def parts_of(model: DualSpeedModel) -> dict[str, Part]:
@@ -52,7 +52,14 @@ def freeze_untrained(model: DualSpeedModel, is_stock: bool = False, trains_visio
 
 
 def hold_trained_weights_in_float32(model: DualSpeedModel) -> None:
-    """Convert trainable 16-bit weights to float32, which small updates need; frozen weights keep their dtype."""
+    """Convert trainable 16-bit weights to float32, which small updates need; frozen weights keep their dtype.
+
+    Those that choose experts or keys inside a language model that is trained whole are converted with it: its hidden
+    states become float32.
+    """
+    language = language_parameters(model.vlm)
+    is_whole = not model.has_adapters and any(parameter.requires_grad for parameter in language)
+    choosing = named_with(model.vlm, CHOOSING) if is_whole else set()
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        if (parameter.requires_grad or parameter in choosing) and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()

@@ -20,7 +20,7 @@ from dualspeed.method.vlm.entrance import runner
 from dualspeed.method.vlm.families import CAPTURED_FIELDS, family_of
 from dualspeed.method.vlm.positions import make_positions, positions_3d
 from dualspeed.pruners import PRUNERS
-from dualspeed.training.trainable import parts_of, set_trainable
+from dualspeed.training.trainable import hold_trained_weights_in_float32, parts_of, set_trainable
 from tests.support.tiny_images import IMAGE, Inputs, batch
 from tests.support.tiny_models import MODEL_TYPES, model_without_weights, tiny_model
 
@@ -158,6 +158,26 @@ def adapters_learn_and_are_merged(model_type: str) -> None:
     assert (whole(**inputs).loss - before).abs() > 1e-4
 
 
+def a_tower_in_bfloat16_feeds_weights_in_float32(model_type: str) -> None:
+    """A frozen tower keeps a checkpoint's bfloat16, trained weights are float32, and autocast joins them."""
+    vlm = stock(model_type)
+    inputs = batch(vlm, MIXED)
+    for stage, trained in (("pretrain", "projector"), ("finetune", "language")):
+        model = DualSpeedModel(stock(model_type).to(torch.bfloat16), DualSpeedConfig(pruning_ratio=0.5))
+        set_trainable(model, stage)
+        hold_trained_weights_in_float32(model)
+        parts = parts_of(model)
+        dtypes = {
+            part: {p.dtype for name, p in model.named_parameters() if parts[name] == part} for part in parts.values()
+        }
+        assert dtypes[trained] == {torch.float32} and torch.float32 not in dtypes.get("vision", ())
+        for mode in Mode:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(mode=mode, **inputs).loss
+            loss.backward()
+            assert torch.isfinite(loss)
+
+
 def generates_on_pruned_tokens(model_type: str) -> None:
     """Generation on all tokens without isolator is the stock model's; on a tenth it gives as many tokens."""
     prompts = batch(stock(model_type), [1, 2], padding_side="left")
@@ -206,6 +226,7 @@ TRIALS: tuple[Callable[[str], None], ...] = (
     slow_mode_reaches_all_but_the_unused,
     text_alone_calls_the_same_modules,
     adapters_learn_and_are_merged,
+    a_tower_in_bfloat16_feeds_weights_in_float32,
     generates_on_pruned_tokens,
     batched_is_alone,
     positions_need_no_weights,

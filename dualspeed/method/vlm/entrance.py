@@ -70,7 +70,7 @@ def inputs_of_forward(vlm: PreTrainedModel, input_ids: Tensor, images: ModelOutp
     Args:
         images: as from `get_image_features` or `with_features`; None: no image.
     """
-    if not family_of(vlm).runs:
+    if not family_of(vlm).enters_as_embeddings:
         return {"input_ids": input_ids, "mm_encoder_outputs": {} if images is None else {"image": images}}
     embeddings = vlm.get_input_embeddings()(input_ids)
     if images is not None:

@@ -222,7 +222,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": QWEN_VL,
     "qwen3_vl": replace(QWEN3_VL, packs_rows=True),
     "qwen3_vl_moe": QWEN3_VL,
-    "smolvlm": IDEFICS3,
+    "smolvlm": replace(IDEFICS3, casts_features=True),
     "vipllava": Family(
         layers="encoder.layers",
         unused=("post_layernorm", "head"),

@@ -70,6 +70,9 @@ class Family:
     runs: str = ""
     """Path of a causal language model within the model that is run on embeddings in its place, where the model's own
     forward demands images or applies the projector; empty: the model itself is run."""
+    casts_features: bool = False
+    """True if the model's own forward casts features to the tower's dtype, which embeddings may not have: they enter as
+    embeddings then."""
     has_rows_of_pixels: bool = True
     """True if `pixel_values` has one row an image, or rows in proportion to its tokens."""
     encodes_tokens_alone: bool = False
@@ -85,6 +88,11 @@ class Family:
     where the configuration doesn't say."""
     tokens_of_tile: Callable[[PreTrainedModel], int] = token_counts.of_square_tile
     """Function that counts the tokens of a tile, for `splits_samples_into_tiles`."""
+
+    @property
+    def enters_as_embeddings(self) -> bool:
+        """True if images enter as embeddings, with those of the text."""
+        return bool(self.runs) or self.casts_features
 
     @property
     def packs_tiles(self) -> bool:
