@@ -50,7 +50,7 @@ class Trained:
 def language_flops(shape: ModelShape, tokens: int, supervised: int, trained: Trained, backward: bool = True) -> float:
     """FLOPs of the language model and its head on one sequence."""
     linear = 2 * tokens * shape.layer_parameters * shape.text_layers
-    attention = 4 * tokens**2 * shape.text_width * shape.text_layers
+    attention = 4 * tokens**2 * shape.query_width * shape.text_layers
     head = 2 * supervised * shape.vocabulary * shape.text_width
     adapters = 2 * tokens * shape.adapter_parameters(trained.lora_rank)
     blocks = linear + attention + adapters

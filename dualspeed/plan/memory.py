@@ -51,13 +51,17 @@ def layer_bytes(shape: ModelShape, trained: Trained, in_float32: bool = False, i
             the very inputs of their layers. Under autocast each has a copy.
     """
     width, inner = shape.text_width, shape.text_inner
-    attention = 4 * width + 4 * shape.key_width
+    attention = 4 * shape.query_width + 4 * shape.key_width
+    if shape.has_head_norms:
+        # Each head's norm saves its float32 input, and what its weights multiply if they are trained.
+        is_trained = trained.language and not trained.lora_rank
+        attention += (6 if is_trained else 4) * (shape.query_width + shape.key_width)
     # The gate, its activation and the factor that it multiplies. If the last product's weights are trained, its input
     # is saved too (2 * inner below).
     gated = 6 * inner
     if trained.lora_rank:
         # Each adapter saves its input and its dropout's mask (1 byte); each of the two norms its float32 input.
-        inputs = (2 + trained.lora_dropout) * (6 * width + inner)
+        inputs = (2 + trained.lora_dropout) * (5 * width + shape.query_width + inner)
         if is_sharded and not trained.lora_dropout:
             inputs = 4 * width + 2 * inner  # once for q, k and v, once for gate and up; o's is the attention's output
         return 8 * width + attention + gated + inputs + 2 * 7 * trained.lora_rank

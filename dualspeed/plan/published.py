@@ -29,6 +29,21 @@ QWEN2_5_3B = {
     "num_key_value_heads": 2,
     "vocab_size": 151_936,
 }
+QWEN3 = {
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+}
+QWEN3_4B = QWEN3 | {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+}
 SMOLLM2_135M = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -61,18 +76,42 @@ WINDOWED = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+DEEPSTACK = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "depth": 27,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+DEEPSTACK_4B = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "depth": 24,
+    "deepstack_visual_indexes": [5, 11, 17],
+    "out_hidden_size": 2560,
+}
 
-TEXT_DEFAULTS = {TowerKind.SQUARE: LLAMA_7B, TowerKind.SHUFFLED: LLAMA_7B, TowerKind.WINDOWS: QWEN2_5_72B}
+TEXT_DEFAULTS = {
+    TowerKind.SQUARE: LLAMA_7B,
+    TowerKind.SHUFFLED: LLAMA_7B,
+    TowerKind.WINDOWS: QWEN2_5_72B,
+    TowerKind.DEEPSTACK: QWEN3,
+}
 VISION_DEFAULTS = {
     TowerKind.SQUARE: CLIP_LARGE_336,
     TowerKind.SHUFFLED: SIGLIP_SHUFFLED,
     TowerKind.WINDOWS: WINDOWED,
+    TowerKind.DEEPSTACK: DEEPSTACK,
 }
 """Values that transformers takes for the keys that a configuration leaves out."""
 IMAGE_DEFAULTS: dict[TowerKind, dict[str, Any]] = {
     TowerKind.SQUARE: {},
     TowerKind.SHUFFLED: {"size": {"longest_edge": 4 * 364}},
     TowerKind.WINDOWS: {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}},
+    TowerKind.DEEPSTACK: {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}},
 }
 """The same for image processors."""
 
@@ -113,6 +152,11 @@ VLMS = {
         config=QWEN2_5_3B
         | {"tie_word_embeddings": True, "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048}},
         images={"min_pixels": 3136, "max_pixels": 12_845_056},
+    ),
+    "Qwen/Qwen3-VL-4B-Instruct": Checkpoint(
+        kind=TowerKind.DEEPSTACK,
+        config={"tie_word_embeddings": True, "text_config": QWEN3_4B, "vision_config": DEEPSTACK_4B},
+        images={"size": {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}},
     ),
     "HuggingFaceTB/SmolVLM-256M-Instruct": Checkpoint(
         kind=TowerKind.SHUFFLED,

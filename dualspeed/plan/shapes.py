@@ -7,7 +7,8 @@ from typing import Any
 
 from dualspeed.errors import ConfigError
 from dualspeed.plan.published import IMAGE_DEFAULTS, PARTS, TEXT_DEFAULTS, VISION_DEFAULTS, VLMS, Checkpoint
-from dualspeed.plan.towers import Encoded, ShuffledTower, SquareTower, Tower, WindowTower
+from dualspeed.plan.resolution_towers import DeepStackTower, WindowTower
+from dualspeed.plan.towers import Encoded, ShuffledTower, SquareTower, Tower
 from dualspeed.settings.budget import num_tokens_to_keep
 from dualspeed.settings.families import BASE_FAMILIES, TowerKind, padded_vocabulary, tower_kind
 from dualspeed.settings.model import ModelConfig
@@ -28,32 +29,42 @@ class ModelShape:
     """Number of its attention heads."""
     text_kv_heads: int
     """Number of its key and value heads."""
+    head_width: int
+    """Width of a head of queries, keys or values."""
     vocabulary: int
     """Rows of its embeddings."""
     has_bias: bool = False
     """True if its queries, keys and values have biases."""
+    has_head_norms: bool = False
+    """True if heads of queries and of keys are normed."""
     ties_embeddings: bool = False
     """True if its head is its embeddings."""
     tower: Tower
     """Its vision tower with the projector."""
 
     @property
+    def query_width(self) -> int:
+        """Width of queries and of attention's output, which need not be `text_width`."""
+        return self.text_heads * self.head_width
+
+    @property
     def key_width(self) -> int:
-        """Width of keys and values, less than `text_width` with grouped queries."""
-        return self.text_width * self.text_kv_heads // self.text_heads
+        """Width of keys and values, less than `query_width` with grouped queries."""
+        return self.text_kv_heads * self.head_width
 
     @property
     def layer_parameters(self) -> int:
         """Number of parameters in the linear layers of one block of the language model, without biases."""
-        return 2 * self.text_width * (self.text_width + self.key_width) + 3 * self.text_width * self.text_inner
+        return 2 * self.text_width * (self.query_width + self.key_width) + 3 * self.text_width * self.text_inner
 
     @property
     def parameters(self) -> dict[str, int]:
         """Number of parameters of each part of the model: layers, embeddings, projector, vision."""
         width = self.text_width
-        biases = width + 2 * self.key_width if self.has_bias else 0
+        biases = self.query_width + 2 * self.key_width if self.has_bias else 0
+        norms = 2 * width + (2 * self.head_width if self.has_head_norms else 0)
         return {
-            "layers": self.text_layers * (self.layer_parameters + biases + 2 * width),
+            "layers": self.text_layers * (self.layer_parameters + biases + norms),
             "embeddings": (1 if self.ties_embeddings else 2) * self.vocabulary * width + width,
             "projector": self.tower.projector_parameters(width),
             "vision": self.tower.parameters,
@@ -61,8 +72,8 @@ class ModelShape:
 
     def adapter_parameters(self, rank: int) -> int:
         """Number of parameters of LoRA adapters on the seven linear layers of each block."""
-        inputs = 6 * self.text_width + self.text_inner
-        outputs = 2 * (self.text_width + self.key_width) + 2 * self.text_inner + self.text_width
+        inputs = 5 * self.text_width + self.query_width + self.text_inner
+        outputs = self.query_width + 2 * self.key_width + 2 * self.text_width + 2 * self.text_inner
         return rank * (inputs + outputs) * self.text_layers
 
     def visual_tokens(self, height: int, width: int) -> int:
@@ -152,8 +163,10 @@ def shape_of_vlm(checkpoint: Checkpoint) -> ModelShape:
         text_layers=text["num_hidden_layers"],
         text_heads=text["num_attention_heads"],
         text_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        head_width=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
         vocabulary=text["vocab_size"],
         has_bias=kind is TowerKind.WINDOWS,
+        has_head_norms=kind is TowerKind.DEEPSTACK,
         ties_embeddings=bool(config.get("tie_word_embeddings")),
         tower=tower_of(checkpoint),
     )
@@ -165,23 +178,43 @@ def tower_of(checkpoint: Checkpoint) -> Tower:
     vision = VISION_DEFAULTS[kind] | config.get("vision_config", {})
     images = IMAGE_DEFAULTS[kind] | checkpoint.images
     sizes = {"width": vision["hidden_size"], "inner": vision["intermediate_size"], "patch_size": vision["patch_size"]}
-    if kind is TowerKind.WINDOWS:
-        return WindowTower(
-            **sizes,
-            layers=vision["depth"],
-            merge=vision["spatial_merge_size"],
-            window=vision["window_size"],
-            full_layers=len([layer for layer in vision["fullatt_block_indexes"] if layer < vision["depth"]]),
-            # Older processors have keys of their own for what is `size` now.
-            pixels=(
-                images.get("min_pixels") or images["size"]["shortest_edge"],
-                images.get("max_pixels") or images["size"]["longest_edge"],
-            ),
-            frames=vision["temporal_patch_size"],
-        )
+    if kind in (TowerKind.WINDOWS, TowerKind.DEEPSTACK):
+        return resolution_tower(kind, sizes | {"layers": vision["depth"]}, vision, images)
     square = sizes | {"layers": vision["num_hidden_layers"], "image_size": vision["image_size"]}
     if kind is TowerKind.SHUFFLED:
         longest = images["size"]["longest_edge"]
         return ShuffledTower(**square, factor=config.get("scale_factor", 2), longest_edge=longest)
     grids = config.get("image_grid_pinpoints")
     return SquareTower(**square, grids=tuple(tuple(grid) for grid in grids) if grids else None)
+
+
+def resolution_tower(
+    kind: TowerKind, sizes: dict[str, int], vision: dict[str, Any], images: dict[str, Any]
+) -> WindowTower | DeepStackTower:
+    """Tower of a VLM that takes images of any resolution.
+
+    Args:
+        sizes: arguments that all towers have.
+        vision: configuration of the tower, complete.
+        images: settings of the image processor; older ones have keys of their own for what is `size` now.
+    """
+    least = images.get("min_pixels") or images["size"]["shortest_edge"]
+    most = images.get("max_pixels") or images["size"]["longest_edge"]
+    merge, frames = vision["spatial_merge_size"], vision["temporal_patch_size"]
+    if kind is TowerKind.DEEPSTACK:
+        return DeepStackTower(
+            **sizes,
+            merge=merge,
+            pixels=(least, most),
+            frames=frames,
+            positions=vision["num_position_embeddings"],
+            deep_layers=tuple(vision["deepstack_visual_indexes"]),
+        )
+    return WindowTower(
+        **sizes,
+        merge=merge,
+        pixels=(least, most),
+        frames=frames,
+        window=vision["window_size"],
+        full_layers=len([layer for layer in vision["fullatt_block_indexes"] if layer < vision["depth"]]),
+    )

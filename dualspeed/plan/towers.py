@@ -1,7 +1,10 @@
-"""Vision towers with their projectors, by kind: parameters, visual tokens of an image, and the cost of encoding it."""
+"""Vision towers with their projectors, by kind: parameters, visual tokens of an image, and the cost of encoding it.
+
+Those that take images of any resolution are in dualspeed.plan.resolution_towers.
+"""
 
 from dataclasses import dataclass
-from math import ceil, floor, prod, sqrt
+from math import ceil, prod
 from typing import Protocol
 
 
@@ -206,87 +209,6 @@ class ShuffledTower:
             entry=2 * sum(units) * squares * text_width,
             saved_bytes=sum(units) * 2 * (squares + text_width),
             kept_bytes=2 * len(units) * self.patches * self.width,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowTower:
-    """A tower of any resolution, most of whose layers attend within windows, with a merger (Qwen2.5-VL)."""
-
-    width: int
-    """Hidden size."""
-    inner: int
-    """Intermediate size of its gated MLPs."""
-    layers: int
-    """Number of its blocks."""
-    patch_size: int
-    """Pixels on a side of a patch."""
-    merge: int
-    """Patches on a side of the squares that become one token."""
-    window: int
-    """Pixels on a side of a window."""
-    full_layers: int
-    """Number of blocks that attend to the whole image."""
-    pixels: tuple[int, int]
-    """Least and most pixels of an image, to which others are scaled."""
-    frames: int = 2
-    """Frames that a patch spans; an image is repeated."""
-
-    @property
-    def parameters(self) -> int:
-        """As in Tower."""
-        block = 4 * self.width * (self.width + 1) + 3 * self.width * self.inner + 2 * self.inner + self.width
-        return 3 * self.frames * self.patch_size**2 * self.width + self.layers * (block + 2 * self.width)
-
-    def projector_parameters(self, width: int) -> int:
-        """As in Tower."""
-        square = self.width * self.merge**2
-        return self.width + square * (square + 1) + width * (square + 1)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of an image's tokens."""
-        unit, (least, most) = self.patch_size * self.merge, self.pixels
-        rows, columns = round(height / unit), round(width / unit)
-        if rows * columns * unit**2 > most:
-            scale = sqrt(height * width / most)
-            return max(1, floor(height / scale / unit)), max(1, floor(width / scale / unit))
-        if rows * columns * unit**2 < least:
-            scale = sqrt(least / (height * width))
-            return ceil(height * scale / unit), ceil(width * scale / unit)
-        return rows, columns
-
-    def units(self, height: int, width: int, budget: str) -> list[int]:
-        """As in Tower: the image; there are no tiles."""
-        return [prod(self.grid(height, width))]
-
-    def markers(self, height: int, width: int) -> int:
-        """As in Tower: one before the image and one after it."""
-        return 2
-
-    def largest(self, size: tuple[int, int]) -> tuple[int, int]:
-        """As in Tower."""
-        return size
-
-    def encoded(self, height: int, width: int, text_width: int) -> Encoded:
-        """As in Tower; the merger begins with a trained norm, so that all its products have gradients."""
-        grid, square = self.grid(height, width), self.width * self.merge**2
-        tokens = prod(grid)
-        patches, side = tokens * self.merge**2, self.window // (self.patch_size * self.merge)
-        windows = [
-            min(side, grid[0] - top) * min(side, grid[1] - left) * self.merge**2
-            for top in range(0, grid[0], side)
-            for left in range(0, grid[1], side)
-        ]
-        inner = 3 * self.inner
-        within = sum(block_flops(self.width, inner, window) for window in windows)
-        whole = block_flops(self.width, inner, patches)
-        return Encoded(
-            patches=2 * patches * self.width * 3 * self.frames * self.patch_size**2,
-            blocks=self.full_layers * whole + (self.layers - self.full_layers) * within,
-            projector=2 * tokens * square * (square + text_width),
-            # Input of the norm in float32 and bfloat16, of both products and of what is between them.
-            saved_bytes=tokens * (6 * square + 6 * square + 2 * text_width),
-            kept_bytes=2 * patches * self.width,
         )
 
 

@@ -46,6 +46,8 @@ class TowerKind(StrEnum):
     """SigLIP on square tiles, one product for each square of patches."""
     WINDOWS = "windows"
     """Any resolution, attention within windows, a merger."""
+    DEEPSTACK = "deepstack"
+    """Any resolution, attention to the whole image, mergers behind several layers."""
 
 
 TOWER_KINDS = {
@@ -54,6 +56,7 @@ TOWER_KINDS = {
     "idefics3": TowerKind.SHUFFLED,
     "smolvlm": TowerKind.SHUFFLED,
     "qwen2_5_vl": TowerKind.WINDOWS,
+    "qwen3_vl": TowerKind.DEEPSTACK,
 }
 """model_type -> kind of its tower, of the families whose costs are known."""
 

@@ -7,9 +7,11 @@ import torch
 
 from dualspeed import DualSpeedConfig, DualSpeedModel
 from dualspeed.method.vlm.tower_states import states_of_images
+from dualspeed.plan.published import Checkpoint
 from dualspeed.plan.report import plan
-from dualspeed.plan.shapes import make_shape
-from tests.support import tiny
+from dualspeed.plan.shapes import make_shape, shape_of_vlm
+from dualspeed.settings.families import TowerKind
+from tests.support import families, tiny
 from tests.support.paths import REPOSITORY
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
@@ -26,6 +28,15 @@ def test_kept_bytes_are_those_of_the_tensors(size, grids):
         images = {"pixel_values": torch.randn(1, tiles, 3, 28, 28), "image_sizes": torch.tensor([size])}
     states = states_of_images(model.vlm.to(torch.bfloat16), images, ["cls_attention"])
     assert shape.encoded(*size).kept_bytes == sum(values.nbytes for values in states.values())
+
+
+def test_kept_bytes_of_deepstack_are_those_of_all_layers_that_mergers_read():
+    model = DualSpeedModel(families.qwen3_vl(), DualSpeedConfig())
+    checkpoint = Checkpoint(kind=TowerKind.DEEPSTACK, config=model.vlm.config.to_dict(), images={"min_pixels": 16**2})
+    images = {"pixel_values": torch.randn(24, 3 * 2 * 8**2), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    states = states_of_images(model.vlm.to(torch.bfloat16), images, [])
+    assert len(states) == 3
+    assert shape_of_vlm(checkpoint).encoded(32, 48).kept_bytes == sum(values.nbytes for values in states.values())
 
 
 def test_the_plan_says_what_a_folder_will_hold(tmp_path, monkeypatch):

@@ -252,11 +252,11 @@ def test_the_towers_share_is_that_of_the_flops_that_torch_counts():
 
 
 def test_families_whose_sizes_it_does_not_know_are_refused(in_repository, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl_moe", "text_config": {}, "vision_config": {}}')
     project = load_project("config/paper/config.yaml")
     model = dataclasses.replace(project.models["llava-1.5-7b"], source=str(tmp_path), parts=None)
     with pytest.raises(
-        ConfigError, match=r"costs follow from the sizes of llava or .* or qwen2_5_vl, and this is 'qwen3_vl'"
+        ConfigError, match=r"costs follow from the sizes of llava or .* or qwen3_vl, and this is 'qwen3_vl_moe'"
     ):
         shape_of_model(model, project.downloads)
 

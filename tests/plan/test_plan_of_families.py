@@ -1,4 +1,7 @@
-"""The plan's arithmetic for VLMs that come finished: real models and processors of Qwen2.5-VL, Idefics3 and SmolVLM."""
+"""The plan's arithmetic for VLMs that come finished: real models and processors.
+
+Families: Qwen2.5-VL, Qwen3-VL, Idefics3 and SmolVLM.
+"""
 
 import copy
 import dataclasses
@@ -12,12 +15,14 @@ from transformers import (
     AutoModelForImageTextToText,
     Idefics3Config,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
     SmolVLMConfig,
 )
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.errors import ConfigError
@@ -43,11 +48,18 @@ TEXT |= {"num_key_value_heads": 2, "vocab_size": 1000, "bos_token_id": 1, "eos_t
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 WINDOWED = {"depth": 4, "hidden_size": 64, "intermediate_size": 160, "num_heads": 4, "patch_size": 7}
 WINDOWED |= {"out_hidden_size": 128, "window_size": 28, "fullatt_block_indexes": [1, 3]}
+# Heads are wider than a fourth of the hidden size, as they are in the published sizes.
+TEXT_OF_WIDE_HEADS = TEXT | {"head_dim": 48, "rope_parameters": ROPE | {"mrope_section": [8, 8, 8]}}
+STACKED = {"depth": 4, "hidden_size": 64, "intermediate_size": 256, "num_heads": 4, "patch_size": 7}
+STACKED |= {"out_hidden_size": 128, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]}
 TILED = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 TILED |= {"image_size": 28, "patch_size": 7}
 CONFIGS = {
     "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
         vision_config=WINDOWED, text_config=TEXT | {"rope_parameters": ROPE}, image_token_id=IMAGE_TOKEN
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        vision_config=STACKED, text_config=TEXT_OF_WIDE_HEADS, image_token_id=IMAGE_TOKEN, tie_word_embeddings=True
     ),
     "idefics3": lambda: Idefics3Config(
         vision_config=TILED, text_config=TEXT | {"model_type": "llama"}, image_token_id=IMAGE_TOKEN, scale_factor=2
@@ -61,7 +73,10 @@ PROCESSORS = {
     "qwen2_5_vl": lambda: Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, size=PIXELS),
     "idefics3": lambda: Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 28}),
 }
+PROCESSORS["qwen3_vl"] = PROCESSORS["qwen2_5_vl"]
 PROCESSORS["smolvlm"] = PROCESSORS["idefics3"]
+ANY_RESOLUTION = ("qwen2_5_vl", "qwen3_vl")
+"""Families whose images have no tiles."""
 SIZES = [(70, 98), (98, 71), (28, 28), (33, 120), (300, 500), (113, 37), (480, 640)]
 NUM_TEXT, NUM_SUPERVISED, BATCH = 40, 12, 2
 
@@ -71,7 +86,7 @@ def in_repository(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
 
 
-@pytest.fixture(params=["qwen2_5_vl", "idefics3"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "idefics3"])
 def checkpoint(request, tmp_path):
     """A family, and its shape as the plan reads it from a folder with configuration and processor."""
     return request.param, read_shape(request.param, tmp_path)
@@ -99,7 +114,7 @@ def model_of(family: str):
 def images_of(family: str, size, batch: int):
     """Processor's output for a batch of equal images."""
     picture = torch.randint(0, 255, (size[0], size[1], 3), dtype=torch.uint8).numpy()
-    pictures = [picture] * batch if family == "qwen2_5_vl" else [[picture]] * batch
+    pictures = [picture] * batch if family in ANY_RESOLUTION else [[picture]] * batch
     return {name: value for name, value in PROCESSORS[family]()(images=pictures, return_tensors="pt").items()}
 
 
@@ -112,7 +127,7 @@ def batch_of(family: str, shape, size, batch=BATCH, text=NUM_TEXT):
     labels = torch.full_like(ids, -100)
     labels[:, -NUM_SUPERVISED:] = 7
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    types = {"mm_token_type_ids": (ids == IMAGE_TOKEN).long()} if family == "qwen2_5_vl" else {}
+    types = {"mm_token_type_ids": (ids == IMAGE_TOKEN).long()} if family in ANY_RESOLUTION else {}
     return inputs | types | images_of(family, size, batch)
 
 
@@ -145,7 +160,7 @@ def test_trained_parameters_are_counted_exactly(checkpoint, name):
 @pytest.mark.parametrize("size", SIZES)
 def test_visual_tokens_are_those_of_the_processor(checkpoint, size):
     family, shape = checkpoint
-    if family == "qwen2_5_vl":
+    if family in ANY_RESOLUTION:
         patches = images_of(family, size, 1)["image_grid_thw"].prod()
         assert shape.tower.units(*size, "image") == [int(patches) // 4]
         return
@@ -173,7 +188,7 @@ def test_the_towers_share_is_that_of_the_flops_that_torch_counts(checkpoint):
     images = images_of(family, size, BATCH)
 
     def encode() -> None:
-        torch.cat(encode_batch(model, images).features).sum().backward()
+        torch.cat(encode_batch(model, images).all_features()).sum().backward()
 
     expected = BATCH * visual_flops(sample_of(shape, DualSpeedConfig(), size), trained)
     assert expected == pytest.approx(count_flops(encode), rel=0.01)
@@ -207,6 +222,7 @@ def test_memory_of_a_whole_training_is_within_a_tenth_of_what_is_measured(checkp
 
 
 MODEL_TYPES = {"Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl", "HuggingFaceTB/SmolVLM-256M-Instruct": "idefics3"}
+MODEL_TYPES["Qwen/Qwen3-VL-4B-Instruct"] = "qwen3_vl"
 
 
 @pytest.mark.parametrize("name", MODEL_TYPES)
@@ -220,13 +236,14 @@ def test_published_sizes_are_those_of_the_model_that_transformers_makes_of_them(
 
 def test_what_a_configuration_leaves_out_has_transformers_defaults():
     defaults = {TowerKind.SHUFFLED: Idefics3VisionConfig(), TowerKind.WINDOWS: Qwen2_5_VLVisionConfig()}
+    defaults[TowerKind.DEEPSTACK] = Qwen3VLVisionConfig()
     for kind, config in defaults.items():
         found = {name: getattr(config, name) for name in VISION_DEFAULTS[kind]}
         assert json.loads(json.dumps(found)) == VISION_DEFAULTS[kind]
-    text = Qwen2_5_VLTextConfig()
-    expected = TEXT_DEFAULTS[TowerKind.WINDOWS]
-    assert {name: getattr(text, name) for name in expected} == expected
-    assert dict(Qwen2VLImageProcessorPil().size) == IMAGE_DEFAULTS[TowerKind.WINDOWS]["size"]
+    texts = {TowerKind.WINDOWS: Qwen2_5_VLTextConfig(), TowerKind.DEEPSTACK: Qwen3VLTextConfig()}
+    for kind, text in texts.items():
+        assert {name: getattr(text, name) for name in TEXT_DEFAULTS[kind]} == TEXT_DEFAULTS[kind]
+        assert dict(Qwen2VLImageProcessorPil().size) == IMAGE_DEFAULTS[kind]["size"]
     assert dict(Idefics3ImageProcessorPil().size) == IMAGE_DEFAULTS[TowerKind.SHUFFLED]["size"]
 
 
@@ -276,9 +293,31 @@ def test_the_readme_has_the_hours_of_the_plan():
         cells = [f"{value:.1f}" for value in values], f"{cost.baseline_flops / cost.flops:.2f}", *tower
         expected.append([line.name, *cells[0], *cells[1:], f"{cost.memory / 1e9:.0f}"])
     expected.append(["all", *(f"{sum(column):.1f}" for column in zip(*hours, strict=True)), *[""] * 4])
-    text = Path("config/single-gpu/README.md").read_text()
-    table = text.partition("|---|---|---|---|---|---|---|---|\n")[2].partition("<!-- hours:end -->")[0]
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] == expected
+    assert table_in("config/single-gpu/README.md", "hours") == expected
+
+
+def test_the_papers_readme_has_the_costs_of_its_rows_with_a_number_of_slow_steps():
+    lines = lines_of(load_project("config/paper/config.yaml", experiments="config/paper/experiments-slow-steps.tsv"))
+    expected = [
+        [
+            line.name,
+            f"{line.cost.flops / 1e18:.1f}",
+            f"{line.cost.baseline_flops / line.cost.flops:.2f}",
+            f"{line.cost.cap:.2f}" if line.settings.dualspeed.slow_mode_ratio < 1 else "-",
+        ]
+        for line in lines
+        if line.settings.stage == "finetune"
+    ]
+    assert len(expected) == 15
+    assert table_in("config/paper/README.md", "slow-steps") == expected
+
+
+def table_in(readme: str, name: str) -> list[list[str]]:
+    """Cells of the table that ends in a comment `<!-- NAME:end -->`, without its head."""
+    before, end, _ = Path(readme).read_text().partition(f"<!-- {name}:end -->")
+    assert end
+    rows = before.rpartition("|---|")[2].splitlines()[1:]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
 
 
 @pytest.mark.parametrize("size", SIZES)

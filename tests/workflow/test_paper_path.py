@@ -142,7 +142,7 @@ def test_the_papers_configuration_goes_from_download_to_scores(tmp_path):
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
     lock = json.loads((project / "config/paper/data.lock").read_text())
-    assert set(lock) == set(paper_in_small(server)["downloads"])
+    assert set(lock) == set(paper_in_small(server)["downloads"]) - {"qwen3-vl-4b"}  # no row's, and not on the server
     manifest = json.loads((project / "results/prepared/llava-1.5-7b/finetune/manifest.json").read_text())
     assert (manifest["num_samples"], manifest["dropped_by_reason"]) == (4 + 4 * len(ROOTS) + 2, {"image: missing": 1})
     manifest = json.loads((project / "results/prepared/llava-next-7b/finetune/manifest.json").read_text())
