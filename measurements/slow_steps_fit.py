@@ -57,13 +57,6 @@ def fit_plane(frame: pd.DataFrame) -> Fit:
     return Fit(coefficients, quantile * np.sqrt(variance * np.diag(inverse)), inverse, variance, quantile)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of `second` - `first`, paired by place, and the ends of its 95 % interval by Student's t."""
-    differences = np.subtract(second, first)
-    width = student.ppf((1 + LEVEL) / 2, len(differences) - 1) * differences.std(ddof=1) / math.sqrt(len(differences))
-    return float(differences.mean()), float(differences.mean() - width), float(differences.mean() + width)
-
-
 def tidy(results: Sequence[tuple[Any, dict[str, Any] | None]], step_seconds: dict[str, float]) -> pd.DataFrame:
     """A row for each run that is done; `seconds` is its time by measured step times, without other load."""
     rows = [
@@ -82,7 +75,7 @@ def report(results: Sequence[tuple[Any, dict[str, Any] | None]], step_seconds: d
     frame = tidy(results, step_seconds)
     write_atomic(out / FILE, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     fit = fit_plane(frame[frame["role"] == "fit"])
-    text = "\n\n".join([describe(fit), test_table(fit, frame), variants_table(frame)]) + "\n"
+    text = "\n\n".join([describe(fit), worth(fit, step_seconds), test_table(fit, frame), variants_table(frame)]) + "\n"
     write_atomic(out / FIT, text)
     draw_scores(frame, fit).savefig(out / FIGURE, dpi=110)
     draw_over_time(frame).savefig(out / TIME_FIGURE, dpi=110)
@@ -98,6 +91,26 @@ def describe(fit: Fit) -> str:
         for name, value, error in zip(names, fit.coefficients, fit.errors, strict=True)
     ]
     return f"log-odds of a right answer: {', '.join(parts)}; a run lies {math.sqrt(fit.variance):.2f} around it (1 sd)."
+
+
+def worth(fit: Fit, step_seconds: dict[str, float]) -> str:
+    """Time that slow steps are worth: where it pays to make more of them, and where fewer.
+
+    With T steps, N of them slow, of which each costs k fast steps, the time is T - N + k N. Where the score rises with
+    b ln T + c ln N, it is highest for a given time at N / T = c / (b (k - 1)), or where every step is slow.
+    """
+    _, per_step, per_slow_step = fit.coefficients
+    measured = step_seconds["slow"] / step_seconds["fast"]
+    lines = [
+        f"twice the slow steps are worth {2 ** (per_slow_step / per_step):.1f} times all steps, in score; "
+        f"a slow step takes {measured:.2f} fast steps here",
+        *(
+            f"share of slow steps with the highest score in a given time, where one takes {ratio:.3g} fast steps: "
+            f"{min(1.0, per_slow_step / (per_step * (ratio - 1))):.2f}"
+            for ratio in (measured, 5, 10, 20)
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def test_table(fit: Fit, frame: pd.DataFrame) -> str:
@@ -177,6 +190,9 @@ def draw_over_time(frame: pd.DataFrame) -> Figure:
                 f"{steps}", (line["seconds"], line["mean"]), fontsize=8, xytext=(3, -11), textcoords="offset points"
             )
     axes.set_xscale("log")
+    ticks = [30, 60, 100, 200, 400]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("Seconds of training (steps times their measured time)")
     axes.set_ylabel("Score on held-out scenes (mean of four benchmarks)")
     axes.set_title("Runs of several lengths (steps beside each point); bands: lowest and highest seed", fontsize=9)
