@@ -62,8 +62,8 @@ def edit_rows(change: Callable[[dict[str, dict]], object], sheet: str = "experim
         with (project / f"config/{name}/experiments.tsv").open(newline="") as file:
             lines = [line for line in file if not line.startswith("#")]
             rows = {row["id"]: row for row in csv.DictReader(lines, delimiter="\t")}
-        columns = list(next(iter(rows.values())))
         change(rows)
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         with (project / f"config/{name}/{sheet}.tsv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, delimiter="\t")
             writer.writeheader()

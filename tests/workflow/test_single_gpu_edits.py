@@ -128,8 +128,10 @@ LINES: dict[str, list[tuple[Edit, set[str]]]] = {
         (cell("num_virtual_tokens", "8"), finetune(DUALSPEED) | time(QWEN, "p0.9-l8-distilled"))
     ],
     "a row's `seed`": [(cell("seed", "5"), finetune(DUALSPEED))],
-    "a row's `slow_mode_ratio` or `distillation_weight`": [
+    "a row's `slow_mode_ratio`, `slow_steps`, `max_steps` or `distillation_weight`": [
         (cell("slow_mode_ratio", "0.2"), finetune(DUALSPEED)),
+        (cell("slow_steps", "20"), finetune(DUALSPEED)),
+        (cell("max_steps", "500"), finetune(DUALSPEED)),
         (cell("distillation_weight", "0"), finetune(DUALSPEED) | time(QWEN, "p0.9-l4-plain")),
     ],
     "a row's `tables`": [
@@ -171,6 +173,7 @@ LINES: dict[str, list[tuple[Edit, set[str]]]] = {
     "a model's `parts`": [],  # no model has parts
     "`plan.*`": [(set_block("plan", gpu="h100"), set())],
     "`accelerate_config`": [(config(launch), set())],
+    "`cache_features`": [(config(lambda content: recipe_of(content).update(cache_features="kept")), set())],
     "`models.<model>.resources`": [(config(ask_for_more), set())],
     "`tracking.*`": [(set_block("tracking", uri="sqlite:///elsewhere.db"), STORE)],
     "a file touched, its content unchanged": [(touch_everything, set())],

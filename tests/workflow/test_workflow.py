@@ -125,6 +125,8 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
     "num_virtual_tokens": (edit_cell("num_virtual_tokens", "8"), retrain_mild("divprune-p0.75-l8-distilled")),
     "seed": (edit_cell("seed", "5"), retrain_mild(None, "tiny-fast-seed5")),
     "slow_mode_ratio": (edit_cell("slow_mode_ratio", "0.2"), retrain_mild(None, None)),
+    "slow_steps": (edit_cell("slow_steps", "2"), retrain_mild(None, None)),
+    "max_steps": (edit_cell("max_steps", "5"), retrain_mild(None, None)),
     "distillation_weight": (edit_cell("distillation_weight", "0.5"), retrain_mild(None, None)),
     "no distillation": (edit_cell("distillation_weight", "0"), retrain_mild("divprune-p0.75-l4-plain", None)),
     "tables": (edit_cell("tables", "figure4"), TABLES),
@@ -218,8 +220,10 @@ LINES = {
     "a row's `pruner` or `pruning_ratio`": ("pruner", "pruning_ratio"),
     "a row's `num_virtual_tokens`": ("num_virtual_tokens",),
     "a row's `seed`": ("seed",),
-    "a row's `slow_mode_ratio` or `distillation_weight`": (
+    "a row's `slow_mode_ratio`, `slow_steps`, `max_steps` or `distillation_weight`": (
         "slow_mode_ratio",
+        "slow_steps",
+        "max_steps",
         "distillation_weight",
         "no distillation",
     ),
