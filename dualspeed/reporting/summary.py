@@ -57,11 +57,14 @@ def summarise(results: Results, rows: Iterable[Row]) -> pd.DataFrame:
 def usual_settings(summary: pd.DataFrame) -> dict[str, Any]:
     """Most frequent value of each of SETTINGS among the DualSpeed rows; the paper's default where there is a tie."""
     dualspeed = summary[(summary["method"] == "dualspeed") & (summary["inference"] == "full")]
-    usual = {}
+    usual: dict[str, Any] = {}
     for name in SETTINGS:
         default = DEFAULTS[name]
+        rows = dualspeed
+        if name == "slow_steps":  # a number goes with no share, and a share with no number
+            rows = rows[has_setting(rows, "slow_mode_ratio", usual["slow_mode_ratio"])]
         counts: Counter = Counter()
-        for value, num_seeds in zip(dualspeed[name], dualspeed["num_seeds"], strict=True):
+        for value, num_seeds in zip(rows[name], rows["num_seeds"], strict=True):
             counts[None if pd.isna(value) else value] += num_seeds
         most = [value for value, count in counts.items() if count == max(counts.values())]
         usual[name] = default if default in most else max(most, key=_none_first)

@@ -33,7 +33,10 @@ NUMBERS = {
 }
 LINE_END = re.compile(r"\r\n|\r|\n")
 REQUIRED = ("id", "model", "method")
-SETTINGS = tuple(COLUMNS)[3:-3]
+SETTINGS = (
+    *("pruner", "pruning_ratio", "slow_mode_ratio", "slow_steps"),
+    *("num_virtual_tokens", "distillation_weight"),
+)
 """Columns that are settings of the method."""
 
 # method -> the settings it stands for. A Baseline or NaivePrune has no isolator: nothing would train it, or use it.

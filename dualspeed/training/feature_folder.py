@@ -30,7 +30,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_folder(root: Path, address: dict[str, Any]) -> Path:
-    """Create or find the folder of an address, and remove what killed writers left in it.
+    """Create or find the folder of an address.
 
     Args:
         address: JSON value of all that decides the outputs; the folder is named by its hash.
@@ -43,11 +43,15 @@ def open_folder(root: Path, address: dict[str, Any]) -> Path:
         folder = root / sha256_of_json(address)[:16]
         if not (folder / ADDRESS).is_file():
             write_json(folder / ADDRESS, address)
-        for leftover in folder.glob("*/.*"):
-            leftover.unlink(missing_ok=True)
     except OSError as error:
         raise unusable(root, error) from error
     return folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in the folder of an address; no other process may be writing there."""
+    for leftover in folder.glob("*/.*"):
+        leftover.unlink(missing_ok=True)
 
 
 def check_root(root: Path) -> None:

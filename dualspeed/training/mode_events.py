@@ -23,13 +23,8 @@ class ModeEvents(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the sums of an attempt that had too large a batch (auto_find_batch_size); apply Liger's kernels.
-
-        Raises:
-            ConfigError: `slow_steps` is above the steps of this training.
-        """
+        """Forget the sums of an attempt that had too large a batch (auto_find_batch_size); apply Liger's kernels."""
         self.trainer._totals.clear()
-        self.trainer.mode_of_step(0)
         if args.use_liger_kernel:
             # The stock trainer looks for a stock model, finds none, and warns that it applies no kernels.
             apply_liger_kernel(self.trainer.inner_model.vlm, args.liger_kernel_config)

@@ -39,7 +39,14 @@ from dualspeed.method.vlm.parts import parameter_parts
 from dualspeed.method.vlm.tower_states import TowerStates, attention_fields, check_keepable, states_of_images
 from dualspeed.method.vlm.vision import encode_images
 from dualspeed.training.feature_address import address_of
-from dualspeed.training.feature_folder import check_space, file_of, open_folder, read_states, write_states
+from dualspeed.training.feature_folder import (
+    check_space,
+    file_of,
+    open_folder,
+    read_states,
+    remove_leftovers,
+    write_states,
+)
 from dualspeed.training.random_state import kept_random_state
 
 logger = logging.getLogger(__name__)
@@ -150,6 +157,8 @@ class FeatureStore:
     def fill(self, dataset: Any) -> None:
         """Encode the images of a dataset that the folder lacks; other trainings wait, and then find them there."""
         with FileLock(self.folder / ".lock") if self.accelerator.is_main_process else nullcontext():
+            if self.accelerator.is_main_process:  # which has the lock, so that nobody is writing
+                remove_leftovers(self.folder)
             self.accelerator.wait_for_everyone()
             places = self._places(dataset)
             missing = sorted(digest for digest in places if not file_of(self.folder, digest).exists())

@@ -380,6 +380,20 @@ def test_typical_rows_have_the_settings_that_most_experiments_share(sheet):
     assert [row.id for row in rows_in(sheet, typical)] == ["ds-0", "ds-1", "naive-0", "base-0", "base-1"]
 
 
+def test_typical_rows_have_a_number_of_slow_steps_or_a_share_of_them(sheet, tmp_path):
+    """One row with a share and one with each of two numbers: no line has neither."""
+    rows = [row for row in sheet.rows if row.method != "dualspeed"]
+    numbers = [make_row(f"n{count}", "dualspeed", 0, ("table1",), slow_steps=count) for count in (20, 40)]
+    mixed = replace(sheet, rows=(*rows, make_row("ds-0", "dualspeed", 0, ("table1",)), *numbers))
+    typical = typical_rows(summarise_table(read_results(mixed), "table1"))
+    assert [row.id for row in rows_in(mixed, typical)][-1] == "n40"
+    write_tables(mixed, tmp_path / "tables")
+    shown = [row for row in markdown_rows(tmp_path / "tables/table1.md") if row["Method"] == "DualSpeed"]
+    assert sorted((row["r"], row["Slow steps"]) for row in shown) == [("-", "20"), ("-", "40"), ("0.1", "-")]
+    write_figures(mixed, tmp_path / "figures")
+    assert (tmp_path / "figures/figure5.png").stat().st_size > 0
+
+
 def test_nothing_run_yet_gives_tables_and_figures_that_say_so(sheet, tmp_path):
     sheet = replace(sheet, results=str(tmp_path / "empty"))
     write_tables(sheet, tmp_path / "tables")

@@ -1,12 +1,16 @@
 """Kinds of training that the plan is tested on, models prepared for them, and the peak of memory that a run needs."""
 
+import copy
+from typing import Any
+
+import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dualspeed import DualSpeedModel
+from dualspeed import DualSpeedModel, Mode
 from dualspeed.method.adapters import add_adapters
 from dualspeed.plan.flops import Trained
 from dualspeed.settings.recipe import LoraRecipe
-from dualspeed.training.trainable import set_trainable
+from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
 
 TRAININGS = {
     "pretrain": Trained(language=False),
@@ -24,6 +28,23 @@ def stage_of(model: DualSpeedModel, trained: Trained) -> None:
     set_trainable(model, "finetune" if trained.language else "pretrain", with_vision=trained.vision)
     if trained.checkpointing:
         model.activation_checkpointing_enable()
+
+
+def two_steps(template: DualSpeedModel, batch: dict[str, Any], mode: str) -> None:
+    """Train a copy of a model for two steps as a stage does, with float32 weights, autocast and AdamW.
+
+    Args:
+        mode: baseline or fast.
+    """
+    model = copy.deepcopy(template)
+    hold_trained_weights_in_float32(model)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, mode=Mode.FAST if mode == "fast" else Mode.SLOW, distill=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def measured_peak(run) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualspeed.errors import FeatureCacheError, sentence_of
-from dualspeed.training.feature_folder import MARK, file_of, open_folder, read_states, write_states
+from dualspeed.training.feature_folder import MARK, file_of, open_folder, read_states, remove_leftovers, write_states
 
 ADDRESS = {"tower": "of this test"}
 DIGESTS = [f"{number:064x}" for number in range(1000)]
@@ -35,6 +35,15 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path):
     assert open_folder(tmp_path / "new" / "cache", {"tower": "another"}) != folder
 
 
+def test_who_opens_a_folder_leaves_alone_what_another_training_writes(tmp_path):
+    folder = open_folder(tmp_path, ADDRESS)
+    begun = file_of(folder, DIGESTS[0]).with_name(f".{DIGESTS[0]}.begun")
+    begun.parent.mkdir()
+    begun.write_bytes(b"half")
+    assert open_folder(tmp_path, ADDRESS) == folder
+    assert leftovers(folder) == [begun]
+
+
 def test_killed_writers_leave_nothing_half(tmp_path):
     """Twenty writers are killed while a file has been begun; what is there by its name is whole."""
     folder = open_folder(tmp_path, ADDRESS)
@@ -55,7 +64,7 @@ def test_killed_writers_leave_nothing_half(tmp_path):
             if file_of(folder, digest).exists():
                 read = read_states(folder, digest)
                 assert torch.equal(read["layer_1"], states(number, 2_000_000)["layer_1"])
-        open_folder(tmp_path, ADDRESS)
+        remove_leftovers(folder)
         assert leftovers(folder) == []
         shutil.rmtree(folder / digests[0][:2], ignore_errors=True)
     assert num_begun >= 10  # some are finished between the look and the kill

@@ -99,6 +99,15 @@ SWEEP = {
 }
 
 
+def test_what_killed_writers_left_is_removed_by_the_next_training(base, files, tmp_path):
+    losses(trainer(base, tmp_path, rows_of(files), tmp_path / "cache", max_steps=1))
+    whole = next((tmp_path / "cache").glob("*/??/*"))
+    begun = whole.with_name(f".{whole.name}.begun")
+    begun.write_bytes(b"half")
+    losses(trainer(base, tmp_path, rows_of(files), tmp_path / "cache", max_steps=1))
+    assert whole.exists() and not begun.exists()
+
+
 def test_a_sweep_encodes_each_image_once_and_trains_as_without(base, files, tmp_path, passes):
     """Four rows of two epochs; a run that is done again reads all, and is the same bit for bit."""
     rows, layers = rows_of(files), 2  # of three, the model selects the second one's output

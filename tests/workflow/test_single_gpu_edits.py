@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import REPOSITORY
-from tests.support.workflow import KEPT, Edit, copy_project, edit_config, edit_rows, plan, stub_outputs
+from tests.support.workflow import (
+    KEPT,
+    Edit,
+    copy_project,
+    edit_code,
+    edit_config,
+    edit_rows,
+    plan,
+    stub_outputs,
+    touch_everything,
+)
 
 pytestmark = pytest.mark.slow
 NAME = "single-gpu"
@@ -92,16 +102,6 @@ def launch(content: dict) -> None:
 
 def ask_for_more(content: dict) -> None:
     content["models"][QWEN]["resources"] = {job: {"gpu": 4, "cpus": 8} for job in ("finetune", "answer", "speed")}
-
-
-def touch_everything(project: Path) -> None:
-    for file in project.rglob("results/**/*.json*"):
-        file.touch()
-
-
-def edit_code(project: Path) -> None:
-    rules = project / "workflow/rules/train.smk"
-    rules.write_text(rules.read_text().replace("exec dualspeed train", "exec dualspeed  train"))
 
 
 def comment(project: Path) -> None:

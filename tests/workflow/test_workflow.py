@@ -28,12 +28,14 @@ from tests.support.workflow import (
     Edit,
     copy_project,
     edit_cell,
+    edit_code,
     edit_config,
     edit_rows,
     finetune_recipe,
     plan,
     snakemake,
     stub_outputs,
+    touch_everything,
 )
 
 
@@ -71,16 +73,6 @@ def retrain_mild(speed: str | None, pretrain: str | None = "tiny-fast-seed0") ->
 
 def add_row(rows: dict[str, dict]) -> None:
     rows["new"] = rows[STRONG] | {"id": "new", "slow_mode_ratio": "0.2", "tables": "figure5"}
-
-
-def touch_everything(project: Path) -> None:
-    for file in project.rglob("results/**/*.json*"):
-        file.touch()
-
-
-def edit_code(project: Path) -> None:
-    rules = project / "workflow/rules/train.smk"
-    rules.write_text(rules.read_text().replace("exec dualspeed train", "exec dualspeed  train"))
 
 
 def comment(project: Path) -> None:
