@@ -115,6 +115,16 @@ def accelerate_command(
     return [*command, f"--main_process_port={place.port if place else _free_port()}"]
 
 
+def leave_process_group() -> None:
+    """Leave the other processes of this job, if there are any, so that this one can end.
+
+    A process that ends while it is still in a group sometimes aborts (pytorch/pytorch#190489), and the job fails.
+    """
+    distributed = sys.modules.get("torch.distributed")  # a command that has not imported it is in no group
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _first_address() -> str:
     """Address of the job's first node, which may differ from the node's name."""
     first = _scontrol("hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]

@@ -92,8 +92,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def assert_sharded(folder: Path, strategy: str) -> None:
-    """Both processes shared the model by this strategy, and not each held all of it."""
-    witnesses = [json.loads(path.read_text()) for path in sorted((folder / "witness").iterdir())]
+    """Both processes shared the model by this strategy, not each held all of it, and they left each other."""
+    witnesses = [json.loads(path.read_text()) for path in sorted((folder / "witness").glob("rank*"))]
     assert len(witnesses) == 2
     for found in witnesses:
         assert found["num_processes"] == 2
@@ -101,6 +101,8 @@ def assert_sharded(folder: Path, strategy: str) -> None:
         assert found["zero_stage"] == (None if strategy == "fsdp2" else int(strategy[-1]))
         assert found["num_dtensors"] == (found["num_parameters"] if strategy == "fsdp2" else 0)
         assert found["num_partitioned"] == (found["num_parameters"] if strategy == "zero3" else 0)
+    ends = [json.loads(path.read_text()) for path in (folder / "witness").glob("ended*")]
+    assert ends == [{"has_left": True}] * 2
 
 
 def logged(folder: Path, name: str) -> list[float]:

@@ -4,11 +4,13 @@ accelerate shards on accelerators alone: on CPUs it stays with DistributedDataPa
 for. Here its state is told the strategy that was asked for, right after it is made. Nothing else is changed.
 
 Environment variables:
-    SHARDING_WITNESS: folder for `rank<N>.json`, which says how the model was sharded when accelerate had prepared it.
+    SHARDING_WITNESS: folder for `rank<N>.json`, which says how the model was sharded when accelerate had prepared it,
+        and `ended<N>.json`, which says that the process had left the others when it ended.
     SHARDING_SPOILS: name of a function of this module, which is given the folder of each saved model, just before
         the processor is written to it.
 """
 
+import atexit
 import importlib.abc
 import importlib.util
 import json
@@ -77,6 +79,14 @@ def write_witness(accelerator, model) -> None:
     folder = Path(os.environ["SHARDING_WITNESS"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(witness))
+    atexit.register(write_end, folder / f"ended{accelerator.process_index}.json")
+
+
+def write_end(path: Path) -> None:
+    """Write whether this process, which ends, has left the others."""
+    from torch import distributed
+
+    path.write_text(json.dumps({"has_left": not distributed.is_initialized()}))
 
 
 def watch_saving(processing) -> None:
