@@ -21,6 +21,7 @@ from dualspeed.data.processing import load_processor
 from dualspeed.data.supervision import Supervision, image_token_ids
 from dualspeed.errors import SampleError, SupervisionError
 from dualspeed.settings.recipe import DataRecipe
+from tests.support.noise import noise_image
 from tests.support.samples import assistant, entry, row, user
 from tests.support.tiny_chat import CHATS, stock_template, tiny_chat, tiny_processor
 
@@ -38,8 +39,8 @@ def name(request):
 def pictures(tmp_path):
     """Paths of pictures of three shapes."""
     paths = [tmp_path / f"{number}.png" for number in range(3)]
-    for path, size in zip(paths, [(60, 40), (30, 90), (64, 64)], strict=True):
-        Image.effect_noise(size, 80).convert("RGB").save(path)
+    for seed, size in enumerate([(60, 40), (30, 90), (64, 64)]):
+        noise_image(size, seed).save(paths[seed])
     return paths
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from PIL import Image
 from transformers import TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
 
 torchvision = pytest.importorskip("torchvision")
 
+from tests.support.noise import noise_image  # noqa: E402
 from tests.support.real_processors import NAMES, parts  # noqa: E402
 
 pytestmark = pytest.mark.torchvision
@@ -22,7 +22,7 @@ def rows() -> list[dict]:
         question = [*[{"type": "image"}] * count, {"type": "text", "text": f"What is in picture {number}?"}]
         answer = [{"type": "text", "text": f"a thing of number {number}"}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        images = [Image.effect_noise(size, 80 + number + place).convert("RGB") for place in range(count)]
+        images = [noise_image(size, seed=10 * number + place) for place in range(count)]
         made.append({"messages": messages, "images": images})
     return made
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests.support import tiny
 from tests.support.cached_worker import NUM_STEPS
+from tests.support.noise import noise_image
 from tests.support.paths import REPOSITORY
 from tests.support.sharded import forced
 
@@ -49,7 +49,7 @@ def single(tmp_path_factory) -> tuple[Path, list[float]]:
     tiny.make_llava(folder / "base")
     paths = [str(folder / f"{number}.png") for number in range(NUM_IMAGES)]
     for number, path in enumerate(paths):
-        Image.effect_noise((28, 28), 20 + 20 * number).convert("RGB").save(path)
+        noise_image((28, 28), seed=number, spread=20 + 20 * number).save(path)
     rows = []
     for index, number in enumerate(number for step in COMPOSITIONS for number in step):
         text = {"type": "text", "text": "what colour is the digit ?"}
