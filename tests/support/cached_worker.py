@@ -7,12 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainingArguments
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
+from dualspeed.cluster.launch import leave_process_group
 from tests.support import tiny
 
 NUM_STEPS = 8
@@ -62,8 +62,8 @@ def main(base: str, rows: str, out: str, cache: str, kind: str) -> None:
         "distributed_type": trainer.accelerator.distributed_type.value,
         "sharded": any(isinstance(p, DTensor) for p in trainer.inner_model.vlm.model.vision_tower.parameters()),
     }
-    torch.distributed.barrier() if kind != "single" else None
     Path(out, f"record-{trainer.args.process_index}.json").write_text(json.dumps(record))
+    leave_process_group()
 
 
 if __name__ == "__main__":

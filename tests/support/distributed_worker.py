@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
+from dualspeed.cluster.launch import leave_process_group
 from dualspeed.training.validation import count_answers, mean_of_answers
 from tests.support import tiny
 from tests.support.batches import collate, sample
@@ -108,6 +109,7 @@ def main(family: str, base: str, out: str, kind: str, fast: str = "", slow: str 
         record["sharded"], record["micro_batches"] = is_sharded, counts.tolist()
         record["find_unused_parameters"] = trainer.args.ddp_find_unused_parameters
         torch.save(record, Path(out) / "record.pt")
+    leave_process_group()
 
 
 if __name__ == "__main__":
