@@ -6,17 +6,20 @@ with gradient accumulation or several ranks, the number of supervised tokens of 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dualspeed.batch import IGNORE_INDEX
 from dualspeed.pruners.selection import true_places
 
-CHUNK = 1024
-"""Number of tokens whose logits are in float32 at the same time."""
+NUM_CHUNKS = 8
+"""Number of parts of the logits; one of them is in float32, with its probabilities, at a time."""
+MANY_LOGITS = 2**20
+"""Number of logits from which they are divided."""
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -53,21 +56,52 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
 
 
 def sum_over_chunks(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute `summed(logits, targets)` in chunks of CHUNK tokens, recomputed in the backward pass.
+    """Sum of `summed(chunk of float32 logits, chunk of targets)` over the chunks of (M, V) logits, with its gradient.
 
-    So a long sequence never holds (M, V) float32 probabilities beside its logits.
+    Each chunk's gradient is computed together with its value, so that probabilities of one chunk alone are in memory,
+    not of all tokens until the backward pass.
     """
-    if len(logits) <= CHUNK:
-        return summed(logits, targets)
-    chunks = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    total: Tensor = _SumOverChunks.apply(summed, logits, targets)
+    return total
+
+
+def split_logits(logits: Tensor) -> tuple[Tensor, ...]:
+    """Chunks of (M, V) logits, each small enough to be in float32 beside them; one if they are few."""
+    return logits.split(max(len(logits), 1) if logits.numel() < MANY_LOGITS else -(-len(logits) // NUM_CHUNKS))
+
+
+class _SumOverChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
+        total = logits.new_zeros((), dtype=torch.float32)
+        # It is multiplied by the scale of the loss later, too late for values that float16 has rounded to zero.
+        dtype = torch.float32 if logits.dtype is torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=dtype) if ctx.needs_input_grad[1] else None
+        start = 0
+        for chunk in split_logits(logits):
+            rows = slice(start, start := start + len(chunk))
+            with torch.set_grad_enabled(gradient is not None):
+                leaf = chunk.detach().float().requires_grad_(gradient is not None)
+                value = summed(leaf, targets[rows])
+            if gradient is not None:
+                gradient[rows] = torch.autograd.grad(value, leaf)[0]
+            total += value.detach()
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, None if gradient is None else (gradient * upstream).to(ctx.dtype), None
 
 
 def _cross_entropy(smoothing: float, logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def _divergence(temperature: float, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True)

@@ -72,6 +72,15 @@ def layer_bytes(shape: ModelShape, trained: Trained, in_float32: bool = False, i
     return 16 * width + attention + gated + 2 * inner
 
 
+def logit_bytes(mode: str) -> int:
+    """Bytes for each logit of a supervised token while the losses are computed (dualspeed.method.losses).
+
+    In bfloat16: the logit, and of each loss its gradient, twice while it is scaled; the teacher's logit of a slow step.
+    An eighth of the logits is in float32, with what the loss makes of it.
+    """
+    return 12 if mode == "slow" else 6
+
+
 def activation_bytes(
     shape: ModelShape,
     sample: Sample,
@@ -97,7 +106,7 @@ def activation_bytes(
     passing = tokens * (4 * shape.text_inner + 2 * stream * width)
     visual = batch * sample.encoded.saved_bytes
     ends = tokens * (2 * stream * width + 4 * width)
-    logits = batch * sample.supervised_tokens * shape.vocabulary * 14
+    logits = batch * sample.supervised_tokens * shape.vocabulary * logit_bytes(mode)
     begins = kept + visual + max(ends + logits, passing + (block if trained.checkpointing else 0))
     return begins, block + passing + visual
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from dualspeed.method.losses import CHUNK, supervised_labels, supervised_positions
+from dualspeed.method.losses import split_logits, supervised_labels, supervised_positions
 from dualspeed.method.outputs import DualSpeedOutput
 
 
@@ -58,7 +58,7 @@ def supervised(labels: Tensor, outputs: DualSpeedOutput) -> tuple[Tensor, Tensor
 def entropy(logits: Tensor) -> Tensor:
     """Sum of the entropies of M predictions, in nats, of (M, V) logits."""
     total = logits.new_zeros((), dtype=torch.float32)
-    for chunk in logits.split(CHUNK):
+    for chunk in split_logits(logits):
         log_probabilities = F.log_softmax(chunk.float(), dim=-1)
         total = total - (log_probabilities.exp() * log_probabilities).sum()
     return total

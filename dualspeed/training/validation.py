@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction
 
 from dualspeed.batch import IGNORE_INDEX
-from dualspeed.method.losses import CHUNK
+from dualspeed.method.losses import split_logits
 
 VALIDATION_METRICS = {
     "eval_answer_accuracy": "validation/answer_accuracy",
@@ -39,8 +39,10 @@ def count_answers(logits: Tensor, labels: Tensor) -> Tensor:
     starts = supervised.clone()
     starts[:, 1:] &= ~supervised[:, :-1]
     targets = targets[supervised]
-    chunks = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-    losses = torch.cat([F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
+    chunks = split_logits(logits)
+    targets_of = targets.split([len(chunk) for chunk in chunks])
+    pairs = zip(chunks, targets_of, strict=True)
+    losses = torch.cat([F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in pairs])
 
     is_wrong = logits.argmax(dim=-1) != targets
     answer_of_token = starts[supervised].cumsum(0) - 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,19 +40,62 @@ def both_losses(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tens
     return ce_loss.detach(), divergence.detach(), student.grad
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5])
-def test_chunks_change_neither_losses_nor_gradients(monkeypatch, chunk):
-    whole = both_losses(*logits_and_labels(torch.float32))
-    monkeypatch.setattr(losses, "CHUNK", chunk)
-    assert_close(both_losses(*logits_and_labels(torch.float32)), whole, atol=1e-6, rtol=1e-6)
+def divide(monkeypatch, num_chunks: int) -> None:
+    """Divide logits into this many chunks, however few they are."""
+    monkeypatch.setattr(losses, "NUM_CHUNKS", num_chunks)
+    monkeypatch.setattr(losses, "MANY_LOGITS", 0)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 10])
+def test_losses_and_gradients_are_those_of_plain_formulas(monkeypatch, num_chunks):
+    divide(monkeypatch, num_chunks)
+    found = both_losses(*logits_and_labels(torch.float32))
+    student, teacher, labels = logits_and_labels(torch.float32)
+    ce_loss = F.cross_entropy(student, labels, reduction="sum") / 4
+    log_of, target = F.log_softmax(student / 2, dim=-1), F.log_softmax(teacher / 2, dim=-1)
+    divergence = 2.0**2 * F.kl_div(log_of, target, reduction="sum", log_target=True) / 4
+    (ce_loss + divergence).backward()
+    assert_close(found, (ce_loss.detach(), divergence.detach(), student.grad), atol=1e-6, rtol=1e-6)
 
 
 def test_chunks_keep_float32_to_themselves(monkeypatch):
     inputs = logits_and_labels(torch.bfloat16)
     with LargestFloat32() as whole:
         both_losses(*inputs)
-    monkeypatch.setattr(losses, "CHUNK", 2)
+    divide(monkeypatch, 5)
     inputs = logits_and_labels(torch.bfloat16)
     with LargestFloat32() as chunked:
         both_losses(*inputs)
     assert (whole.size, chunked.size) == (NUM_TOKENS * VOCABULARY, 2 * VOCABULARY)
+
+
+def test_probabilities_are_not_kept_for_the_backward_pass():
+    """Between the passes there is one gradient for each loss, in the logits' own precision."""
+    student, teacher, labels = logits_and_labels(torch.bfloat16)
+    ce_loss = losses.cross_entropy(student, labels, num_items=4)
+    divergence = losses.distillation(student, teacher, temperature=2.0, num_items=4)
+    nodes = nodes_behind((ce_loss + divergence).grad_fn)
+    assert not [node for node in nodes if "Softmax" in node.name()]
+    kept = [tensor for node in nodes for tensor in getattr(node, "saved_tensors", ())]
+    assert [(tensor.dtype, tensor.shape) for tensor in kept] == [(torch.bfloat16, student.shape)] * 2
+
+
+def nodes_behind(node) -> list:
+    """A node of autograd's graph, and all that its backward pass calls."""
+    return [node, *(found for following, _ in node.next_functions if following for found in nodes_behind(following))]
+
+
+def test_a_scaled_loss_in_float16_keeps_small_gradients():
+    """As with a gradient scaler: what is 20 nats below the label has a probability that float16 rounds to zero."""
+    logits = torch.tensor([[20.0, 2.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    (losses.cross_entropy(logits, torch.tensor([0]), num_items=1) * 2.0**16).backward()
+    expected = 2.0**16 * logits.detach().float().softmax(dim=-1)[0, 1:]
+    assert expected.min() / 2**16 < torch.finfo(torch.float16).smallest_normal * 2**-10
+    assert_close(logits.grad[0, 1:].float(), expected, atol=0, rtol=1e-2)
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for():
+    student, teacher, labels = logits_and_labels(torch.float32)
+    with torch.no_grad():
+        assert not losses.cross_entropy(student, labels, num_items=4).requires_grad
+    assert not losses.cross_entropy(teacher, labels, num_items=4).requires_grad

@@ -11,9 +11,10 @@ from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
 from dualspeed.cli import main
 from dualspeed.errors import ConfigError, PlanError
 from dualspeed.method.fast_mode import encode_batch
+from dualspeed.method.losses import MANY_LOGITS, cross_entropy, distillation
 from dualspeed.plan.costs import Processes, stage_cost
 from dualspeed.plan.flops import Sample, Trained, step_flops, trained_parameters, visual_flops
-from dualspeed.plan.memory import activation_bytes, peak_memory
+from dualspeed.plan.memory import activation_bytes, logit_bytes, peak_memory
 from dualspeed.plan.remedies import possible_changes
 from dualspeed.plan.report import lines_of, plan
 from dualspeed.plan.shapes import make_shape
@@ -157,6 +158,27 @@ def test_memory_of_bfloat16_weights_is_within_a_tenth_of_what_is_measured(name, 
     begins, ends = activation_bytes(shape_of("llava"), sample, trained, mode, MEMORY_BATCH)
     num_gradients = trained_parameters(shape_of("llava"), trained) - TEXT["vocab_size"] * TEXT["hidden_size"]
     assert max(begins, ends + 2 * num_gradients) == pytest.approx(measured_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+def test_memory_of_logits_is_within_a_tenth_of_what_is_measured(mode):
+    num_tokens, vocabulary, width = 160, 8192, 32
+    states, head = (torch.randn(count, width, dtype=torch.bfloat16) for count in (num_tokens, vocabulary))
+    labels = torch.randint(vocabulary, (num_tokens,))
+    assert num_tokens * vocabulary > MANY_LOGITS
+
+    def step():
+        leaf = states.clone().requires_grad_()
+        teacher = states @ head.T if mode == "slow" else None
+        logits = leaf @ head.T
+        loss = cross_entropy(logits, labels, num_tokens)
+        if teacher is not None:
+            loss = loss + distillation(logits, teacher, temperature=1.0, num_items=num_tokens)
+            del teacher
+        loss.backward()
+        return logits  # as a model's output, which holds them
+
+    assert logit_bytes(mode) == pytest.approx(measured_peak(step) / (num_tokens * vocabulary), rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["baseline", "fast"])
