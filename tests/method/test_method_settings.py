@@ -37,3 +37,9 @@ def test_saved_method_settings_hold_every_field(tmp_path):
     saved = json.loads((tmp_path / "dualspeed.json").read_text())
     assert DualSpeedConfig(**saved) == model.dualspeed == read_method_settings(tmp_path)
     assert set(saved) == set(DualSpeedConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", float("nan"), 1.5, -0.1])
+def test_a_share_that_is_no_number_of_the_range_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"slow_mode_ratio: .* is out of range; valid: in \[0, 1\]"):
+        DualSpeedConfig(slow_mode_ratio=value)
