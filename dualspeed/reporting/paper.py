@@ -17,9 +17,6 @@ class PaperValue(NamedTuple):
     value: float
     certainty: str
 
-    def __str__(self) -> str:
-        return f"{self.value:g} ({self.certainty})"
-
 
 # Family of each model that config/paper trains. The sources name the family, not the size: 13B has no number.
 FAMILIES = {"llava-1.5-7b": "LLaVA-1.5", "llava-next-7b": "LLaVA-NeXT"}
@@ -48,6 +45,15 @@ def add_paper_values(summary: pd.DataFrame) -> pd.DataFrame:
         return summary
     columns = [f"{name}_paper{end}" for name in ("rel", "speedup") for end in ("", "_certainty")]
     return summary.join(pd.DataFrame(values, index=summary.index, columns=columns))
+
+
+def add_ablation_values(lines: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns rel_paper and rel_paper_certainty to Table 3's lines; none where r isn't the paper's."""
+    ratio = lines["slow_mode_ratio"]
+    has_other_ratio = ratio.notna() & (ratio != DEFAULTS["slow_mode_ratio"]) | lines["slow_steps"].notna()
+    values = pd.DataFrame([ABLATION[step] for step in lines["step"]], index=lines.index)
+    values = values.where((lines["step"] == 0) | ~has_other_ratio)
+    return lines.assign(rel_paper=values["value"], rel_paper_certainty=values["certainty"])
 
 
 def _values_of(line: dict[str, Any]) -> dict[str, Any]:

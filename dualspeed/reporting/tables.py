@@ -114,24 +114,20 @@ def table3(results: Results) -> Table:
     """Table 3: NaivePrune, then fast and slow modes, the isolator and distillation added one after another."""
     shown = [row for row in results.sheet.rows if "table3" in row.tables]
     rows = summarise(results, keep_common_seeds(shown))
-    rows = ablation_rows(rows[rows["inference"] == "full"], results.benchmarks)
+    rows = paper.add_ablation_values(ablation_rows(rows[rows["inference"] == "full"], results.benchmarks))
     cells = {"Training": [STEPS[step] for step in rows["step"]]} | setting_cells(rows, leave_out=["Method"])
     cells |= {"Seeds": rows["num_seeds"].map(str)} | score_cells(rows, results.benchmarks)
     intervals = gain_intervals(rows, results)
     cells |= {
         "Change": [format_gain(gain, interval) for gain, interval in zip(gains(rows), intervals, strict=True)],
-        "Rel. % (paper)": [str(paper.ABLATION[step]) for step in rows["step"]],
     }
+    cells |= paper_cells(rows, "rel", "Rel. % (paper)")
     notes = (
         REL_NOTE,
         "Change: in Rel., from the step before, with the 95 % interval of a paired bootstrap over questions and seeds. "
         f"{significance(rows, intervals)} Of the seeds, those that every step has. The last column is the paper's "
         "ablation on LLaVA-1.5, second-hand and of medium certainty; anywhere else it is another model, on other "
         "benchmarks.",
-    )
-    rows = rows.assign(
-        rel_paper=[paper.ABLATION[step].value for step in rows["step"]],
-        rel_paper_certainty=[paper.ABLATION[step].certainty for step in rows["step"]],
     )
     best = best_scores(rows, results.benchmarks, lambda row: row["model"])
     title = "Table 3. Ablation: what each part of DualSpeed adds"

@@ -180,6 +180,20 @@ def test_table3_finds_its_steps_by_their_settings_and_compares_equal_seeds(sheet
     assert "second-hand" in (tmp_path / "tables/table3.md").read_text()
 
 
+def test_table3_shows_the_papers_numbers_beside_the_papers_r_alone(sheet, tmp_path):
+    others = [
+        make_row("twice", "dualspeed", 0, ("table3",), slow_mode_ratio=0.2),
+        make_row("counted", "dualspeed", 0, ("table3",), slow_steps=40),
+    ]
+    write_tables(replace(sheet, rows=(*sheet.rows, *others)), tmp_path / "tables")
+    rows = [row for row in rows_of(tmp_path / "tables/table3.csv") if row["step"] == "3"]
+    assert {(row["slow_mode_ratio"], row["slow_steps"]): row["rel_paper"] for row in rows} == {
+        ("0.1", ""): "99.61",
+        ("0.2", ""): "",
+        ("", "40"): "",
+    }
+
+
 def test_columns_stand_in_the_papers_order_whatever_the_configuration_says(sheet, tmp_path):
     write_tables(replace(sheet, benchmarks=("scienceqa", "gqa")), tmp_path / "tables")
     columns = list(markdown_rows(tmp_path / "tables/table1.md")[0])
