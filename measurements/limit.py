@@ -3,8 +3,8 @@
     python -m measurements.limit [--model small] [--runs 5] [--rounds 5]
 
 The limit of a step is Baseline's seconds times the step's share of Baseline's FLOPs, as in train_step.py, whose steps
-these are. Each run is a process of its own and times all steps in turns. What a mixed step takes beyond its limit is
-divided into:
+these are. Each run is a process of its own, keeps freed memory as the workflow's jobs do, and times all steps in turns.
+What a mixed step takes beyond its limit is divided into:
 
 - the optimizer: clipping and AdamW take as long as in a Baseline step and have next to no FLOPs, so that the limit
   grants a mixed step only a part of that time;
@@ -16,6 +16,7 @@ A second table has what a slow step takes, in time and memory, by the samples of
 
 import argparse
 import dataclasses
+import os
 import statistics
 
 import pandas as pd
@@ -23,6 +24,7 @@ import torch
 
 from dualspeed.device import machine
 from dualspeed.training.step_times import count_flops, time_pruner, timed
+from measurements.means import KEEP_FREED_MEMORY
 from measurements.models import MODELS, Size
 from measurements.stopwatch import Stopwatch
 from measurements.train_step import SLOW_MODE_RATIO, Step, in_fresh_process, make_steps, mixed, peak
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     size = MODELS[options.model]
+    os.environ.update(KEEP_FREED_MEMORY)  # read by the processes that are started from here
     rows = [in_fresh_process(account, size, options.threads, options.rounds) for _ in range(options.runs)]
     table = pd.DataFrame(rows, index=map(str, range(1, len(rows) + 1))).rename_axis("run")
     table.loc["median"] = table.median()
