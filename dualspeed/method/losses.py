@@ -17,9 +17,9 @@ from dualspeed.batch import IGNORE_INDEX
 from dualspeed.pruners.selection import true_places
 
 NUM_CHUNKS = 8
-"""Number of parts of the logits; one of them is in float32, with its probabilities, at a time."""
+"""Number of parts of the logits. One part at a time is in float32, with its probabilities."""
 MANY_LOGITS = 2**20
-"""Number of logits from which they are divided."""
+"""Fewer logits than this stay in one part."""
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def sum_over_chunks(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
 
 
 def split_logits(logits: Tensor) -> tuple[Tensor, ...]:
-    """Chunks of (M, V) logits, each small enough to be in float32 beside them; one if they are few."""
+    """NUM_CHUNKS parts of (M, V) logits along the tokens; a single part if there are fewer than MANY_LOGITS."""
     return logits.split(max(len(logits), 1) if logits.numel() < MANY_LOGITS else -(-len(logits) // NUM_CHUNKS))
 
 

@@ -75,8 +75,8 @@ def layer_bytes(shape: ModelShape, trained: Trained, in_float32: bool = False, i
 def logit_bytes(mode: str) -> int:
     """Bytes for each logit of a supervised token while the losses are computed (dualspeed.method.losses).
 
-    In bfloat16: the logit, and of each loss its gradient, twice while it is scaled; the teacher's logit of a slow step.
-    An eighth of the logits is in float32, with what the loss makes of it.
+    Each number takes 2 bytes, in bfloat16. There are the logit itself and, for each loss, its gradient and the scaled
+    copy of that gradient: 6 bytes with one loss. A slow step has two losses, and the teacher's logit.
     """
     return 12 if mode == "slow" else 6
 
