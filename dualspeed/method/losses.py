@@ -46,13 +46,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int, smoot
     Args:
         smoothing: share of the target's probability that is spread over the whole vocabulary (label smoothing).
     """
-    return sum_over_chunks(partial(_cross_entropy, smoothing), logits, labels) / num_items
+    return sum_over_chunks(partial(_cross_entropy, smoothing, num_items), logits, labels)
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, num_items: Tensor | int) -> Tensor:
     """T^2 KL(teacher || student) of (M, V) logits, summed and divided by `num_items` (paper section 3.3)."""
-    divergence = sum_over_chunks(partial(_divergence, temperature), student_logits, teacher_logits)
-    return temperature**2 * divergence / num_items
+    return sum_over_chunks(partial(_divergence, temperature, num_items), student_logits, teacher_logits)
 
 
 def sum_over_chunks(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
@@ -97,11 +96,14 @@ class _SumOverChunks(torch.autograd.Function):
         return None, None if gradient is None else (gradient * upstream).to(ctx.dtype), None
 
 
-def _cross_entropy(smoothing: float, logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+# The factors are in here, where the gradient is in float32: outside, it would be rounded before them and after them.
 
 
-def _divergence(temperature: float, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def _cross_entropy(smoothing: float, num_items: Tensor | int, logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / num_items
+
+
+def _divergence(temperature: float, num_items: Tensor | int, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / num_items

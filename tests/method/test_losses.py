@@ -80,6 +80,20 @@ def test_probabilities_are_not_kept_for_the_backward_pass():
     assert [(tensor.dtype, tensor.shape) for tensor in kept] == [(torch.bfloat16, student.shape)] * 2
 
 
+def test_gradients_in_bfloat16_are_rounded_once():
+    """They are what autograd makes of the plain formulas in float32: not rounded before they are divided as well."""
+    found = [logits_and_labels(torch.bfloat16) for _ in range(3)]
+    losses.cross_entropy(found[0][0], found[0][2], num_items=3).backward()
+    losses.distillation(found[1][0], found[1][1], temperature=1.7, num_items=3).backward()
+    plain, teacher, labels = found[2]
+    (F.cross_entropy(plain.float(), labels, reduction="sum") / 3).backward()
+    assert_close(found[0][0].grad, plain.grad, atol=0, rtol=0)
+    plain.grad = None
+    log_of, target = (F.log_softmax(values.float() / 1.7, dim=-1) for values in (plain, teacher))
+    (1.7**2 * F.kl_div(log_of, target, reduction="sum", log_target=True) / 3).backward()
+    assert_close(found[1][0].grad, plain.grad, atol=0, rtol=0)
+
+
 def nodes_behind(node) -> list:
     """A node of autograd's graph, and all that its backward pass calls."""
     return [node, *(found for following, _ in node.next_functions if following for found in nodes_behind(following))]
