@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dualspeed.pruners.contract import Pruner, VisualTokens
-from dualspeed.pruners.selection import sort_picks
+from dualspeed.pruners.selection import lowest_of_highest, sort_picks
 from dualspeed.pruners.similarity import cosine_similarity
 
 
@@ -53,7 +53,7 @@ def farthest_first(distances: Tensor, first_scores: Tensor, valid: Tensor, num_p
     picks = []
     taken = ~valid
     for step in range(num_picks):
-        pick = to_nearest.masked_fill(taken, -torch.inf).argmax(dim=-1, keepdim=True)
+        pick = lowest_of_highest(to_nearest.masked_fill(taken, -torch.inf))
         picks.append(pick)
         taken = taken.scatter(1, pick, True)
         to_pick = distances.gather(1, pick[:, :, None].expand(-1, -1, distances.shape[2]))[:, 0]

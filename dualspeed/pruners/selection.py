@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dualspeed.pruners.contract import VisualTokens
 
+ROUNDING = 1e-6
+"""Difference of two scores of about 1 that is rounding."""
+
 
 def rank_by_score(scores: Tensor) -> Tensor:
     """(B, N) scores -> ranking (B, N) from the highest score to the lowest, ties by the lower index."""
@@ -28,6 +31,16 @@ def rank_by_attention(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, T
     candidates = torch.where(enough[:, None], has_attention, tokens.valid())
     lowest = torch.finfo(scores.dtype).min
     return rank_by_score(torch.where(candidates, scores.clamp(min=lowest), -torch.inf)), candidates
+
+
+def lowest_of_highest(scores: Tensor) -> Tensor:
+    """(B, N) scores of about 1 -> (B, 1) the highest one's index; of those as high but for rounding, the lowest index.
+
+    Equal tokens, as the ends of rows in LLaVA-NeXT are, have equal scores, which may round in another way in each batch
+    and on each machine.
+    """
+    highest = scores.amax(dim=-1, keepdim=True)
+    return (scores >= highest - ROUNDING).to(torch.uint8).argmax(dim=-1, keepdim=True)
 
 
 def select_top_k(scores: Tensor, num_keep: Tensor) -> Tensor:

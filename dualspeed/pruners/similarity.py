@@ -11,7 +11,7 @@ STRIP_ROWS = 128
 
 
 def inner_products(vectors: Tensor) -> Tensor:
-    """(B, N, D) vectors -> (B, N, N) inner products in float32, exactly symmetric.
+    """(B, N, D) vectors -> (B, N, N) inner products in float32, symmetric but for rounding.
 
     Computes strips of rows from the diagonal rightwards and mirrors them: little more than half of the operations of
     the full product.

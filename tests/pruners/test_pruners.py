@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from dualspeed.errors import PrunerInputError
 from dualspeed.pruners import PRUNERS, MergedTokens, Pruner, VisualTokens, coverage, get_pruner, num_tokens_to_keep
+from dualspeed.pruners.similarity import cosine_similarity
 from dualspeed.settings.names import PRUNER_NAMES, TEXT_PRUNERS
 from measurements import published
 from tests.support.paths import REPOSITORY
@@ -239,6 +240,18 @@ def test_ties_go_to_the_lower_index(name):
         text_similarity=torch.ones(1, 9, 2),
     )
     assert get_pruner(name)(same, torch.tensor([4])).tolist() == [[0, 1, 2, 3]]
+
+
+def test_of_tokens_that_differ_by_rounding_alone_divprune_keeps_the_lowest_index():
+    """Three tokens of each image have the same direction, but other lengths: their cosines are equal, and round apart."""
+    features = torch.randn(200, 12, 32, generator=torch.Generator().manual_seed(0))
+    features[:, 5], features[:, 9] = 3.7 * features[:, 2], 0.13 * features[:, 2]
+    cosines = cosine_similarity(features)
+    assert 100 < (cosines[:, 2] != cosines[:, 5]).any(dim=-1).sum()
+    kept = get_pruner("divprune")(VisualTokens(features=features), torch.full((200,), 6))
+    has = {token: (kept == token).any(dim=-1) for token in (2, 5, 9)}
+    assert 50 < has[2].sum() < 200
+    assert not (has[5] | has[9])[~has[2]].any()
 
 
 @pytest.mark.parametrize("name", MERGING)
