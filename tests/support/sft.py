@@ -8,7 +8,7 @@ from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
 from dualspeed.trl import DualSpeedSFTTrainer
-from tests.support.stock import BASELINE, OURS
+from tests.support.stock import ADAM_EPSILON, BASELINE, OURS
 from tests.support.tiny_chat import tiny_parts
 
 FAMILY = "idefics3"
@@ -36,6 +36,7 @@ def arguments(folder: Path, kind: str = "messages", **given: Any) -> SFTConfig:
         "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
+        "adam_epsilon": ADAM_EPSILON,
         "logging_steps": 1,
         "save_strategy": "no",
         "max_length": None,
