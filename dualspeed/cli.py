@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualspeed.cluster.gpus import take_gpus
 from dualspeed.cluster.heartbeat import watch_nodes
-from dualspeed.cluster.launch import add_hosts, launch, leave_process_group, must_launch, place_of
+from dualspeed.cluster.launch import add_hosts, launch, must_launch, one_of_several, place_of
 from dualspeed.errors import DualSpeedError, sentence_of
 from dualspeed.layout import Layout
 from dualspeed.settings.command_line import PARENT, STORE, read_shard, settings_file
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if "gpus" in options:
             take_gpus(options.gpus)
-        options.run(options)
-        leave_process_group()
+        with one_of_several():
+            options.run(options)
     except DualSpeedError as error:
         print(f"dualspeed {options.command}: {sentence_of(error)}", file=sys.stderr)
         return 1

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from dualspeed import DualSpeedConfig
+from dualspeed.cluster.launch import one_of_several
 from dualspeed.data.collator import ConversationCollator
 from dualspeed.data.processing import load_processor
 from dualspeed.device import machine, peak_memory_bytes, synchronize
@@ -256,4 +257,5 @@ MAKERS: dict[str, Callable[[Run], Trainer]] = {
 }
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    with one_of_several():
+        main(Path(sys.argv[1]).resolve())

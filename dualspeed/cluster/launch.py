@@ -5,11 +5,14 @@ started on each node, by hand or by another scheduler, and is told the node's nu
 """
 
 import argparse
+import atexit
 import os
 import re
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -115,14 +118,29 @@ def accelerate_command(
     return [*command, f"--main_process_port={place.port if place else _free_port()}"]
 
 
-def leave_process_group() -> None:
-    """Leave the other processes of this job, if there are any, so that this one can end.
+@contextmanager
+def one_of_several() -> Iterator[None]:
+    """Run one process of a job of several; one that ends well leaves the others, and ends after the exit handlers.
 
-    A process that ends while it is still in a group sometimes aborts (pytorch/pytorch#190489), and the job fails.
+    What Python does after them may abort it, and the job fails: a thread of Gloo that is about to free a tensor of the
+    last collective waits for the interpreter's lock, which it can't get any more (pytorch/pytorch#179291). Such a
+    thread outlives its process group. A process that runs alone ends as ever.
     """
+    has_ended_well = False
+
+    def end() -> None:
+        if has_ended_well:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    if "RANK" in os.environ:
+        atexit.register(end)  # the last to run of those that are registered from now on
+    yield
     distributed = sys.modules.get("torch.distributed")  # a command that has not imported it is in no group
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+    has_ended_well = True
 
 
 def _first_address() -> str:

@@ -14,6 +14,7 @@ from dualspeed.cluster.launch import accelerate_command, must_launch
 from dualspeed.errors import ConfigError
 from dualspeed.settings.project import load_project
 from dualspeed.settings.resources import JobResources
+from tests.support.paths import REPOSITORY
 from tests.support.workflow import MILD, edit_cell, edit_config, finetune_recipe, plan, shrunk_project, snakemake
 
 TARGET = f"results/models/{MILD}"
@@ -49,6 +50,22 @@ def test_a_process_that_was_launched_launches_nothing(monkeypatch):
     assert not must_launch(nodes=1, processes=1, accelerate_config=None)
     monkeypatch.setenv("RANK", "0")
     assert not must_launch(nodes=1, processes=2, accelerate_config=None)
+
+
+def test_a_process_that_ended_well_does_not_abort_at_its_end(tmp_path):
+    assert statuses_of_two(tmp_path / "as-commands-end") == [0, 0]
+    # Python's own end fails, or ours would show nothing.
+    assert statuses_of_two(tmp_path / "as-python-ends", "--plain")[0] == -signal.SIGABRT
+
+
+def statuses_of_two(file: Path, *options: str) -> list[int]:
+    """Exit statuses of two processes, of which a thread still waits for Python's lock when the first one ends."""
+    command = [sys.executable, "-m", "tests.support.ending_worker", str(file), *options]
+    processes = [
+        subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"RANK": str(rank)}, stderr=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    return [process.wait(60) for process in processes]
 
 
 def test_resources_set_the_number_of_processes_whatever_the_file_says():

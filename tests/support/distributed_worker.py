@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
-from dualspeed.cluster.launch import leave_process_group
+from dualspeed.cluster.launch import one_of_several
 from dualspeed.training.validation import count_answers, mean_of_answers
 from tests.support import tiny
 from tests.support.batches import collate, sample
@@ -109,8 +109,8 @@ def main(family: str, base: str, out: str, kind: str, fast: str = "", slow: str 
         record["sharded"], record["micro_batches"] = is_sharded, counts.tolist()
         record["find_unused_parameters"] = trainer.args.ddp_find_unused_parameters
         torch.save(record, Path(out) / "record.pt")
-    leave_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with one_of_several():
+        main(*sys.argv[1:])

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, Mode
+from dualspeed.cluster.launch import one_of_several
 from dualspeed.training.trainable import set_trainable
 from tests.support.tiny_images import batch
 from tests.support.tiny_models import tiny_model
@@ -43,8 +44,8 @@ def main(model_types: list[str]) -> None:
             raise RuntimeError(f"rank {dist.get_rank()}: {model_type} failed") from error
         if dist.get_rank() == 0:
             print(model_type, flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_of_several():
+        main(sys.argv[1:])

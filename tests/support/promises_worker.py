@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from dualspeed import DualSpeedConfig, DualSpeedTrainer
+from dualspeed.cluster.launch import one_of_several
 from tests.support import tiny
 from tests.support.batches import collate
 from tests.support.distributed_worker import uneven_sample
@@ -158,8 +159,8 @@ def main(kind: str, folder: Path) -> None:
             "best": with_best_model(folder / "best"),
         }
     torch.save(record, folder / f"record-{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    with one_of_several():
+        main(sys.argv[1], Path(sys.argv[2]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from trl import SFTTrainer
 
-from dualspeed.cluster.launch import leave_process_group
+from dualspeed.cluster.launch import one_of_several
 from dualspeed.trl import DualSpeedSFTTrainer
 from tests.support.sft import make_sft
 from tests.support.stock import logged, weights
@@ -24,6 +24,6 @@ def main(kind: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    for each in sys.argv[2:]:
-        main(each, Path(sys.argv[1]) / each)
-    leave_process_group()
+    with one_of_several():
+        for each in sys.argv[2:]:
+            main(each, Path(sys.argv[1]) / each)
