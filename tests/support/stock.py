@@ -16,8 +16,8 @@ BASELINE = DualSpeedConfig(slow_mode_ratio=1, distillation_weight=0)
 FAST = DualSpeedConfig(slow_mode_ratio=0, pruning_ratio=0.7)
 NUM_STEPS = 4
 ADAM_EPSILON = 1e-4
-"""Adam divides a gradient by its own size: beside its default of 1e-8, the rounding of a tiny gradient moves a weight by
-a share of the learning rate, and two ways to the same gradients could not be compared by their weights."""
+"""Adam divides a gradient by its own size. With the default, 1e-8, the rounding of a tiny gradient moves a weight by a
+share of the learning rate, and two ways to the same gradients could not be compared by their weights."""
 NOT_LOGITS = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
 """Outputs of a stock VLM that its trainer would gather as predictions, and fails at in some versions."""
 OURS = ("dualspeed", "projector_learning_rate", "vision_learning_rate", "slow_batch_size", "eval_mode")
