@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dualspeed.pruners.contract import Pruner, VisualTokens
-from dualspeed.pruners.selection import sort_picks
+from dualspeed.pruners.selection import lowest_of_highest, sort_picks
 from dualspeed.pruners.similarity import cosine_similarity
 
 EPSILON = 1e-6
@@ -58,7 +58,7 @@ def greedy_map(kernel: Tensor, valid: Tensor, num_picks: int, rounding: float = 
     for step in range(num_picks):
         # Rounding leaves a small gain where the exact one is 0; it counts as 0, so that ties go to the lower index.
         exact_gain = torch.where(gain > rounding * weight, gain, 0.0)
-        pick = exact_gain.masked_fill(taken, -torch.inf).argmax(dim=-1, keepdim=True)
+        pick = lowest_of_highest(exact_gain.masked_fill(taken, -torch.inf), weight)
         picks[:, step] = pick[:, 0]
         taken = taken.scatter(1, pick, True)
         kernel_row = kernel.gather(1, pick[..., None].expand(-1, -1, num_tokens))[:, 0]

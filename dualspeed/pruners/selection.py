@@ -10,7 +10,7 @@ from torch import Tensor
 from dualspeed.pruners.contract import VisualTokens
 
 ROUNDING = 1e-6
-"""Difference of two scores of about 1 that is rounding."""
+"""Share of two numbers' size below which their difference is rounding."""
 
 
 def rank_by_score(scores: Tensor) -> Tensor:
@@ -33,14 +33,17 @@ def rank_by_attention(tokens: VisualTokens, num_keep: Tensor) -> tuple[Tensor, T
     return rank_by_score(torch.where(candidates, scores.clamp(min=lowest), -torch.inf)), candidates
 
 
-def lowest_of_highest(scores: Tensor) -> Tensor:
-    """(B, N) scores of about 1 -> (B, 1) the highest one's index; of those as high but for rounding, the lowest index.
+def lowest_of_highest(scores: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """(B, N) scores -> (B, 1) index of the highest; of those that are as high but for rounding, the lowest index.
 
     Equal tokens, as the ends of rows in LLaVA-NeXT are, have equal scores, which may round in another way in each batch
     and on each machine.
+
+    Args:
+        scale: size of the numbers whose differences the scores are, or (B, N), that of each.
     """
     highest = scores.amax(dim=-1, keepdim=True)
-    return (scores >= highest - ROUNDING).to(torch.uint8).argmax(dim=-1, keepdim=True)
+    return (scores >= highest - ROUNDING * scale).to(torch.uint8).argmax(dim=-1, keepdim=True)
 
 
 def select_top_k(scores: Tensor, num_keep: Tensor) -> Tensor:

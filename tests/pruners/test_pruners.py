@@ -242,13 +242,15 @@ def test_ties_go_to_the_lower_index(name):
     assert get_pruner(name)(same, torch.tensor([4])).tolist() == [[0, 1, 2, 3]]
 
 
-def test_of_tokens_that_differ_by_rounding_alone_divprune_keeps_the_lowest_index():
+@pytest.mark.parametrize("name", ["divprune", "cdpruner"])
+def test_of_tokens_that_differ_by_rounding_alone_the_lowest_index_is_kept(name):
     """Three tokens of each image have one direction and several lengths: their cosines are equal, but round apart."""
     features = torch.randn(200, 12, 32, generator=torch.Generator().manual_seed(0))
     features[:, 5], features[:, 9] = 3.7 * features[:, 2], 0.13 * features[:, 2]
     cosines = cosine_similarity(features)
     assert (cosines[:, 2] != cosines[:, 5]).any(dim=-1).sum() > 100
-    kept = get_pruner("divprune")(VisualTokens(features=features), torch.full((200,), 6))
+    alike = VisualTokens(features=features, relevance=torch.ones(200, 12))
+    kept = get_pruner(name)(alike, torch.full((200,), 6))
     has = {token: (kept == token).any(dim=-1) for token in (2, 5, 9)}
     assert 50 < has[2].sum() < 200
     assert not (has[5] | has[9])[~has[2]].any()
