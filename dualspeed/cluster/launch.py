@@ -120,11 +120,12 @@ def accelerate_command(
 
 @contextmanager
 def one_of_several() -> Iterator[None]:
-    """Run one process of a job of several; one that ends well leaves the others, and ends after the exit handlers.
+    """Run the body as one process of a job of several; if it ends well, leave the group and then end the process.
 
-    What Python does after them may abort it, and the job fails: a thread of Gloo that is about to free a tensor of the
-    last collective waits for the interpreter's lock, which it can't get any more (pytorch/pytorch#179291). Such a
-    thread outlives its process group. A process that runs alone ends as ever.
+    The process ends right after Python's exit handlers. What Python does after them can abort it, and then the job
+    fails: a thread of Gloo wants to free a tensor of the last collective, and waits for the interpreter's lock, which
+    no thread gets any more (pytorch/pytorch#179291). Destroying the process group doesn't always end such a thread.
+    A process that runs alone ends as ever.
     """
     has_ended_well = False
 

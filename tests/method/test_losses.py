@@ -81,17 +81,21 @@ def test_probabilities_are_not_kept_for_the_backward_pass():
 
 
 def test_gradients_in_bfloat16_are_rounded_once():
-    """They are what autograd makes of the plain formulas in float32: not rounded before they are divided as well."""
-    found = [logits_and_labels(torch.bfloat16) for _ in range(3)]
-    losses.cross_entropy(found[0][0], found[0][2], num_items=3).backward()
-    losses.distillation(found[1][0], found[1][1], temperature=1.7, num_items=3).backward()
-    plain, teacher, labels = found[2]
-    (F.cross_entropy(plain.float(), labels, reduction="sum") / 3).backward()
-    assert_close(found[0][0].grad, plain.grad, atol=0, rtol=0)
-    plain.grad = None
-    log_of, target = (F.log_softmax(values.float() / 1.7, dim=-1) for values in (plain, teacher))
-    (1.7**2 * F.kl_div(log_of, target, reduction="sum", log_target=True) / 3).backward()
-    assert_close(found[1][0].grad, plain.grad, atol=0, rtol=0)
+    """They equal those that autograd makes of the plain formulas in float32, division included, and then rounds."""
+    student, teacher, labels = logits_and_labels(torch.bfloat16)
+    log_of, target = (F.log_softmax(logits.float() / 1.7, dim=-1) for logits in (student, teacher))
+    plain = {
+        "cross-entropy": F.cross_entropy(student.float(), labels, reduction="sum") / 3,
+        "distillation": 1.7**2 * F.kl_div(log_of, target, reduction="sum", log_target=True) / 3,
+    }
+    ours = {
+        "cross-entropy": losses.cross_entropy(student, labels, num_items=3),
+        "distillation": losses.distillation(student, teacher, temperature=1.7, num_items=3),
+    }
+    for name in plain:
+        (expected,), (found,) = (torch.autograd.grad(loss[name], student) for loss in (plain, ours))
+        assert found.dtype == torch.bfloat16
+        assert_close(found, expected, atol=0, rtol=0)
 
 
 def nodes_behind(node) -> list:

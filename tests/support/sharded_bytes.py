@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainingArguments
 
 from dualspeed import DualSpeedConfig, DualSpeedModel, DualSpeedTrainer
+from dualspeed.cluster.launch import one_of_several
 from dualspeed.method.adapters import add_adapters
 from dualspeed.settings.recipe import LoraRecipe
 from dualspeed.training.trainable import hold_trained_weights_in_float32, set_trainable
@@ -129,4 +130,5 @@ def main(out: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with one_of_several():
+        main(*sys.argv[1:])
