@@ -96,7 +96,7 @@ class _SumOverChunks(torch.autograd.Function):
         return None, None if gradient is None else (gradient * upstream).to(ctx.dtype), None
 
 
-# The factors are in here, where the gradient is in float32: outside, it would be rounded before them and after them.
+# T^2 and the division are inside, where the gradient is in float32. Outside, they would round it a second time.
 
 
 def _cross_entropy(smoothing: float, num_items: Tensor | int, logits: Tensor, labels: Tensor) -> Tensor:
